@@ -1,0 +1,179 @@
+"""Settings of a process: defaults, then `$STILLHOUSE_HOME/config.yaml`, then `STILLHOUSE_*` environment variables.
+
+One class for all services, so that a ConfigMap or an .env file is one list. Unknown variables with our prefix are an
+error: a misspelt setting must not be ignored.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from stillhouse.core.errors import ConfigError
+
+PREFIX = "STILLHOUSE_"
+
+
+class Settings(BaseModel):
+    """Settings of one Stillhouse process."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    home: Path = Path("~/.stillhouse")
+    """Folder of the deployment: models.yaml, keys, logs, queue data, artifacts."""
+    artifacts: Path | None = None
+    """Folder of jobs and files; default: `home`/artifacts. All services must see the same one."""
+    models_file: Path | None = None
+    """Registry of models; default: `home`/models.yaml."""
+    redis_url: str = "redis://127.0.0.1:6379/0"
+    """The Redis or Valkey server, `redis://[:password@]host:port/db`."""
+    redis_password_file: Path | None = None
+    """File with the password, where it should not stand in `redis_url`."""
+    internal_token: str = ""
+    """Credential of every call between services."""
+    internal_token_file: Path | None = None
+    """File with `internal_token`."""
+    auth: Literal["keys", "none"] = "keys"
+    """REST authentication: API keys, or none (only for a closed network, on purpose)."""
+    api_keys_file: Path | None = None
+    """Hashed API keys; default: `home`/api-keys.json."""
+    host: str = "127.0.0.1"
+    """Address that the process listens on."""
+    advertise_host: str = ""
+    """Address under which others reach it; default: `host`."""
+    port: int = Field(default=0, ge=0, le=65535)
+    """Port of the process (REST or gRPC); 0 = any free one, made known through the service registry."""
+    metrics_port: int = Field(default=0, ge=0, le=65535)
+    """Port of the Prometheus endpoint of a gRPC service; 0 = any free one."""
+    instance: str = ""
+    """Name of this process among its kind; default: role and a random suffix. In Kubernetes the pod's name."""
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    """Least important level that is logged."""
+    log_format: Literal["auto", "json", "text"] = "auto"
+    """auto = coloured text on a terminal, JSON elsewhere."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """Engine of sampler and teacher."""
+    threads: int = Field(default=0, ge=0, le=1024)
+    """Compute threads of sampler, teacher and trainer; 0 = the library's default."""
+    lease_s: float = Field(default=15.0, ge=0.2, le=3600)
+    """A job, a sampler or a queue entry whose holder shows no sign of life for so long is taken over."""
+    drain_s: float = Field(default=20.0, ge=0.1, le=3600)
+    """Time after SIGTERM to hand work back and commit."""
+    sampler_max_sequences: int = Field(default=32, ge=1, le=4096)
+    """Completions a sampler generates at once."""
+    teacher_memory_gib: float = Field(default=8.0, gt=0, le=100_000)
+    """Budget of a teacher for model weights; least recently used models leave first."""
+    teacher_batch_tokens: int = Field(default=4096, ge=16, le=10_000_000)
+    """Padded tokens per teacher forward pass."""
+    blob_memory_mib: int = Field(default=512, ge=1, le=10_000_000)
+    """Score payloads a teacher keeps in memory; more spill to disk."""
+    reflection: bool = True
+    """Serve gRPC reflection (switch off in production)."""
+    tls_cert: Path | None = None
+    """Certificate of gRPC services; with `tls_key` and `tls_ca` all internal calls use mutual TLS."""
+    tls_key: Path | None = None
+    """Private key."""
+    tls_ca: Path | None = None
+    """CA that signed the other services' certificates."""
+    supervised: bool = False
+    """Set by `stillhouse up`: stop when the supervisor dies."""
+    max_body_mib: float = Field(default=1.0, gt=0, le=1024)
+    """Largest REST body, file uploads excepted."""
+    max_file_mib: float = Field(default=256.0, gt=0, le=100_000)
+    """Largest uploaded file."""
+
+    def resolved(self) -> Settings:
+        """Defaults that depend on `home` filled in, secrets read from their files."""
+        home = self.home.expanduser().resolve()
+        url = self.redis_url
+        if self.redis_password_file is not None:
+            url = _with_password(url, _read_secret(self.redis_password_file))
+        token = self.internal_token
+        if self.internal_token_file is not None:
+            token = _read_secret(self.internal_token_file)
+        return self.model_copy(
+            update={
+                "home": home,
+                "artifacts": (self.artifacts or home / "artifacts").expanduser().resolve(),
+                "models_file": (self.models_file or home / "models.yaml").expanduser().resolve(),
+                "api_keys_file": (self.api_keys_file or home / "api-keys.json").expanduser().resolve(),
+                "advertise_host": self.advertise_host or self.host,
+                "redis_url": url,
+                "internal_token": token,
+            }
+        )
+
+    def artifacts_dir(self) -> Path:
+        """Folder of jobs and files, resolved."""
+        return self.artifacts or self.home / "artifacts"
+
+    def models_path(self) -> Path:
+        """The registry of models, resolved."""
+        return self.models_file or self.home / "models.yaml"
+
+    def keys_path(self) -> Path:
+        """The file of hashed API keys, resolved."""
+        return self.api_keys_file or self.home / "api-keys.json"
+
+    def check_internal_token(self) -> None:
+        """Refuse to start a service without the internal credential."""
+        if len(self.internal_token) < 16:
+            raise ConfigError(
+                "the internal credential is missing or shorter than 16 characters; set STILLHOUSE_INTERNAL_TOKEN or "
+                "STILLHOUSE_INTERNAL_TOKEN_FILE (`stillhouse up` does this for you)"
+            )
+
+
+# Variables with our prefix that are not settings of a service: the client's.
+_CLIENT_VARIABLES = {"STILLHOUSE_URL", "STILLHOUSE_API_KEY"}
+# Variables that only tests and the build read.
+_FOREIGN_PREFIXES = ("STILLHOUSE_TEST_",)
+
+
+def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
+    """Settings from file and environment.
+
+    Raises:
+        ConfigError: unknown key or variable, or a value out of range; names it.
+    """
+    env = dict(os.environ if environ is None else environ)
+    values: dict[str, object] = {}
+    home = Path(env.get(PREFIX + "HOME", "~/.stillhouse")).expanduser()
+    file = home / "config.yaml"
+    if file.is_file():
+        loaded = yaml.safe_load(file.read_text()) or {}
+        if not isinstance(loaded, dict):
+            raise ConfigError(f"{file} must hold `key: value` lines, got a {type(loaded).__name__}")
+        values.update(loaded)
+    for name, value in env.items():
+        if not name.startswith(PREFIX) or name in _CLIENT_VARIABLES or name.startswith(_FOREIGN_PREFIXES):
+            continue
+        key = name.removeprefix(PREFIX).lower()
+        if key not in Settings.model_fields:
+            raise ConfigError(
+                f"unknown environment variable {name}; settings are {', '.join(sorted(Settings.model_fields))}"
+            )
+        values[key] = value
+    try:
+        return Settings.model_validate(values).resolved()
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"setting {key} ({PREFIX}{key.upper()} or {file}): {first['msg']}", param=key) from None
+
+
+def _read_secret(path: Path) -> str:
+    try:
+        return path.expanduser().read_text().strip()
+    except OSError as error:
+        raise ConfigError(f"cannot read the secret file {path}: {error.strerror}") from None
+
+
+def _with_password(url: str, password: str) -> str:
+    scheme, _, rest = url.partition("://")
+    return url if "@" in rest else f"{scheme}://:{password}@{rest}"

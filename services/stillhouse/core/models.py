@@ -1,0 +1,260 @@
+"""The registry of models: names that jobs may use -> a local folder, pinned by hash.
+
+`models.yaml` is written by `stillhouse models add`; services read it. What is registered is checked first, without
+loading anything: only safetensors weights, a config.json without code, a tokenizer.json. A job names models, never paths.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+from pydantic import Field
+
+from stillhouse.core.blobs import sha256_bytes, sha256_file, write_atomic
+from stillhouse.core.errors import NotFoundError, SpecError
+from stillhouse.core.spec import Closed, Name
+
+MAX_HEADER_BYTES: Final = 8 << 20
+"""Longest safetensors header accepted: a 1000-layer model needs about 2 MiB; more is an attack or damage."""
+MAX_TENSORS: Final = 20_000
+"""Most tensors in one file, for the same reason."""
+CODE_KEYS: Final = (
+    "auto_map",
+    "custom_pipelines",
+    "trust_remote_code",
+    "_attn_implementation_internal",
+    "quantization_config",
+)
+"""config.json keys that make a loader run foreign code or fetch kernels (quantised weights cannot be trained or scored exactly)."""
+FORBIDDEN_SUFFIXES: Final = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".py", ".h5", ".msgpack")
+"""Formats that can carry code, and code itself."""
+
+
+class ModelEntry(Closed):
+    """A registered model: identity and the facts that static validation needs."""
+
+    name: Name
+    """Name that jobs use."""
+    path: str
+    """Absolute folder on the machine that runs the services."""
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    """sha256 over the sorted lines "file sha256" of config, tokenizer and weight files: what a teacher verifies."""
+    tokenizer_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    """sha256 of the sorted (token, id) pairs: equal tokenizers have equal hashes whatever their file looks like."""
+    architecture: str
+    """Class name in config.json, for example LlamaForCausalLM."""
+    vocab_size: int
+    """Rows of the embedding (may exceed the tokenizer's, padding)."""
+    tokenizer_size: int
+    """Highest token id + 1."""
+    max_sequence_length: int
+    """Longest sequence the model accepts, tokens."""
+    hidden_size: int
+    """Width of the last hidden state."""
+    num_layers: int
+    """Decoder layers."""
+    num_parameters: int
+    """Parameters in the weight files."""
+    size_bytes: int
+    """Size of the weight files."""
+    has_chat_template: bool
+    """A chat template comes with the tokenizer."""
+    files: dict[str, str]
+    """File name -> sha256."""
+    source: str = ""
+    """Where it came from, for people."""
+
+
+def inspect_model(name: str, folder: Path, *, source: str = "") -> ModelEntry:
+    """Check a folder against the intake rules and collect its facts. Reads JSON and safetensors headers only.
+
+    Raises:
+        SpecError: names the file and the rule.
+    """
+    folder = folder.expanduser().resolve()
+    if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}", name):
+        raise SpecError(f"model name '{name}': use 1-64 letters, digits, dots, dashes or underscores", param="name")
+    if not folder.is_dir():
+        raise SpecError(
+            f"{folder} is not a folder; give the folder that holds config.json and *.safetensors", param="path"
+        )
+    _refuse_foreign_files(folder)
+    config = _read_config(folder)
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise SpecError(
+            f"{folder} has no *.safetensors file; convert the weights (transformers' save_pretrained writes them)",
+            param="path",
+        )
+    parameters = sum(_count_parameters(path) for path in weights)
+    tokenizer = folder / "tokenizer.json"
+    if not tokenizer.is_file():
+        raise SpecError(f"{folder} has no tokenizer.json; save the fast tokenizer beside the model", param="path")
+    vocabulary = _vocabulary(tokenizer)
+    files = {path.name: sha256_file(path) for path in _identity_files(folder)}
+    return ModelEntry(
+        name=name,
+        path=str(folder),
+        sha256=sha256_bytes("\n".join(f"{key} {files[key]}" for key in sorted(files)).encode()),
+        tokenizer_sha256=sha256_bytes(
+            "\n".join(f"{token}\t{vocabulary[token]}" for token in sorted(vocabulary)).encode()
+        ),
+        architecture=str((config.get("architectures") or ["?"])[0]),
+        vocab_size=int(config["vocab_size"]),
+        tokenizer_size=max(vocabulary.values()) + 1,
+        max_sequence_length=int(config.get("max_position_embeddings") or 2048),
+        hidden_size=int(config["hidden_size"]),
+        num_layers=int(config["num_hidden_layers"]),
+        num_parameters=parameters,
+        size_bytes=sum(path.stat().st_size for path in weights),
+        has_chat_template=_has_chat_template(folder),
+        files=files,
+        source=source or str(folder),
+    )
+
+
+class ModelRegistry:
+    """models.yaml. Reads afresh when the file changed, so a service sees a model that was added after it started."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._stamp: tuple[int, int] | None = None
+        self._entries: dict[str, ModelEntry] = {}
+
+    def all(self) -> dict[str, ModelEntry]:
+        """Registered models by name."""
+        try:
+            stat = self.path.stat()
+        except FileNotFoundError:
+            return {}
+        stamp = (stat.st_mtime_ns, stat.st_size)
+        if stamp != self._stamp:
+            loaded = yaml.safe_load(self.path.read_text()) or {}
+            self._entries = {name: ModelEntry.model_validate(entry) for name, entry in loaded.get("models", {}).items()}
+            self._stamp = stamp
+        return dict(self._entries)
+
+    def get(self, name: str) -> ModelEntry:
+        """The entry of `name`.
+
+        Raises:
+            NotFoundError: lists what there is.
+        """
+        entries = self.all()
+        if name not in entries:
+            known = ", ".join(sorted(entries)) or "none yet"
+            raise NotFoundError(
+                f"unknown model '{name}'; registered: {known}. Add one with `stillhouse models add {name} PATH`"
+            )
+        return entries[name]
+
+    def add(self, entry: ModelEntry) -> None:
+        """Register or replace a model."""
+        entries = self.all()
+        entries[entry.name] = entry
+        document = {"models": {name: entries[name].model_dump(mode="json") for name in sorted(entries)}}
+        write_atomic(self.path, yaml.safe_dump(document, sort_keys=False).encode())
+
+
+def verify_files(entry: ModelEntry) -> None:
+    """Check that a model's files still are the registered ones.
+
+    Raises:
+        SpecError: names the file, both hashes and the fix.
+    """
+    for name, expected in entry.files.items():
+        path = Path(entry.path) / name
+        actual = sha256_file(path) if path.is_file() else "missing"
+        if actual != expected:
+            raise SpecError(
+                f"model '{entry.name}': {name} changed since it was registered (sha256 {actual[:12]}, registered {expected[:12]}); "
+                f"register it again with `stillhouse models add {entry.name} {entry.path}`"
+            )
+
+
+def _identity_files(folder: Path) -> list[Path]:
+    names = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    return [folder / name for name in names if (folder / name).is_file()] + sorted(folder.glob("*.safetensors"))
+
+
+def _refuse_foreign_files(folder: Path) -> None:
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink() and not path.resolve().is_relative_to(folder):
+            # the hub's cache keeps its files behind links into ../../blobs: that one shape is legitimate
+            if path.resolve().parent.name != "blobs":
+                raise SpecError(f"{path.name} in {folder} is a link that leaves the folder", param="path")
+        if path.suffix in FORBIDDEN_SUFFIXES:
+            raise SpecError(
+                f"{path.name} in {folder}: {path.suffix} files can carry code and are refused; keep safetensors and JSON only",
+                param="path",
+            )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise SpecError(f"{folder} has no config.json", param="path") from None
+    except ValueError as error:
+        raise SpecError(f"{path} is not valid JSON: {error}", param="path") from None
+    found = [key for key in CODE_KEYS if config.get(key)]
+    if found:
+        raise SpecError(
+            f"{path} has {', '.join(found)}, which lets a loader run foreign code or alters the weights; refused",
+            param="path",
+        )
+    missing = [key for key in ("vocab_size", "hidden_size", "num_hidden_layers") if key not in config]
+    if missing:
+        raise SpecError(
+            f"{path} lacks {', '.join(missing)}; only dense causal language models are supported", param="path"
+        )
+    return config
+
+
+def _count_parameters(path: Path) -> int:
+    with path.open("rb") as stream:
+        head = stream.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+        if not 2 <= length <= MAX_HEADER_BYTES:
+            raise SpecError(
+                f"{path.name}: safetensors header of {length} bytes; at most {MAX_HEADER_BYTES} are accepted",
+                param="path",
+            )
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError:
+            raise SpecError(f"{path.name}: the safetensors header is not valid JSON", param="path") from None
+    tensors = {name: info for name, info in header.items() if name != "__metadata__"}
+    if len(tensors) > MAX_TENSORS:
+        raise SpecError(f"{path.name}: {len(tensors)} tensors; at most {MAX_TENSORS} are accepted", param="path")
+    total = 0
+    for info in tensors.values():
+        count = 1
+        for size in info["shape"]:
+            count *= int(size)
+        total += count
+    return total
+
+
+def _vocabulary(path: Path) -> dict[str, int]:
+    try:
+        document = json.loads(path.read_bytes())
+        vocabulary = dict(document["model"]["vocab"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise SpecError(f"{path} is not a tokenizer this project can read: {error!r}", param="path") from None
+    for token in document.get("added_tokens", []):
+        vocabulary[token["content"]] = int(token["id"])
+    return vocabulary
+
+
+def _has_chat_template(folder: Path) -> bool:
+    if (folder / "chat_template.jinja").is_file():
+        return True
+    path = folder / "tokenizer_config.json"
+    return path.is_file() and "chat_template" in json.loads(path.read_bytes())

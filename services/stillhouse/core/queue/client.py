@@ -1,0 +1,42 @@
+"""Connections to Redis or Valkey.
+
+Two clients: one for commands, which retries through a restart of the server, and one for blocking reads, which does not.
+redis-py 8 would otherwise turn a blocking read on an empty stream into ten time-outs of 5 s.
+"""
+
+from __future__ import annotations
+
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import ExponentialBackoff, NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+BLOCK_MS = 1000
+"""Longest blocking read: short, so that a worker notices SIGTERM, a new lease or a new stream within a second."""
+COMMAND_TIMEOUT_S = 5.0
+"""A command that takes longer means a dead server or network: all of ours take milliseconds."""
+RETRIES = 12
+"""Retries of a command, with back-off up to 1 s: about 10 s, twice what a restart of the server takes. All our scripts may repeat."""
+
+
+def connect(url: str) -> Redis:
+    """A client for commands."""
+    return Redis.from_url(
+        url,
+        socket_timeout=COMMAND_TIMEOUT_S,
+        socket_connect_timeout=COMMAND_TIMEOUT_S,
+        retry=Retry(ExponentialBackoff(cap=1.0, base=0.05), RETRIES),
+        retry_on_error=[RedisConnectionError, RedisTimeoutError],
+        health_check_interval=30,
+    )
+
+
+def connect_blocking(url: str) -> Redis:
+    """A client for blocking reads of at most BLOCK_MS."""
+    return Redis.from_url(
+        url,
+        socket_timeout=BLOCK_MS / 1000 + 10,
+        socket_connect_timeout=COMMAND_TIMEOUT_S,
+        retry=Retry(NoBackoff(), 0),
+    )

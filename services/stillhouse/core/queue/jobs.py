@@ -1,0 +1,312 @@
+"""Job records in Redis: create, claim under a lease, fenced updates, events and metrics.
+
+    queued -> validating -> starting -> running -> succeeded | failed | cancelled
+                     (any non-terminal) -> cancelling -> cancelled;  stalled and back
+
+Who moves what: the gateway writes `queued` and `cancelling`, the trainer under its lease the rest, the sweeper `stalled`.
+A change by a trainer names its epoch and is refused when a newer claim exists; terminal states never change.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from redis.asyncio import Redis
+
+from stillhouse.core.blobs import Artifacts, append_jsonl
+from stillhouse.core.errors import ConflictError, LeaseLostError, NotFoundError
+from stillhouse.core.queue import keys
+from stillhouse.core.queue.streams import Scope
+
+TERMINAL: Final = frozenset({"succeeded", "failed", "cancelled"})
+STATUSES: Final = ("queued", "validating", "starting", "running", "cancelling", "stalled", *sorted(TERMINAL))
+EVENTS_MAXLEN: Final = 10_000
+"""Events kept in Redis for live readers; older ones are in events.jsonl."""
+METRICS_MAXLEN: Final = 100_000
+"""Metric points kept in Redis."""
+IDEMPOTENCY_TTL_S: Final = 86_400
+"""An Idempotency-Key is remembered for a day."""
+
+
+@dataclass(frozen=True, slots=True)
+class JobRecord:
+    """A job as the queue server knows it."""
+
+    id: str
+    status: str
+    spec: dict[str, Any]
+    """As accepted, defaults filled in."""
+    created_at: float
+    epoch: int = 0
+    status_reason: str = ""
+    status_message: str = ""
+    trainer: str = ""
+    """Instance that leads or led it."""
+    step: int = 0
+    """Optimizer steps trained."""
+    committed_step: int = 0
+    """Optimizer steps that a manifest covers."""
+    stop_step: int = 0
+    started_at: float | None = None
+    finished_at: float | None = None
+    weights: dict[str, Any] | None = None
+    """Newest published WeightsRef."""
+    progress: dict[str, Any] = field(default_factory=dict)
+    usage: dict[str, Any] = field(default_factory=dict)
+    error: dict[str, Any] | None = None
+    result: dict[str, Any] | None = None
+    owner: str = ""
+
+    @property
+    def is_terminal(self) -> bool:
+        return self.status in TERMINAL
+
+
+# KEYS record, jobs, active, idempotency; ARGV id, created_at, idempotency value ('' = none), ttl, field, value, ...
+_CREATE = """
+if ARGV[3] ~= '' then
+  local old = redis.call('GET', KEYS[4])
+  if old then return old end
+  redis.call('SET', KEYS[4], ARGV[3], 'EX', ARGV[4])
+end
+if redis.call('EXISTS', KEYS[1]) == 0 then
+  redis.call('HSET', KEYS[1], unpack(ARGV, 5))
+  redis.call('ZADD', KEYS[2], ARGV[2], ARGV[1])
+  redis.call('ZADD', KEYS[3], ARGV[2], ARGV[1])
+end
+return ''
+"""
+
+# KEYS record, lease, active; ARGV instance, lease_ms, highest epoch in the artifacts, job id
+_CLAIM = """
+local status = redis.call('HGET', KEYS[1], 'status')
+if not status or status == 'succeeded' or status == 'failed' or status == 'cancelled' then
+  redis.call('ZREM', KEYS[3], ARGV[4])
+  return 0
+end
+if redis.call('EXISTS', KEYS[2]) == 1 then return 0 end
+local epoch = math.max(tonumber(redis.call('HGET', KEYS[1], 'epoch') or '0'), tonumber(ARGV[3])) + 1
+redis.call('SET', KEYS[2], ARGV[1] .. ':' .. epoch, 'PX', ARGV[2])
+redis.call('HSET', KEYS[1], 'epoch', epoch, 'trainer', ARGV[1])
+return epoch
+"""
+
+# KEYS lease; ARGV holder, lease_ms
+_RENEW = """
+local holder = redis.call('GET', KEYS[1])
+if holder and holder ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+return 1
+"""
+
+# KEYS record, lease, active; ARGV epoch, job id, allowed statuses (',a,b,' or ''), release ('1' or ''), field, value, ...
+_UPDATE = """
+if redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] then return 'EPOCH' end
+local status = redis.call('HGET', KEYS[1], 'status')
+if ARGV[3] ~= '' and not string.find(ARGV[3], ',' .. status .. ',', 1, true) then return status end
+if #ARGV > 4 then redis.call('HSET', KEYS[1], unpack(ARGV, 5)) end
+local now = redis.call('HGET', KEYS[1], 'status')
+if now == 'succeeded' or now == 'failed' or now == 'cancelled' then redis.call('ZREM', KEYS[3], ARGV[2]) end
+if ARGV[4] ~= '' then redis.call('DEL', KEYS[2]) end
+return 'DONE'
+"""
+
+# KEYS record, active; ARGV job id, allowed statuses, field, value, ...
+_REQUEST = """
+local status = redis.call('HGET', KEYS[1], 'status')
+if not status then return 'MISSING' end
+if not string.find(ARGV[2], ',' .. status .. ',', 1, true) then return status end
+redis.call('HSET', KEYS[1], unpack(ARGV, 3))
+local now = redis.call('HGET', KEYS[1], 'status')
+if now == 'succeeded' or now == 'failed' or now == 'cancelled' then redis.call('ZREM', KEYS[2], ARGV[1]) end
+return 'DONE'
+"""
+
+
+class JobStore:
+    """Job records, their events and their metrics. Every history line also goes to the job's artifacts."""
+
+    def __init__(self, redis: Redis, artifacts: Artifacts) -> None:
+        self._redis = redis
+        self.artifacts = artifacts
+        self._create = redis.register_script(_CREATE)
+        self._claim = redis.register_script(_CLAIM)
+        self._renew = redis.register_script(_RENEW)
+        self._update = redis.register_script(_UPDATE)
+        self._request = redis.register_script(_REQUEST)
+
+    async def create(self, record: JobRecord, *, idempotency_key: str = "", body_sha256: str = "") -> str:
+        """Store a new record, once per idempotency key; returns '' or "id:body hash" of the job made before under that key."""
+        fields = _flatten({name: getattr(record, name) for name in _FIELDS})
+        answer = await self._create(
+            keys=[keys.job(record.id), keys.JOBS, keys.JOBS_ACTIVE, keys.idempotency(idempotency_key)],
+            args=[
+                record.id,
+                record.created_at,
+                f"{record.id}:{body_sha256}" if idempotency_key else "",
+                IDEMPOTENCY_TTL_S,
+                *fields,
+            ],
+        )
+        return _text(answer)
+
+    async def get(self, job_id: str) -> JobRecord:
+        """The record.
+
+        Raises:
+            NotFoundError: no such job.
+        """
+        raw: Any = await self._redis.hgetall(keys.job(job_id))
+        if not raw:
+            raise NotFoundError(f"no job '{job_id}'")
+        return _record({_text(key): _text(value) for key, value in raw.items()})
+
+    async def list(self, *, limit: int = 20, after: str = "", newest_first: bool = True) -> list[JobRecord]:
+        """A page of jobs by creation time; `after` is the last id of the page before."""
+        ids = [_text(item) for item in await self._redis.zrange(keys.JOBS, 0, -1, desc=newest_first)]
+        start = ids.index(after) + 1 if after in ids else 0
+        records = []
+        for job_id in ids[start : start + limit]:
+            records.append(await self.get(job_id))
+        return records
+
+    async def active_ids(self) -> list[str]:
+        """Jobs that are not finished, oldest first."""
+        return [_text(item) for item in await self._redis.zrange(keys.JOBS_ACTIVE, 0, -1)]
+
+    async def claim(self, job_id: str, instance: str, lease_s: float, artifact_epoch: int) -> int:
+        """Take the lease of a job; returns the new epoch, or 0 if it is led by another or finished."""
+        return int(
+            await self._claim(
+                keys=[keys.job(job_id), keys.lease(job_id), keys.JOBS_ACTIVE],
+                args=[instance, int(lease_s * 1000), artifact_epoch, job_id],
+            )
+        )
+
+    async def renew(self, scope: Scope, instance: str, lease_s: float) -> None:
+        """Keep the lease.
+
+        Raises:
+            LeaseLostError: another process holds it.
+        """
+        holder = f"{instance}:{scope.epoch}"
+        if int(await self._renew(keys=[keys.lease(scope.job_id)], args=[holder, int(lease_s * 1000)])) == 0:
+            raise LeaseLostError(f"job {scope.job_id}: the lease of epoch {scope.epoch} went to another trainer")
+
+    async def update(
+        self, scope: Scope, *, allowed: tuple[str, ...] = (), release: bool = False, **fields: Any
+    ) -> None:
+        """Change fields of the record under a claim; `release` gives up the lease too.
+
+        Raises:
+            LeaseLostError: a newer claim exists.
+            ConflictError: the status is not one of `allowed`.
+        """
+        answer = _text(
+            await self._update(
+                keys=[keys.job(scope.job_id), keys.lease(scope.job_id), keys.JOBS_ACTIVE],
+                args=[scope.epoch, scope.job_id, _set(allowed), "1" if release else "", *_flatten(fields)],
+            )
+        )
+        if answer == "EPOCH":
+            raise LeaseLostError(f"job {scope.job_id}: epoch {scope.epoch} is closed by a newer claim")
+        if answer != "DONE":
+            raise ConflictError(f"job {scope.job_id} is '{answer}', expected one of {', '.join(allowed)}")
+
+    async def request(self, job_id: str, *, allowed: tuple[str, ...], **fields: Any) -> None:
+        """Change fields on a user's behalf, if the status allows it.
+
+        Raises:
+            NotFoundError: no such job.
+            ConflictError: says which status it has and which would allow it.
+        """
+        answer = _text(
+            await self._request(
+                keys=[keys.job(job_id), keys.JOBS_ACTIVE], args=[job_id, _set(allowed), *_flatten(fields)]
+            )
+        )
+        if answer == "MISSING":
+            raise NotFoundError(f"no job '{job_id}'")
+        if answer != "DONE":
+            raise ConflictError(f"job {job_id} is '{answer}'; this works only while it is {', '.join(allowed)}")
+
+    async def event(self, job_id: str, kind: str, message: str, *, level: str = "info", **data: Any) -> None:
+        """Tell readers that something happened."""
+        event = {"type": kind, "level": level, "message": message, "data": data, "created_at": round(time.time(), 3)}
+        event_id = _text(
+            await self._redis.xadd(
+                keys.events(job_id), {"event": json.dumps(event)}, maxlen=EVENTS_MAXLEN, approximate=True
+            )
+        )
+        append_jsonl(self.artifacts.job(job_id).events, [{"id": event_id, **event}])
+
+    async def events(self, job_id: str, *, after: str = "", limit: int = 100) -> list[dict[str, Any]]:
+        """Events after the one with id `after`, oldest first."""
+        low = f"({after}" if after else "-"
+        return [
+            {"id": _text(entry_id), **json.loads(fields[b"event"])}
+            for entry_id, fields in await self._redis.xrange(keys.events(job_id), min=low, count=limit)
+        ]
+
+    async def metric(self, scope: Scope, step: int, values: Mapping[str, float]) -> None:
+        """Record the metrics of a step. After a takeover a step may come again: keyed (epoch, step), last wins."""
+        point = {"epoch": scope.epoch, "step": step, "created_at": round(time.time(), 3), "values": dict(values)}
+        await self._redis.xadd(
+            keys.metrics(scope.job_id), {"point": json.dumps(point)}, maxlen=METRICS_MAXLEN, approximate=True
+        )
+        append_jsonl(self.artifacts.job(scope.job_id).metrics, [point])
+
+    async def metrics(self, job_id: str, *, step_from: int = 0, step_to: int | None = None) -> list[dict[str, Any]]:
+        """Metric points by step; of repeated steps the newest."""
+        points: dict[int, dict[str, Any]] = {}
+        for _, fields in await self._redis.xrange(keys.metrics(job_id)):
+            point = json.loads(fields[b"point"])
+            if point["step"] >= step_from and (step_to is None or point["step"] <= step_to):
+                points[point["step"]] = point
+        return [points[step] for step in sorted(points)]
+
+
+_JSON_FIELDS: Final = frozenset({"spec", "weights", "progress", "usage", "error", "result"})
+_INT_FIELDS: Final = frozenset({"epoch", "step", "committed_step", "stop_step"})
+_FLOAT_FIELDS: Final = frozenset({"created_at", "started_at", "finished_at"})
+_FIELDS: Final = tuple(JobRecord.__dataclass_fields__)
+
+
+def _flatten(fields: Mapping[str, Any]) -> list[str]:
+    """Hash fields as redis takes them: None becomes empty."""
+    flat: list[str] = []
+    for name, value in fields.items():
+        if name not in _FIELDS:
+            raise AssertionError(f"the job record has no field '{name}'")
+        flat.append(name)
+        flat.append("" if value is None else json.dumps(value) if name in _JSON_FIELDS else str(value))
+    return flat
+
+
+def _record(raw: Mapping[str, str]) -> JobRecord:
+    values: dict[str, Any] = {}
+    for name in _FIELDS:
+        text = raw.get(name, "")
+        if text == "":
+            continue
+        if name in _JSON_FIELDS:
+            values[name] = json.loads(text)
+        elif name in _INT_FIELDS:
+            values[name] = int(text)
+        elif name in _FLOAT_FIELDS:
+            values[name] = float(text)
+        else:
+            values[name] = text
+    return JobRecord(**values)
+
+
+def _set(statuses: tuple[str, ...]) -> str:
+    return f",{','.join(statuses)}," if statuses else ""
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)

@@ -1,0 +1,92 @@
+"""Every Redis key of Stillhouse is made here.
+
+    sh:jobs                              zset    job ids by creation time
+    sh:jobs:active                       zset    jobs that are not in a terminal state, by creation time
+    sh:idempotency:{key}                 string  job id made for an Idempotency-Key; expires after a day
+    sh:job:{id}                          hash    the job's record
+    sh:job:{id}:lease                    string  "{instance}:{epoch}" of the trainer that leads; expires
+    sh:job:{id}:events  :metrics         stream  history for readers; trimmed
+    sh:job:{id}:{epoch}:streams          set     work streams of the epoch, so that closing it can delete them
+    sh:job:{id}:{epoch}:prompts          stream  PromptGroup, consumer group "samplers"
+    sh:job:{id}:{epoch}:rollouts:{name}  stream  Rollout, consumer group "teachers"
+    sh:job:{id}:{epoch}:scored           stream  Score, consumer group "trainers"
+    sh:job:{id}:{epoch}:dead             stream  what was given up, for people
+    sh:job:{id}:{epoch}:marks            hash    (stage, sample id, attempt) already handed over
+    sh:teachers                          set     model hashes with streams
+    sh:teacher:{model_sha256}            hash    stream of rollouts -> TeacherTask
+    sh:services                          zset    "{role}:{instance}" by last heartbeat
+    sh:service:{role}:{instance}         hash    address and state; expires
+    sh:sampler:{instance}                string  "{job_id}:{epoch}" that leased it; expires
+
+No braces: one primary, no Redis Cluster, since one script touches a job's record and its streams together.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+JOBS: Final = "sh:jobs"
+JOBS_ACTIVE: Final = "sh:jobs:active"
+TEACHERS: Final = "sh:teachers"
+SERVICES: Final = "sh:services"
+SWEEPER: Final = "sh:sweeper"
+
+SAMPLERS_GROUP: Final = "samplers"
+TEACHERS_GROUP: Final = "teachers"
+TRAINERS_GROUP: Final = "trainers"
+
+
+def idempotency(key: str) -> str:
+    return f"sh:idempotency:{key}"
+
+
+def job(job_id: str) -> str:
+    return f"sh:job:{job_id}"
+
+
+def lease(job_id: str) -> str:
+    return f"sh:job:{job_id}:lease"
+
+
+def events(job_id: str) -> str:
+    return f"sh:job:{job_id}:events"
+
+
+def metrics(job_id: str) -> str:
+    return f"sh:job:{job_id}:metrics"
+
+
+def streams(job_id: str, epoch: int) -> str:
+    return f"sh:job:{job_id}:{epoch}:streams"
+
+
+def prompts(job_id: str, epoch: int) -> str:
+    return f"sh:job:{job_id}:{epoch}:prompts"
+
+
+def rollouts(job_id: str, epoch: int, teacher: str) -> str:
+    return f"sh:job:{job_id}:{epoch}:rollouts:{teacher}"
+
+
+def scored(job_id: str, epoch: int) -> str:
+    return f"sh:job:{job_id}:{epoch}:scored"
+
+
+def dead(job_id: str, epoch: int) -> str:
+    return f"sh:job:{job_id}:{epoch}:dead"
+
+
+def marks(job_id: str, epoch: int) -> str:
+    return f"sh:job:{job_id}:{epoch}:marks"
+
+
+def teacher(model_sha256: str) -> str:
+    return f"sh:teacher:{model_sha256}"
+
+
+def service(role: str, instance: str) -> str:
+    return f"sh:service:{role}:{instance}"
+
+
+def sampler(instance: str) -> str:
+    return f"sh:sampler:{instance}"

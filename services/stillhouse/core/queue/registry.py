@@ -1,0 +1,157 @@
+"""Who is there: services announce themselves by heartbeats, trainers lease samplers.
+
+Addresses come from here and never from a message, so a forged message cannot send a service somewhere else.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from redis.asyncio import Redis
+
+from stillhouse.core.errors import UnavailableError
+from stillhouse.core.queue import keys
+from stillhouse.core.queue.streams import Scope
+
+HEARTBEAT_S: Final = 2.0
+"""Time between heartbeats."""
+EXPIRY_S: Final = 8.0
+"""A service without a heartbeat for so long is gone: three missed ones and some slack for a busy machine."""
+
+# KEYS sampler; ARGV job id, epoch, lease_ms. Free, or leased by an older claim of the same job.
+_LEASE_SAMPLER = """
+local holder = redis.call('GET', KEYS[1])
+if holder then
+  local job, epoch = string.match(holder, '^(.*):(%d+)$')
+  if job ~= ARGV[1] or tonumber(epoch) > tonumber(ARGV[2]) then return 0 end
+end
+redis.call('SET', KEYS[1], ARGV[1] .. ':' .. ARGV[2], 'PX', ARGV[3])
+return 1
+"""
+
+_RELEASE_SAMPLER = """
+if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end
+return 0
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceInfo:
+    """A live service."""
+
+    role: str
+    instance: str
+    address: str
+    """host:port of its gRPC or REST server."""
+    pid: int
+    started_at: float
+    seen_at: float
+    version: str = ""
+    metrics_address: str = ""
+    state: str = ""
+    """What it is doing, in a word: "ready", "sampling", "training" ..."""
+    job_id: str = ""
+    extra: dict[str, str] = field(default_factory=dict)
+
+
+class Registry:
+    """Heartbeats and sampler leases."""
+
+    def __init__(self, redis: Redis) -> None:
+        self._redis = redis
+        self._lease_sampler = redis.register_script(_LEASE_SAMPLER)
+        self._release_sampler = redis.register_script(_RELEASE_SAMPLER)
+
+    async def beat(self, info: ServiceInfo) -> None:
+        """Announce a service for the next EXPIRY_S seconds."""
+        key = keys.service(info.role, info.instance)
+        fields: dict[str, Any] = {
+            "role": info.role,
+            "instance": info.instance,
+            "address": info.address,
+            "pid": info.pid,
+            "started_at": info.started_at,
+            "version": info.version,
+            "metrics_address": info.metrics_address,
+            "state": info.state,
+            "job_id": info.job_id,
+            **{f"x_{name}": value for name, value in info.extra.items()},
+        }
+        async with self._redis.pipeline(transaction=True) as pipe:
+            pipe.hset(key, mapping=fields)
+            pipe.pexpire(key, int(EXPIRY_S * 1000))
+            pipe.zadd(keys.SERVICES, {f"{info.role}:{info.instance}": time.time()})
+            await pipe.execute()
+
+    async def leave(self, role: str, instance: str) -> None:
+        """Take a service off the list at once."""
+        await self._redis.delete(keys.service(role, instance))
+        await self._redis.zrem(keys.SERVICES, f"{role}:{instance}")
+
+    async def services(self, role: str = "") -> list[ServiceInfo]:
+        """Live services, by role and name."""
+        found = []
+        for member, seen_at in await self._redis.zrange(keys.SERVICES, 0, -1, withscores=True):
+            name = _text(member)
+            member_role, _, instance = name.partition(":")
+            if role and member_role != role:
+                continue
+            raw: Any = await self._redis.hgetall(keys.service(member_role, instance))
+            if not raw:
+                if time.time() - seen_at > 10 * EXPIRY_S:
+                    await self._redis.zrem(keys.SERVICES, name)
+                continue
+            found.append(_info({_text(key): _text(value) for key, value in raw.items()}, seen_at))
+        return sorted(found, key=lambda info: (info.role, info.instance))
+
+    async def find(self, role: str, instance: str) -> ServiceInfo:
+        """A live service by name.
+
+        Raises:
+            UnavailableError: it is gone.
+        """
+        raw: Any = await self._redis.hgetall(keys.service(role, instance))
+        if not raw:
+            raise UnavailableError(f"{role} '{instance}' is gone: no heartbeat for {EXPIRY_S:g} s")
+        return _info({_text(key): _text(value) for key, value in raw.items()}, time.time())
+
+    async def lease_sampler(self, instance: str, scope: Scope, lease_s: float) -> bool:
+        """Take or renew a sampler for a job; False if another job has it."""
+        answer = await self._lease_sampler(
+            keys=[keys.sampler(instance)], args=[scope.job_id, scope.epoch, int(lease_s * 1000)]
+        )
+        return int(answer) == 1
+
+    async def release_sampler(self, instance: str, scope: Scope) -> None:
+        """Give a sampler back."""
+        await self._release_sampler(keys=[keys.sampler(instance)], args=[f"{scope.job_id}:{scope.epoch}"])
+
+    async def assignment(self, instance: str) -> Scope | None:
+        """The job that leased this sampler."""
+        holder = await self._redis.get(keys.sampler(instance))
+        if holder is None:
+            return None
+        job_id, _, epoch = _text(holder).rpartition(":")
+        return Scope(job_id, int(epoch))
+
+
+def _info(raw: dict[str, str], seen_at: float) -> ServiceInfo:
+    return ServiceInfo(
+        role=raw["role"],
+        instance=raw["instance"],
+        address=raw["address"],
+        pid=int(raw["pid"]),
+        started_at=float(raw["started_at"]),
+        seen_at=seen_at,
+        version=raw.get("version", ""),
+        metrics_address=raw.get("metrics_address", ""),
+        state=raw.get("state", ""),
+        job_id=raw.get("job_id", ""),
+        extra={key.removeprefix("x_"): value for key, value in raw.items() if key.startswith("x_")},
+    )
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)

@@ -1,0 +1,321 @@
+"""The work queue: Redis Streams with consumer groups, where nothing is lost and nothing counts twice.
+
+Life of an entry:  added -> claimed (pending) -> handed over | failed        moved by whoever holds the claim
+                              ^      |
+                              |      +- holder dies or hands back: claimable again after `lease_s`, or at once
+
+* A result and the removal of its source are ONE script (`hand_over`), which also checks that the epoch is still open
+  and that this (stage, sample id, attempt) was not handed over before. So a crash leaves either the source or the result.
+* A holder renews its claims (`renew`); who is silent for `lease_s` loses them to whoever asks next (`reclaim`).
+* Work streams are never trimmed. Entries leave by acknowledge-and-delete only, so XLEN is the work outstanding.
+
+Every operation may be repeated: a command that is retried after a lost reply does no harm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Final, Protocol
+
+from redis.asyncio import Redis
+from redis.exceptions import ResponseError
+
+from stillhouse.core.errors import TooLargeError
+from stillhouse.core.queue import keys
+from stillhouse.core.queue.client import BLOCK_MS
+
+PAYLOAD: Final = "p"
+"""Field of an entry that holds the serialized message."""
+MAX_ENTRY_BYTES: Final = 1 << 20
+"""Largest entry: bulk goes from service to service, never through the queue."""
+MAX_DELIVERIES: Final = 5
+"""Deliveries of an entry before it is given up: four crashes in a row on the same sample are the sample's fault."""
+HAND_BACK_CONSUMER: Final = "handback"
+HAND_BACK_IDLE_MS: Final = 86_400_000
+"""Idle time given to entries that are handed back: a day, so that any reclaim finds them at once."""
+
+
+class Outcome(StrEnum):
+    """What a hand-over did."""
+
+    DONE = "DONE"
+    """The result was added."""
+    DUPLICATE = "DUP"
+    """It had been handed over before; nothing was added, the source is gone."""
+    CLOSED = "CLOSED"
+    """The epoch is closed; nothing was done. Drop the work."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A claimed entry of a stream."""
+
+    stream: str
+    group: str
+    id: str
+    payload: bytes
+    deliveries: int = 1
+    """How often it was delivered, this time included."""
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Delivered too often: give it up instead of trying again."""
+        return self.deliveries > MAX_DELIVERIES
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """A job under one claim: what fences all work."""
+
+    job_id: str
+    epoch: int
+
+
+# KEYS record, streams set, stream; ARGV epoch, group
+_OPEN_STREAM = """
+if redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] then return 'CLOSED' end
+redis.call('SADD', KEYS[2], KEYS[3])
+local ok = redis.pcall('XGROUP', 'CREATE', KEYS[3], ARGV[2], '0', 'MKSTREAM')
+if type(ok) == 'table' and ok.err and not string.find(ok.err, 'BUSYGROUP') then return ok end
+return 'DONE'
+"""
+
+# KEYS record, marks, target; ARGV epoch, mark, payload
+_ADD = """
+if redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] then return 'CLOSED' end
+if redis.call('HSETNX', KEYS[2], ARGV[2], 1) == 0 then return 'DUP' end
+redis.call('XADD', KEYS[3], '*', 'p', ARGV[3])
+return 'DONE'
+"""
+
+# KEYS record, marks, target, source, dead; ARGV epoch, mark, payload, source group, source id ('' = keep it), dead payload ('' = none)
+_HAND_OVER = """
+if redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] then return 'CLOSED' end
+local outcome = 'DUP'
+if redis.call('HSETNX', KEYS[2], ARGV[2], 1) == 1 then
+  redis.call('XADD', KEYS[3], '*', 'p', ARGV[3])
+  if ARGV[6] ~= '' then redis.call('XADD', KEYS[5], '*', 'p', ARGV[6]) end
+  outcome = 'DONE'
+end
+if ARGV[5] ~= '' and redis.call('XACK', KEYS[4], ARGV[4], ARGV[5]) == 1 then redis.call('XDEL', KEYS[4], ARGV[5]) end
+return outcome
+"""
+
+# KEYS stream; ARGV group, ids...
+_ACK_DELETE = """
+local n = 0
+for i = 2, #ARGV do
+  if redis.call('XACK', KEYS[1], ARGV[1], ARGV[i]) == 1 then
+    redis.call('XDEL', KEYS[1], ARGV[i])
+    n = n + 1
+  end
+end
+return n
+"""
+
+# KEYS streams set, then the epoch's own keys, then all its streams
+_CLOSE_EPOCH = """
+for _, key in ipairs(redis.call('SMEMBERS', KEYS[1])) do redis.call('UNLINK', key) end
+for i = 1, #KEYS do redis.call('UNLINK', KEYS[i]) end
+return 1
+"""
+
+
+class QueueBackend(Protocol):
+    """What the services need of a queue; `WorkQueue` is the real one, tests have one in memory."""
+
+    async def open_stream(self, scope: Scope, stream: str, group: str) -> Outcome:
+        """Create a work stream of the epoch and its consumer group (from the first entry on)."""
+        ...
+
+    async def add(self, scope: Scope, stream: str, mark: str, payload: bytes) -> Outcome:
+        """Add an entry once; `mark` names it within the epoch."""
+        ...
+
+    async def claim(
+        self, streams: Sequence[str], group: str, consumer: str, count: int, block_ms: int = BLOCK_MS
+    ) -> list[Entry]:
+        """New entries of the streams; waits up to `block_ms` for the first."""
+        ...
+
+    async def reclaim(self, stream: str, group: str, consumer: str, min_idle_s: float, count: int) -> list[Entry]:
+        """Entries whose holder was silent for `min_idle_s`, or which were handed back."""
+        ...
+
+    async def renew(self, entries: Iterable[Entry], consumer: str) -> None:
+        """Show that the holder of the claims is alive."""
+        ...
+
+    async def hand_over(
+        self,
+        scope: Scope,
+        source: Entry,
+        target: str,
+        mark: str,
+        payload: bytes,
+        *,
+        last: bool = True,
+        dead: bytes = b"",
+    ) -> Outcome:
+        """Add a result and, if `last`, remove its source, in one step. `dead` also goes to the dead-letter stream."""
+        ...
+
+    async def hand_back(self, entries: Iterable[Entry], consumer: str) -> None:
+        """Return claims unfinished: the next reclaim finds them at once, and the delivery does not count."""
+        ...
+
+    async def ack_delete(self, entries: Sequence[Entry]) -> int:
+        """Remove entries whose content is durable elsewhere; returns how many were still there."""
+        ...
+
+    async def length(self, stream: str) -> int:
+        """Work outstanding: entries waiting or claimed."""
+        ...
+
+    async def close_epoch(self, scope: Scope) -> None:
+        """Delete all streams and marks of the epoch."""
+        ...
+
+
+class WorkQueue:
+    """`QueueBackend` on Redis 7.0 commands (Valkey 8 and 9 too)."""
+
+    def __init__(self, redis: Redis, blocking: Redis) -> None:
+        self._redis = redis
+        self._blocking = blocking
+        self._open_stream = redis.register_script(_OPEN_STREAM)
+        self._add = redis.register_script(_ADD)
+        self._hand_over = redis.register_script(_HAND_OVER)
+        self._ack_delete = redis.register_script(_ACK_DELETE)
+        self._close_epoch = redis.register_script(_CLOSE_EPOCH)
+
+    async def open_stream(self, scope: Scope, stream: str, group: str) -> Outcome:
+        record, streams = keys.job(scope.job_id), keys.streams(scope.job_id, scope.epoch)
+        return _outcome(await self._open_stream(keys=[record, streams, stream], args=[scope.epoch, group]))
+
+    async def add(self, scope: Scope, stream: str, mark: str, payload: bytes) -> Outcome:
+        _check_size(stream, payload)
+        record, marks = keys.job(scope.job_id), keys.marks(scope.job_id, scope.epoch)
+        return _outcome(await self._add(keys=[record, marks, stream], args=[scope.epoch, mark, payload]))
+
+    async def claim(
+        self, streams: Sequence[str], group: str, consumer: str, count: int, block_ms: int = BLOCK_MS
+    ) -> list[Entry]:
+        if not streams or count < 1:
+            return []
+        wanted: dict[Any, Any] = dict.fromkeys(streams, ">")
+        try:
+            answer = await self._blocking.xreadgroup(group, consumer, wanted, count=count, block=block_ms)
+        except ResponseError as error:
+            if "NOGROUP" in str(error):  # the epoch was closed meanwhile
+                return []
+            raise
+        return [
+            Entry(_text(stream), group, _text(entry_id), fields[PAYLOAD.encode()])
+            for stream, entries in _pairs(answer)
+            for entry_id, fields in entries
+        ]
+
+    async def reclaim(self, stream: str, group: str, consumer: str, min_idle_s: float, count: int) -> list[Entry]:
+        found: list[Entry] = []
+        cursor = "0-0"
+        while len(found) < count:
+            try:
+                answer: Any = await self._redis.xautoclaim(
+                    stream, group, consumer, int(min_idle_s * 1000), start_id=cursor, count=count - len(found)
+                )
+            except ResponseError as error:
+                if "NOGROUP" in str(error):
+                    return found
+                raise
+            cursor = _text(answer[0])
+            for entry_id, fields in answer[1]:
+                pending: Any = await self._redis.xpending_range(stream, group, entry_id, entry_id, 1)
+                deliveries = int(pending[0]["times_delivered"]) if pending else 1
+                found.append(Entry(stream, group, _text(entry_id), fields[PAYLOAD.encode()], deliveries))
+            if cursor == "0-0":
+                break
+        return found
+
+    async def renew(self, entries: Iterable[Entry], consumer: str) -> None:
+        for (stream, group), ids in _by_stream(entries).items():
+            await self._claim_justid(stream, group, consumer, 0, ids)
+
+    async def hand_over(
+        self,
+        scope: Scope,
+        source: Entry,
+        target: str,
+        mark: str,
+        payload: bytes,
+        *,
+        last: bool = True,
+        dead: bytes = b"",
+    ) -> Outcome:
+        _check_size(target, payload)
+        job_id, epoch = scope.job_id, scope.epoch
+        return _outcome(
+            await self._hand_over(
+                keys=[keys.job(job_id), keys.marks(job_id, epoch), target, source.stream, keys.dead(job_id, epoch)],
+                args=[epoch, mark, payload, source.group, source.id if last else "", dead],
+            )
+        )
+
+    async def hand_back(self, entries: Iterable[Entry], consumer: str) -> None:
+        for (stream, group), ids in _by_stream(entries).items():
+            await self._claim_justid(stream, group, HAND_BACK_CONSUMER, HAND_BACK_IDLE_MS, ids)
+
+    async def ack_delete(self, entries: Sequence[Entry]) -> int:
+        removed = 0
+        for (stream, group), ids in _by_stream(entries).items():
+            removed += int(await self._ack_delete(keys=[stream], args=[group, *ids]))
+        return removed
+
+    async def length(self, stream: str) -> int:
+        return int(await self._redis.xlen(stream))
+
+    async def close_epoch(self, scope: Scope) -> None:
+        job_id, epoch = scope.job_id, scope.epoch
+        await self._close_epoch(keys=[keys.streams(job_id, epoch), keys.marks(job_id, epoch), keys.dead(job_id, epoch)])
+
+    async def _claim_justid(self, stream: str, group: str, consumer: str, idle_ms: int, ids: list[str]) -> None:
+        try:
+            # JUSTID leaves the delivery count alone: renewing or handing back is no new attempt
+            await self._redis.execute_command("XCLAIM", stream, group, consumer, 0, *ids, "IDLE", idle_ms, "JUSTID")
+        except ResponseError as error:
+            if "NOGROUP" not in str(error):
+                raise
+
+
+def _check_size(stream: str, payload: bytes) -> None:
+    if len(payload) > MAX_ENTRY_BYTES:
+        raise TooLargeError(f"entry of {len(payload)} bytes for {stream}; the queue takes at most {MAX_ENTRY_BYTES}")
+
+
+def _by_stream(entries: Iterable[Entry]) -> dict[tuple[str, str], list[str]]:
+    grouped: dict[tuple[str, str], list[str]] = {}
+    for entry in entries:
+        grouped.setdefault((entry.stream, entry.group), []).append(entry.id)
+    return grouped
+
+
+def _pairs(answer: Any) -> Iterable[tuple[Any, Any]]:
+    """XREADGROUP answers a list of pairs in RESP2 and a mapping in RESP3."""
+    if not answer:
+        return []
+    if isinstance(answer, Mapping):
+        return [
+            (stream, entries[0] if entries and isinstance(entries[0], list) else entries)
+            for stream, entries in answer.items()
+        ]
+    return answer
+
+
+def _outcome(answer: Any) -> Outcome:
+    return Outcome(_text(answer))
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)

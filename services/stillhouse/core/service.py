@@ -1,0 +1,201 @@
+"""The frame that sampler, teacher and trainer share: connections, heartbeat, signals, exit codes.
+
+A service is a gRPC server plus one worker loop in one event loop. SIGTERM or SIGINT sets `stop`; the worker hands work
+back and returns; the process exits 0. Anything else that ends the worker is a crash: logged with traceback, exit 1.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+import secrets
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any, Final, Protocol
+
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from stillhouse.core import telemetry
+from stillhouse.core.blobs import Artifacts
+from stillhouse.core.config import Settings, load_settings
+from stillhouse.core.errors import StillhouseError, UnavailableError
+from stillhouse.core.models import ModelRegistry
+from stillhouse.core.queue.client import connect, connect_blocking
+from stillhouse.core.queue.jobs import JobStore
+from stillhouse.core.queue.registry import HEARTBEAT_S, Registry, ServiceInfo
+from stillhouse.core.queue.streams import WorkQueue
+from stillhouse.core.rpc import Peers, Server
+
+VERSION: Final = version("stillhouse")
+REDIS_WAIT_S: Final = 60.0
+"""How long a starting service waits for the queue server: they are often started together."""
+
+
+@dataclass
+class Context:
+    """What every service has at hand. Made once per process by `open_context`."""
+
+    settings: Settings
+    role: str
+    instance: str
+    redis: Redis
+    blocking: Redis
+    queue: WorkQueue
+    jobs: JobStore
+    registry: Registry
+    peers: Peers
+    models: ModelRegistry
+    artifacts: Artifacts
+    log: Any
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set by SIGTERM: take no new work, hand back what is held."""
+
+    async def close(self) -> None:
+        """Close channels and connections."""
+        await self.peers.close()
+        await self.redis.aclose()
+        await self.blocking.aclose()
+
+
+class App(Protocol):
+    """A service: what it serves and what it does."""
+
+    def register(self, server: Server) -> None:
+        """Add the gRPC service to the server."""
+        ...
+
+    async def run(self) -> None:
+        """Work until `Context.stop` is set; hand back what is held, then return."""
+        ...
+
+    def state(self) -> tuple[str, str]:
+        """(what it is doing in a word, job id) for the heartbeat."""
+        ...
+
+
+def open_context(settings: Settings, role: str, log: Any, *, instance: str = "") -> Context:
+    """Connections of a process. Leaves first, no globals."""
+    redis, blocking = connect(settings.redis_url), connect_blocking(settings.redis_url)
+    artifacts = Artifacts(settings.artifacts_dir())
+    return Context(
+        settings=settings,
+        role=role,
+        instance=instance or settings.instance or f"{role}-{secrets.token_hex(3)}",
+        redis=redis,
+        blocking=blocking,
+        queue=WorkQueue(redis, blocking),
+        jobs=JobStore(redis, artifacts),
+        registry=Registry(redis),
+        peers=Peers(settings),
+        models=ModelRegistry(settings.models_path()),
+        artifacts=artifacts,
+        log=log,
+    )
+
+
+def main(role: str, build: Callable[[Context], App]) -> None:
+    """Entry of a service process: settings, logging, run, exit code."""
+    try:
+        settings = load_settings()
+        instance = settings.instance or f"{role}-{secrets.token_hex(3)}"
+        log = telemetry.setup_logging(settings, role, instance)
+    except StillhouseError as error:
+        sys.exit(f"stillhouse {role}: {error.message}")
+    if settings.supervised:
+        die_with_parent()
+    try:
+        asyncio.run(_serve(settings, role, instance, log, build))
+    except StillhouseError as error:
+        log.error("service failed", error=error.message, code=error.code)
+        sys.exit(1)
+    except Exception:  # the one place of the process that catches everything
+        log.exception("service crashed")
+        sys.exit(1)
+
+
+def die_with_parent() -> None:
+    """Ask Linux to send SIGTERM when the supervisor dies, so that nothing is left behind."""
+    if sys.platform != "linux":
+        return
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+async def _serve(settings: Settings, role: str, instance: str, log: Any, build: Callable[[Context], App]) -> None:
+    ctx = open_context(settings, role, log, instance=instance)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ctx.stop.set)
+    try:
+        await wait_for_redis(ctx.redis)
+        app = build(ctx)
+        server = Server(settings)
+        app.register(server)
+        address = await server.start()
+        metrics_address = telemetry.serve_metrics(settings)
+        telemetry.BUILD_INFO.labels(role, VERSION).set(1)
+        await server.set_ready(True)
+        log.info("ready", address=address, metrics=metrics_address, pid=os.getpid())
+        heartbeat = asyncio.create_task(_heartbeat(ctx, app, address, metrics_address), name="heartbeat")
+        worker = asyncio.create_task(app.run(), name="worker")
+        try:
+            await asyncio.wait({heartbeat, worker}, return_when=asyncio.FIRST_COMPLETED)
+            for task in (heartbeat, worker):
+                if task.done():
+                    task.result()  # raises what ended it
+        finally:
+            heartbeat.cancel()
+            worker.cancel()
+            await asyncio.gather(heartbeat, worker, return_exceptions=True)
+            await server.stop(grace_s=2.0)
+            await ctx.registry.leave(role, instance)
+        log.info("stopped")
+    finally:
+        await ctx.close()
+
+
+async def wait_for_redis(redis: Redis, timeout_s: float = REDIS_WAIT_S) -> None:
+    """Wait until the queue server answers.
+
+    Raises:
+        UnavailableError: it did not within `timeout_s`.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            await redis.ping()
+            return
+        except (RedisError, OSError) as error:
+            if time.monotonic() > deadline:
+                raise UnavailableError(f"the queue server did not answer within {timeout_s:g} s: {error}") from None
+            await asyncio.sleep(0.2)
+
+
+async def _heartbeat(ctx: Context, app: App, address: str, metrics_address: str) -> None:
+    started_at = time.time()
+    while True:
+        state, job_id = app.state()
+        info = ServiceInfo(
+            role=ctx.role,
+            instance=ctx.instance,
+            address=address,
+            pid=os.getpid(),
+            started_at=started_at,
+            seen_at=0.0,
+            version=VERSION,
+            metrics_address=metrics_address,
+            state=state,
+            job_id=job_id,
+        )
+        try:
+            await ctx.registry.beat(info)
+        except (RedisError, OSError) as error:
+            # the queue server may restart; the worker decides whether it can go on
+            ctx.log.warning("heartbeat failed", error=str(error))
+        await asyncio.sleep(HEARTBEAT_S)
