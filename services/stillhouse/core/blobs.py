@@ -23,6 +23,7 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def fsync_file(path: Path) -> None:
 
 
 def write_atomic(path: Path, data: bytes, *, mode: int = 0o644) -> None:
-    """Replace `path` by `data`, durably: temp, fsync, rename, fsync of the folder. A reader sees old or new, never half."""
+    """Replace `path` by `data`, durably: temp, fsync, rename, fsync of the folder. Readers see old or new, never half."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temp = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -114,7 +115,7 @@ def read_json(path: Path) -> Any:
 
 
 def append_jsonl(path: Path, values: list[dict[str, Any]]) -> None:
-    """Append lines to a history file in one write (not fsynced: history may lose its last second, truth never lies here)."""
+    """Append lines to a history file in one write. Not fsynced: history may lose its last second, truth never lies here."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as stream:
         stream.write(b"".join(json.dumps(value, separators=(",", ":")).encode() + b"\n" for value in values))
@@ -130,27 +131,37 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
 
 
+@dataclass
+class Staged:
+    """A folder in the making."""
+
+    path: Path
+    """Write here."""
+    target: Path
+    """It becomes this; may be changed until the block ends."""
+
+
 @contextmanager
-def staged_dir(target: Path) -> Iterator[Path]:
+def staged_dir(target: Path) -> Iterator[Staged]:
     """A temporary sibling folder that becomes `target` when the block ends well; files in it are fsynced first.
 
     Raises:
         FileExistsError: `target` exists: committed folders are never overwritten.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    temp = target.with_name(f"tmp.{target.name}.{secrets.token_hex(4)}")
-    temp.mkdir()
+    staged = Staged(target.with_name(f"tmp.{target.name}.{secrets.token_hex(4)}"), target)
+    staged.path.mkdir()
     try:
-        yield temp
-        for path in sorted(temp.rglob("*")):
+        yield staged
+        for path in sorted(staged.path.rglob("*")):
             if path.is_file():
                 fsync_file(path)
-        fsync_dir(temp)
-        if target.exists():
-            raise FileExistsError(f"{target} is already committed")
-        temp.rename(target)
+        fsync_dir(staged.path)
+        if staged.target.exists():
+            raise FileExistsError(f"{staged.target} is already committed")
+        staged.path.rename(staged.target)
     except BaseException:
-        shutil.rmtree(temp, ignore_errors=True)
+        shutil.rmtree(staged.path, ignore_errors=True)
         raise
     fsync_dir(target.parent)
 

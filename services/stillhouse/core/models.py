@@ -1,7 +1,8 @@
 """The registry of models: names that jobs may use -> a local folder, pinned by hash.
 
 `models.yaml` is written by `stillhouse models add`; services read it. What is registered is checked first, without
-loading anything: only safetensors weights, a config.json without code, a tokenizer.json. A job names models, never paths.
+loading anything: only safetensors weights, a config.json without code, a tokenizer.json. A job names models, never
+paths.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ CODE_KEYS: Final = (
     "_attn_implementation_internal",
     "quantization_config",
 )
-"""config.json keys that make a loader run foreign code or fetch kernels (quantised weights cannot be trained or scored exactly)."""
+"""config.json keys that make a loader run foreign code or fetch kernels; quantised weights cannot be trained exactly."""
 FORBIDDEN_SUFFIXES: Final = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".py", ".h5", ".msgpack")
 """Formats that can carry code, and code itself."""
 
@@ -172,8 +173,8 @@ def verify_files(entry: ModelEntry) -> None:
         actual = sha256_file(path) if path.is_file() else "missing"
         if actual != expected:
             raise SpecError(
-                f"model '{entry.name}': {name} changed since it was registered (sha256 {actual[:12]}, registered {expected[:12]}); "
-                f"register it again with `stillhouse models add {entry.name} {entry.path}`"
+                f"model '{entry.name}': {name} changed since it was registered (sha256 {actual[:12]}, "
+                f"registered {expected[:12]}); register it again with `stillhouse models add {entry.name} {entry.path}`"
             )
 
 
@@ -184,13 +185,13 @@ def _identity_files(folder: Path) -> list[Path]:
 
 def _refuse_foreign_files(folder: Path) -> None:
     for path in sorted(folder.iterdir()):
-        if path.is_symlink() and not path.resolve().is_relative_to(folder):
-            # the hub's cache keeps its files behind links into ../../blobs: that one shape is legitimate
-            if path.resolve().parent.name != "blobs":
-                raise SpecError(f"{path.name} in {folder} is a link that leaves the folder", param="path")
+        leaves = path.is_symlink() and not path.resolve().is_relative_to(folder)
+        # the hub's cache keeps its files behind links into ../../blobs: that one shape is legitimate
+        if leaves and path.resolve().parent.name != "blobs":
+            raise SpecError(f"{path.name} in {folder} is a link that leaves the folder", param="path")
         if path.suffix in FORBIDDEN_SUFFIXES:
             raise SpecError(
-                f"{path.name} in {folder}: {path.suffix} files can carry code and are refused; keep safetensors and JSON only",
+                f"{path.name} in {folder}: {path.suffix} files can carry code and are refused; keep safetensors, JSON",
                 param="path",
             )
 

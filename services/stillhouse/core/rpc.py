@@ -14,6 +14,7 @@ from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, I
 from typing import Any, Final
 
 import grpc
+import grpc.aio
 import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
@@ -37,7 +38,7 @@ from stillhouse.core.errors import (
 from stillhouse.core.telemetry import RPC_SECONDS
 
 CHUNK_BYTES: Final = 1 << 20
-"""Part size of streamed payloads: Python gRPC is fastest between 256 KiB and 4 MiB, and ten times slower in one big message."""
+"""Part size of streamed payloads: Python gRPC is fastest at 256 KiB to 4 MiB, ten times slower in one big message."""
 MAX_MESSAGE_BYTES: Final = 64 << 20
 """Largest single message: a bad peer must not be able to take the memory."""
 CODE_KEY: Final = "stillhouse-code"

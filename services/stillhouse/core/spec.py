@@ -86,7 +86,7 @@ class TeacherSpec(Closed):
     dtype: Dtype = "float32"
     """Element type it computes in."""
     system_prompt: str | None = Field(default=None, max_length=100_000)
-    """System message that only the teacher reads: the student learns to behave as if it had it (context distillation)."""
+    """System message that only the teacher reads: the student learns to behave as if it had it."""
     weight: float = Field(default=1.0, gt=0, le=1000)
     """Weight of this teacher's samples in the loss."""
 
@@ -95,7 +95,7 @@ class DataSpec(Closed):
     """Where the prompts come from. Exactly one of `file`, `rows`."""
 
     file: str | None = Field(default=None, pattern=r"^file_[a-z0-9]{8,40}$")
-    """Id of an uploaded JSONL file (`POST /v1/files`). In a job file on disk, write `path:` instead; the CLI uploads it."""
+    """Id of an uploaded JSONL file (`POST /v1/files`). In a job file write `path:` instead; the CLI uploads it."""
     rows: tuple[Row, ...] | None = Field(default=None, max_length=10_000)
     """The prompts themselves."""
     shuffle: bool = True

@@ -1,6 +1,7 @@
 """Logs and metrics of a process: structlog (JSON in containers, text on a terminal) and Prometheus.
 
-Never logged: prompts, completions, credentials. Keys used everywhere: job_id, epoch, step, sample_id, service, instance.
+Never logged: prompts, completions, credentials. Keys used everywhere: job_id, epoch, step, sample_id, service,
+instance.
 """
 
 from __future__ import annotations

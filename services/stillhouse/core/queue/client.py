@@ -1,7 +1,7 @@
 """Connections to Redis or Valkey.
 
-Two clients: one for commands, which retries through a restart of the server, and one for blocking reads, which does not.
-redis-py 8 would otherwise turn a blocking read on an empty stream into ten time-outs of 5 s.
+Two clients: one for commands, which retries through a restart of the server, and one for blocking reads, which does
+not. redis-py 8 would otherwise turn a blocking read on an empty stream into ten time-outs of 5 s.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ BLOCK_MS = 1000
 COMMAND_TIMEOUT_S = 5.0
 """A command that takes longer means a dead server or network: all of ours take milliseconds."""
 RETRIES = 12
-"""Retries of a command, with back-off up to 1 s: about 10 s, twice what a restart of the server takes. All our scripts may repeat."""
+"""Retries of a command, with back-off up to 1 s: about 10 s, long enough for a restart. All our scripts may repeat."""
 
 
 def connect(url: str) -> Redis:

@@ -3,8 +3,8 @@
     queued -> validating -> starting -> running -> succeeded | failed | cancelled
                      (any non-terminal) -> cancelling -> cancelled;  stalled and back
 
-Who moves what: the gateway writes `queued` and `cancelling`, the trainer under its lease the rest, the sweeper `stalled`.
-A change by a trainer names its epoch and is refused when a newer claim exists; terminal states never change.
+Who moves what: the gateway writes `queued` and `cancelling`, the trainer under its lease the rest, the sweeper
+`stalled`. A change by a trainer names its epoch and is refused when a newer claim exists; terminal states never change.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 return 1
 """
 
-# KEYS record, lease, active; ARGV epoch, job id, allowed statuses (',a,b,' or ''), release ('1' or ''), field, value, ...
+# KEYS record, lease, active; ARGV epoch, job id, allowed statuses (',a,b,' or ''), release ('1' or ''), field, value..
 _UPDATE = """
 if redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] then return 'EPOCH' end
 local status = redis.call('HGET', KEYS[1], 'status')
@@ -140,7 +140,7 @@ class JobStore:
         self._request = redis.register_script(_REQUEST)
 
     async def create(self, record: JobRecord, *, idempotency_key: str = "", body_sha256: str = "") -> str:
-        """Store a new record, once per idempotency key; returns '' or "id:body hash" of the job made before under that key."""
+        """Store a new record, once per idempotency key; returns '' or "id:body hash" of the job made under that key."""
         fields = _flatten({name: getattr(record, name) for name in _FIELDS})
         answer = await self._create(
             keys=[keys.job(record.id), keys.JOBS, keys.JOBS_ACTIVE, keys.idempotency(idempotency_key)],

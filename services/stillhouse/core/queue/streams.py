@@ -5,7 +5,7 @@ Life of an entry:  added -> claimed (pending) -> handed over | failed        mov
                               |      +- holder dies or hands back: claimable again after `lease_s`, or at once
 
 * A result and the removal of its source are ONE script (`hand_over`), which also checks that the epoch is still open
-  and that this (stage, sample id, attempt) was not handed over before. So a crash leaves either the source or the result.
+  and that this (stage, sample id, attempt) was not handed over before. So a crash leaves the source or the result.
 * A holder renews its claims (`renew`); who is silent for `lease_s` loses them to whoever asks next (`reclaim`).
 * Work streams are never trimmed. Entries leave by acknowledge-and-delete only, so XLEN is the work outstanding.
 
@@ -90,7 +90,8 @@ redis.call('XADD', KEYS[3], '*', 'p', ARGV[3])
 return 'DONE'
 """
 
-# KEYS record, marks, target, source, dead; ARGV epoch, mark, payload, source group, source id ('' = keep it), dead payload ('' = none)
+# KEYS record, marks, target, source, dead
+# ARGV epoch, mark, payload, source group, source id ('' = keep it), dead payload ('' = none)
 _HAND_OVER = """
 if redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] then return 'CLOSED' end
 local outcome = 'DUP'

@@ -1,0 +1,179 @@
+"""The on-policy distillation loop: sample, score, train, publish. Start reading the trainer here.
+
+Every collaborator is a Protocol, so this file runs on fakes, on loopback and on a cluster. It imports no torch.
+
+A group's life:  planned -> in flight (sampled, scored) -> journalled -> trained -> published (its slot is free again)
+
+* Groups are trained in the order they were started, so what is consumed is a prefix: group g belongs to step g // P.
+  Training in order of completion would let stale groups pile up beyond the bound.
+* Slots are the only admission control: (max_staleness + 1) * P groups are in flight at most. A step's slots are free
+  once the reference to its weights is durable, that is after `publish`; freed earlier, the next groups would ask for a
+  version that nobody can fetch.
+* The bound on staleness itself is checked by the sampler at the claim (`min_policy_version` of each group), because
+  slots alone say nothing about a sampler that missed the news.
+
+Left out on purpose: no second epoch over a batch, no PPO ratio, no reference model: the advantage depends on the
+weights, so every batch is used for one optimizer step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+GroupT = TypeVar("GroupT")
+"""What a sampled and scored group is; the loop only carries it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How far and how fast: the numbers of a stage that the loop needs."""
+
+    stop_step: int
+    """Steps in all; the loop ends there."""
+    prompts_per_step: int
+    """P, groups consumed by a step."""
+    max_staleness: int
+    """Policy versions that a trained sample may lie behind."""
+
+    def min_policy_version(self, group: int) -> int:
+        """Oldest weights that may start `group`."""
+        return max(0, group // self.prompts_per_step - self.max_staleness)
+
+
+class Rollouts(Protocol[GroupT]):
+    """Samples and scores prompt groups somewhere else."""
+
+    async def start(self, group: int, min_policy_version: int) -> Awaitable[GroupT]:
+        """Plan a group; the answer completes when each of its samples is scored or failed."""
+        ...
+
+    async def done(self, groups: Sequence[GroupT]) -> None:
+        """The groups are journalled: their queue entries may go."""
+        ...
+
+
+class Journal(Protocol[GroupT]):
+    """The ledger of what each step trains on."""
+
+    async def write(self, step: int, groups: Sequence[GroupT], next_group: int) -> None:
+        """Durable before it returns."""
+        ...
+
+
+class Learner(Protocol[GroupT]):
+    """Student, optimizer and loss."""
+
+    async def step(self, step: int, groups: Sequence[GroupT]) -> None:
+        """One optimizer step on all samples of the groups."""
+        ...
+
+
+class Weights(Protocol):
+    """Hands new weights to the samplers."""
+
+    async def publish(self, step: int) -> None:
+        """Name the weights after `step` steps; returns once the reference is durable and fetchable."""
+        ...
+
+
+class Checkpoints(Protocol):
+    """Makes training durable."""
+
+    async def commit_if_due(self, step: int) -> None:
+        """Commit after `step` steps if the policy of the job says so; always after the last."""
+        ...
+
+
+class Evaluator(Protocol):
+    """Measures held-out quality between steps."""
+
+    async def evaluate_if_due(self, step: int) -> None:
+        """Measure the weights of `step` steps, once."""
+        ...
+
+
+class Interrupted(Exception):
+    """The loop was asked to stop between steps; `reason` is "cancelled", "draining" or "lease_lost"."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class Interrupt:
+    """A request to stop, raised at the next point where nothing is half done."""
+
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+        self.reason = ""
+
+    def set(self, reason: str) -> None:
+        """Ask the loop to stop; the first reason counts."""
+        self.reason = self.reason or reason
+        self._event.set()
+
+    def check(self) -> None:
+        """Raise `Interrupted` if asked to stop."""
+        if self._event.is_set():
+            raise Interrupted(self.reason)
+
+    async def race(self, awaitable: Awaitable[GroupT]) -> GroupT:
+        """The awaitable's result, or `Interrupted` if that comes first."""
+        work = asyncio.ensure_future(awaitable)
+        stop = asyncio.ensure_future(self._event.wait())
+        try:
+            await asyncio.wait({work, stop}, return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                return work.result()
+            raise Interrupted(self.reason)
+        finally:
+            stop.cancel()
+            if not work.done():
+                work.cancel()
+
+
+@dataclass(frozen=True)
+class Collaborators(Generic[GroupT]):
+    """Everything the loop works with."""
+
+    rollouts: Rollouts[GroupT]
+    journal: Journal[GroupT]
+    learner: Learner[GroupT]
+    weights: Weights
+    checkpoints: Checkpoints
+    evaluator: Evaluator
+
+
+async def run_opd(pace: Pace, first_step: int, with_: Collaborators[GroupT], interrupt: Interrupt) -> None:
+    """Train from `first_step` to `pace.stop_step`.
+
+    consumes:     scored groups, in the order they were started
+    waits for:    the oldest group in flight
+    produces:     one journalled optimizer step, its published weights, now and then a checkpoint
+    unblocked by: the teacher's hand-over of the group's last sample, or `interrupt`
+
+    Raises:
+        Interrupted: between steps; everything trained is journalled and published.
+    """
+    in_flight: deque[Awaitable[GroupT]] = deque()
+    next_group = first_step * pace.prompts_per_step
+    for step in range(first_step, pace.stop_step):
+        interrupt.check()
+        await with_.evaluator.evaluate_if_due(step)
+
+        last_step = min(step + pace.max_staleness + 1, pace.stop_step)
+        while next_group < last_step * pace.prompts_per_step:
+            in_flight.append(await with_.rollouts.start(next_group, pace.min_policy_version(next_group)))
+            next_group += 1
+
+        groups = [await interrupt.race(in_flight.popleft()) for _ in range(pace.prompts_per_step)]
+        await with_.journal.write(step, groups, next_group=(step + 1) * pace.prompts_per_step)
+        await with_.rollouts.done(groups)
+        await with_.learner.step(step, groups)
+        await with_.weights.publish(step + 1)
+        await with_.checkpoints.commit_if_due(step + 1)
+    await with_.evaluator.evaluate_if_due(pace.stop_step)
