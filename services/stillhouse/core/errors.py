@@ -45,6 +45,18 @@ class SpecError(StillhouseError, ValueError):
     code = "invalid_request"
 
 
+class MalformedError(SpecError):
+    """The body is not what its content type says, for example broken JSON."""
+
+    code = "malformed"
+
+
+class MediaTypeError(SpecError):
+    """The content type is not one that this endpoint takes."""
+
+    code = "unsupported_media_type"
+
+
 class NotFoundError(StillhouseError, LookupError):
     """The thing named does not exist (any more)."""
 
@@ -183,6 +195,8 @@ HTTP_STATUS: Final[dict[type[BaseException], int]] = {
     ConflictError: 409,
     EpochClosedError: 409,
     TooLargeError: 413,
+    MalformedError: 400,
+    MediaTypeError: 415,
     SpecError: 422,
     WireError: 422,
     OverloadedError: 429,

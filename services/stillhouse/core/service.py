@@ -142,7 +142,7 @@ async def _serve(settings: Settings, role: str, instance: str, log: Any, build: 
         telemetry.BUILD_INFO.labels(role, VERSION).set(1)
         await server.set_ready(True)
         log.info("ready", address=address, metrics=metrics_address, pid=os.getpid())
-        heartbeat = asyncio.create_task(_heartbeat(ctx, app, address, metrics_address), name="heartbeat")
+        heartbeat = asyncio.create_task(heartbeat_forever(ctx, app.state, address, metrics_address), name="heartbeat")
         worker = asyncio.create_task(app.run(), name="worker")
         try:
             await asyncio.wait({heartbeat, worker}, return_when=asyncio.FIRST_COMPLETED)
@@ -177,10 +177,13 @@ async def wait_for_redis(redis: Redis, timeout_s: float = REDIS_WAIT_S) -> None:
             await asyncio.sleep(0.2)
 
 
-async def _heartbeat(ctx: Context, app: App, address: str, metrics_address: str) -> None:
+async def heartbeat_forever(
+    ctx: Context, state_of: Callable[[], tuple[str, str]], address: str, metrics_address: str
+) -> None:
+    """Announce this process in the registry every HEARTBEAT_S; `state_of` gives (what it does in a word, job id)."""
     started_at = time.time()
     while True:
-        state, job_id = app.state()
+        state, job_id = state_of()
         info = ServiceInfo(
             role=ctx.role,
             instance=ctx.instance,

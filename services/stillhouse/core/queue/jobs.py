@@ -115,12 +115,13 @@ if ARGV[4] ~= '' then redis.call('DEL', KEYS[2]) end
 return 'DONE'
 """
 
-# KEYS record, active; ARGV job id, allowed statuses, field, value, ...
+# KEYS record, active; ARGV job id, allowed statuses, epoch ('' = any), field, value, ...
 _REQUEST = """
 local status = redis.call('HGET', KEYS[1], 'status')
 if not status then return 'MISSING' end
 if not string.find(ARGV[2], ',' .. status .. ',', 1, true) then return status end
-redis.call('HSET', KEYS[1], unpack(ARGV, 3))
+if ARGV[3] ~= '' and redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[3] then return 'EPOCH' end
+redis.call('HSET', KEYS[1], unpack(ARGV, 4))
 local now = redis.call('HGET', KEYS[1], 'status')
 if now == 'succeeded' or now == 'failed' or now == 'cancelled' then redis.call('ZREM', KEYS[2], ARGV[1]) end
 return 'DONE'
@@ -217,8 +218,10 @@ class JobStore:
         if answer != "DONE":
             raise ConflictError(f"job {scope.job_id} is '{answer}', expected one of {', '.join(allowed)}")
 
-    async def request(self, job_id: str, *, allowed: tuple[str, ...], **fields: Any) -> None:
-        """Change fields on a user's behalf, if the status allows it.
+    async def request(
+        self, job_id: str, *, allowed: tuple[str, ...], only_epoch: int | None = None, **fields: Any
+    ) -> None:
+        """Change fields on a user's behalf, if the status allows it and, with `only_epoch`, nobody claimed it since.
 
         Raises:
             NotFoundError: no such job.
@@ -226,11 +229,14 @@ class JobStore:
         """
         answer = _text(
             await self._request(
-                keys=[keys.job(job_id), keys.JOBS_ACTIVE], args=[job_id, _set(allowed), *_flatten(fields)]
+                keys=[keys.job(job_id), keys.JOBS_ACTIVE],
+                args=[job_id, _set(allowed), "" if only_epoch is None else only_epoch, *_flatten(fields)],
             )
         )
         if answer == "MISSING":
             raise NotFoundError(f"no job '{job_id}'")
+        if answer == "EPOCH":
+            raise ConflictError(f"job {job_id} was claimed by a trainer after epoch {only_epoch}")
         if answer != "DONE":
             raise ConflictError(f"job {job_id} is '{answer}'; this works only while it is {', '.join(allowed)}")
 
