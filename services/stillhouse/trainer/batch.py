@@ -1,0 +1,95 @@
+"""What the learner trains on, as numpy: samples with their teacher's signal, and the teachers' output heads.
+
+Plain arrays, so that loop, journal and queue code can build them without torch.
+Letters: P prompt tokens, T completion tokens, D width of the teacher's hidden state, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from stillhouse.core.errors import WireError
+
+
+@dataclass(frozen=True, eq=False)
+class TrainSample:
+    """One completion of the student and what its teacher says about it. `x[t]` belongs to `completion_ids[t]`."""
+
+    sample_id: str
+    """`group/i`."""
+    teacher: str
+    """Name of the job's teacher that scored it."""
+    prompt_ids: np.ndarray
+    """[P] int32, P >= 1."""
+    completion_ids: np.ndarray
+    """[T] int32, T >= 1."""
+    loss_mask: np.ndarray
+    """[T] uint8 - 1 = the token is trained on."""
+    rollout_logprobs: np.ndarray
+    """[T] float32, nats - under the policy that sampled, at the sampling temperature."""
+    teacher_logprobs: np.ndarray
+    """[T] float32, nats - under the teacher, at the same temperature. Used by the policy gradient only."""
+    hidden: np.ndarray | None
+    """[T, D] float16 or float32 - the teacher's state after the final norm that predicts each token."""
+    weight: float
+    """Weight of the row in the loss. The teacher's own weight (`TeacherSpec.weight`) is applied by the learner."""
+    oldest_policy_version: int
+    """Oldest weights that wrote a token of it."""
+    finish_reason: int
+    """`v1.FinishReason`."""
+
+    def __post_init__(self) -> None:
+        num_tokens = len(self.completion_ids)
+        if num_tokens < 1 or len(self.prompt_ids) < 1:
+            raise WireError(
+                f"sample {self.sample_id}: {len(self.prompt_ids)} prompt and {num_tokens} completion tokens; "
+                "both need one at least"
+            )
+        for name in ("loss_mask", "rollout_logprobs", "teacher_logprobs", "hidden"):
+            array = getattr(self, name)
+            if array is not None and len(array) != num_tokens:
+                raise WireError(f"sample {self.sample_id}: {len(array)} rows of {name} for {num_tokens} tokens")
+
+    @property
+    def num_tokens(self) -> int:
+        """P + T."""
+        return len(self.prompt_ids) + len(self.completion_ids)
+
+    @property
+    def num_loss_tokens(self) -> int:
+        """Tokens that are trained on."""
+        return int(np.count_nonzero(self.loss_mask))
+
+
+@dataclass(frozen=True, eq=False)
+class TeacherHead:
+    """A teacher's output head: logits = soft_cap(scale * (hidden @ weight.T + bias)), as HeadInfo in teacher.proto."""
+
+    sha256: str
+    """Name of its contents, hex."""
+    weight: np.ndarray
+    """[V_padded, D] float32, or uint16 = the bits of bfloat16."""
+    dtype: str
+    """Element type of `weight` and `bias`: float32 or bfloat16."""
+    bias: np.ndarray | None
+    """[V_padded], as `weight`."""
+    vocab_size: int
+    """Rows that belong to the tokenizer; the rest is padding."""
+    logit_scale: float
+    """1 = none."""
+    logit_soft_cap: float
+    """0 = none; otherwise logits = cap * tanh(logits / cap)."""
+
+    def __post_init__(self) -> None:
+        expected = {"float32": np.float32, "bfloat16": np.uint16}.get(self.dtype)
+        if expected is None or self.weight.dtype != expected:
+            raise WireError(
+                f"teacher head {self.sha256[:12]}: {self.dtype} as numpy {self.weight.dtype}; "
+                "give float32, or bfloat16 as its uint16 bits"
+            )
+        if self.weight.ndim != 2 or not 0 < self.vocab_size <= self.weight.shape[0]:
+            raise WireError(
+                f"teacher head {self.sha256[:12]}: vocabulary of {self.vocab_size} in a weight of {self.weight.shape}"
+            )
