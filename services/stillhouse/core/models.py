@@ -31,7 +31,7 @@ CODE_KEYS: Final = (
     "_attn_implementation_internal",
     "quantization_config",
 )
-"""config.json keys that make a loader run foreign code or fetch kernels; quantised weights cannot be trained exactly."""
+"""config.json keys that make a loader run foreign code or fetch kernels, or that mean quantised weights."""
 FORBIDDEN_SUFFIXES: Final = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".py", ".h5", ".msgpack")
 """Formats that can carry code, and code itself."""
 
@@ -156,8 +156,19 @@ class ModelRegistry:
 
     def add(self, entry: ModelEntry) -> None:
         """Register or replace a model."""
-        entries = self.all()
-        entries[entry.name] = entry
+        self._write({**self.all(), entry.name: entry})
+
+    def remove(self, name: str) -> ModelEntry:
+        """Forget a model; its files stay.
+
+        Raises:
+            NotFoundError: lists what there is.
+        """
+        entry = self.get(name)
+        self._write({key: value for key, value in self.all().items() if key != name})
+        return entry
+
+    def _write(self, entries: dict[str, ModelEntry]) -> None:
         document = {"models": {name: entries[name].model_dump(mode="json") for name in sorted(entries)}}
         write_atomic(self.path, yaml.safe_dump(document, sort_keys=False).encode())
 
