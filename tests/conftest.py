@@ -22,13 +22,13 @@ START_TIMEOUT_S = 15.0
 def start_valkey(folder: Path, port: int = 0) -> tuple[subprocess.Popen[bytes], str]:
     """A queue server with the durability that Stillhouse asks for, in `folder`; returns process and URL."""
     for _ in range(3):  # another process may take the free port before the server binds it
-        chosen = port or _free_port()
+        chosen = port or free_port()
         log = (folder / "valkey.log").open("ab")
         command = [str(get_binary_path()), "--port", str(chosen), "--bind", "127.0.0.1", "--dir", str(folder)]
         command += ["--save", "", "--appendonly", "yes", "--appendfsync", "always", "--maxmemory-policy", "noeviction"]
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         log.close()
-        if _answers(process, chosen):
+        if server_answers(process, chosen):
             return process, f"redis://127.0.0.1:{chosen}/0"
         stop_valkey(process)
     raise RuntimeError(f"valkey-server did not start: {(folder / 'valkey.log').read_text()[-2000:]}")
@@ -44,13 +44,13 @@ def stop_valkey(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
-def _answers(process: subprocess.Popen[bytes], port: int) -> bool:
+def server_answers(process: subprocess.Popen[bytes], port: int) -> bool:
     client = Redis(host="127.0.0.1", port=port, socket_timeout=1, retry=Retry(NoBackoff(), 0))
     deadline = time.monotonic() + START_TIMEOUT_S
     try:

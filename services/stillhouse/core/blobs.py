@@ -54,7 +54,7 @@ def sha256_bytes(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def xxh3(data: bytes | memoryview) -> str:
+def xxh3(data: bytes | bytearray | memoryview) -> str:
     """xxh3-128 of bytes, hex: the integrity check of payloads in transit, 18 times faster than sha256."""
     return xxhash.xxh3_128_hexdigest(data)
 
@@ -78,7 +78,7 @@ def fsync_file(path: Path) -> None:
 
 
 def write_atomic(path: Path, data: bytes, *, mode: int = 0o644) -> None:
-    """Replace `path` by `data`, durably: temp, fsync, rename, fsync of the folder. Readers see old or new, never half."""
+    """Replace `path` by `data`, durably: temp, fsync, rename, fsync of the folder. A reader sees old or new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temp = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -115,7 +115,7 @@ def read_json(path: Path) -> Any:
 
 
 def append_jsonl(path: Path, values: list[dict[str, Any]]) -> None:
-    """Append lines to a history file in one write. Not fsynced: history may lose its last second, truth never lies here."""
+    """Append lines to a history file in one write. Not fsynced: it may lose its last second, truth lies elsewhere."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as stream:
         stream.write(b"".join(json.dumps(value, separators=(",", ":")).encode() + b"\n" for value in values))

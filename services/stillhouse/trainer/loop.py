@@ -26,6 +26,7 @@ from typing import Generic, Protocol, TypeVar
 
 GroupT = TypeVar("GroupT")
 """What a sampled and scored group is; the loop only carries it."""
+TakenT = TypeVar("TakenT", contravariant=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,18 +57,18 @@ class Rollouts(Protocol[GroupT]):
         ...
 
 
-class Journal(Protocol[GroupT]):
+class Journal(Protocol[TakenT]):
     """The ledger of what each step trains on."""
 
-    async def write(self, step: int, groups: Sequence[GroupT], next_group: int) -> None:
+    async def write(self, step: int, groups: Sequence[TakenT], next_group: int) -> None:
         """Durable before it returns."""
         ...
 
 
-class Learner(Protocol[GroupT]):
+class Learner(Protocol[TakenT]):
     """Student, optimizer and loss."""
 
-    async def step(self, step: int, groups: Sequence[GroupT]) -> None:
+    async def step(self, step: int, groups: Sequence[TakenT]) -> None:
         """One optimizer step on all samples of the groups."""
         ...
 

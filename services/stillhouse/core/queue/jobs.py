@@ -269,7 +269,8 @@ class JobStore:
     async def metrics(self, job_id: str, *, step_from: int = 0, step_to: int | None = None) -> list[dict[str, Any]]:
         """Metric points by step; of repeated steps the newest."""
         points: dict[int, dict[str, Any]] = {}
-        for _, fields in await self._redis.xrange(keys.metrics(job_id)):
+        listed: Any = await self._redis.xrange(keys.metrics(job_id))
+        for _, fields in listed:
             point = json.loads(fields[b"point"])
             if point["step"] >= step_from and (step_to is None or point["step"] <= step_to):
                 points[point["step"]] = point

@@ -67,7 +67,7 @@ class Registry:
     async def beat(self, info: ServiceInfo) -> None:
         """Announce a service for the next EXPIRY_S seconds."""
         key = keys.service(info.role, info.instance)
-        fields: dict[str, Any] = {
+        fields: Any = {
             "role": info.role,
             "instance": info.instance,
             "address": info.address,
@@ -93,7 +93,8 @@ class Registry:
     async def services(self, role: str = "") -> list[ServiceInfo]:
         """Live services, by role and name."""
         found = []
-        for member, seen_at in await self._redis.zrange(keys.SERVICES, 0, -1, withscores=True):
+        listed: Any = await self._redis.zrange(keys.SERVICES, 0, -1, withscores=True)
+        for member, seen_at in listed:
             name = _text(member)
             member_role, _, instance = name.partition(":")
             if role and member_role != role:

@@ -265,8 +265,15 @@ class WorkQueue:
         )
 
     async def hand_back(self, entries: Iterable[Entry], consumer: str) -> None:
-        for (stream, group), ids in _by_stream(entries).items():
-            await self._claim_justid(stream, group, HAND_BACK_CONSUMER, HAND_BACK_IDLE_MS, ids)
+        by_deliveries: dict[int, list[Entry]] = {}
+        for entry in entries:
+            by_deliveries.setdefault(entry.deliveries, []).append(entry)
+        for deliveries, group_entries in by_deliveries.items():
+            for (stream, group), ids in _by_stream(group_entries).items():
+                # the reclaim that follows counts one up again
+                await self._claim_justid(
+                    stream, group, HAND_BACK_CONSUMER, HAND_BACK_IDLE_MS, ids, "RETRYCOUNT", max(deliveries - 1, 0)
+                )
 
     async def ack_delete(self, entries: Sequence[Entry]) -> int:
         removed = 0
@@ -281,10 +288,21 @@ class WorkQueue:
         job_id, epoch = scope.job_id, scope.epoch
         await self._close_epoch(keys=[keys.streams(job_id, epoch), keys.marks(job_id, epoch), keys.dead(job_id, epoch)])
 
-    async def _claim_justid(self, stream: str, group: str, consumer: str, idle_ms: int, ids: list[str]) -> None:
+    async def marked(self, scope: Scope, marks: Sequence[str]) -> set[str]:
+        """Those of `marks` under which something was handed over."""
+        if not marks:
+            return set()
+        found: Any = await self._redis.hmget(keys.marks(scope.job_id, scope.epoch), list(marks))
+        return {mark for mark, value in zip(marks, found, strict=True) if value is not None}
+
+    async def _claim_justid(
+        self, stream: str, group: str, consumer: str, idle_ms: int, ids: list[str], *more: str | int
+    ) -> None:
         try:
             # JUSTID leaves the delivery count alone: renewing or handing back is no new attempt
-            await self._redis.execute_command("XCLAIM", stream, group, consumer, 0, *ids, "IDLE", idle_ms, "JUSTID")
+            await self._redis.execute_command(
+                "XCLAIM", stream, group, consumer, 0, *ids, "IDLE", idle_ms, *more, "JUSTID", parse_justid=True
+            )
         except ResponseError as error:
             if "NOGROUP" not in str(error):
                 raise

@@ -1,0 +1,86 @@
+"""The trainer process: claims one job after another and leads it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Final
+
+from redis.exceptions import RedisError
+
+from stillhouse.core.errors import NotFoundError
+from stillhouse.core.queue.streams import Scope
+from stillhouse.core.rpc import Server
+from stillhouse.core.service import Context
+from stillhouse.trainer.lead import Lead
+from stillhouse.trainer.service import TrainerServicer
+from stillhouse.v1 import trainer_pb2_grpc
+
+POLL_S: Final = 0.5
+"""Time between looks for a job: a submitted job starts within it."""
+
+
+class TrainerApp:
+    """`App` of the trainer."""
+
+    def __init__(self, ctx: Context) -> None:
+        self._ctx = ctx
+        self._lead: Lead | None = None
+
+    def register(self, server: Server) -> None:
+        servicer = TrainerServicer(self._ctx.instance, lambda: self._lead)
+        server.add(trainer_pb2_grpc.add_TrainerServiceServicer_to_server, servicer, "stillhouse.v1.TrainerService")
+
+    def state(self) -> tuple[str, str]:
+        if self._lead is None:
+            return "idle", ""
+        return self._lead.progress.phase, self._lead.scope.job_id
+
+    async def run(self) -> None:
+        """Lead jobs until the process is asked to stop.
+
+        consumes:     jobs that are not finished and whose lease is free
+        waits for:    such a job, looking every `POLL_S`
+        produces:     finished jobs
+        unblocked by: a submitted job, an expired lease, or SIGTERM
+        """
+        while not self._ctx.stop.is_set():
+            try:
+                lead = await self._claim()
+            except (RedisError, OSError) as error:
+                self._ctx.log.warning("queue server does not answer", error=str(error))
+                lead = None
+            if lead is None:
+                await _wait(self._ctx.stop, POLL_S)
+                continue
+            self._lead = lead
+            try:
+                await lead.lead()
+            finally:
+                self._lead = None
+
+    async def _claim(self) -> Lead | None:
+        """The oldest job that nobody leads."""
+        jobs = self._ctx.jobs
+        for job_id in await jobs.active_ids():
+            try:
+                record = await jobs.get(job_id)
+            except NotFoundError:
+                continue
+            artifact_epoch = await asyncio.to_thread(self._ctx.artifacts.job(job_id).highest_epoch)
+            epoch = await jobs.claim(job_id, self._ctx.instance, self._ctx.settings.lease_s, artifact_epoch)
+            if epoch:
+                self._ctx.log.info("job claimed", job_id=job_id, epoch=epoch)
+                return Lead(self._ctx, record, Scope(job_id, epoch))
+        return None
+
+
+async def _wait(event: asyncio.Event, timeout_s: float) -> None:
+    try:
+        await asyncio.wait_for(event.wait(), timeout_s)
+    except TimeoutError:
+        return
+
+
+def build(ctx: Context) -> TrainerApp:
+    """Wire the trainer."""
+    return TrainerApp(ctx)

@@ -1,0 +1,133 @@
+"""The learner's state on disk, bit for bit: safetensors for arrays, JSON for the rest, never pickle.
+
+    model.safetensors       weights in the precision the optimizer sees (float32 masters of a bfloat16 student)
+    optimizer.safetensors   `{parameter}/{slot}` of AdamW
+    state.json              policy version, random states, versions
+
+Hashes, the manifest and atomicity are the caller's (trainer/manifests.py); here are only the contents.
+"""
+
+from __future__ import annotations
+
+import base64
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from stillhouse.core.blobs import read_json, write_json
+from stillhouse.core.errors import CorruptError
+
+WEIGHTS_FILE: Final = "model.safetensors"
+OPTIMIZER_FILE: Final = "optimizer.safetensors"
+STATE_FILE: Final = "state.json"
+SCHEMA_VERSION: Final = 1
+
+
+def save_state(
+    folder: Path, weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, facts: Mapping[str, Any]
+) -> None:
+    """Write a learner's state; `weights` are the very tensors that the optimizer holds."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.detach().contiguous() for name, tensor in weights.items()}, folder / WEIGHTS_FILE)
+    slots = {
+        f"{name}/{slot}": value.detach().contiguous()
+        for name, tensor in weights.items()
+        for slot, value in optimizer.state.get(tensor, {}).items()
+    }
+    save_file(slots, folder / OPTIMIZER_FILE)
+    state = {"schema_version": SCHEMA_VERSION, "torch": torch.__version__, "random": random_states(), **facts}
+    write_json(folder / STATE_FILE, state)
+
+
+def load_state(folder: Path, weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Restore what `save_state` wrote into the same tensors; gives the facts. Random states are set, too.
+
+    Raises:
+        CorruptError: a file is missing, unreadable, or belongs to another model or version.
+    """
+    state = read_json(folder / STATE_FILE)
+    if state.get("schema_version") != SCHEMA_VERSION:
+        raise CorruptError(
+            f"{folder / STATE_FILE} has version {state.get('schema_version')}, this program reads {SCHEMA_VERSION}"
+        )
+    slots = _read(folder / OPTIMIZER_FILE)
+    load_weights(folder, weights)
+    optimizer.state.clear()
+    for key, value in slots.items():
+        name, _, slot = key.rpartition("/")
+        if name not in weights:
+            raise CorruptError(f"{folder / OPTIMIZER_FILE} holds '{key}', which the student does not have")
+        # AdamW keeps its step counter on the CPU wherever the parameter is
+        device = value.device if slot == "step" else weights[name].device
+        optimizer.state[weights[name]][slot] = value.to(device)
+    restore_random_states(state["random"])
+    return state
+
+
+@torch.no_grad()
+def load_weights(folder: Path, weights: Mapping[str, Tensor]) -> None:
+    """Copy the weights of a checkpoint into `weights`.
+
+    Raises:
+        CorruptError: names, shapes or element types differ.
+    """
+    loaded = _read(folder / WEIGHTS_FILE)
+    expected = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in weights.items()}
+    found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in loaded.items()}
+    if expected != found:
+        odd = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        raise CorruptError(
+            f"{folder / WEIGHTS_FILE} does not fit the student: {odd[0]} is {found.get(odd[0])} in the file and "
+            f"{expected.get(odd[0])} in the model ({len(odd)} tensors differ); was the job's student changed?"
+        )
+    for name, tensor in weights.items():
+        tensor.copy_(loaded[name])
+
+
+def random_states() -> dict[str, Any]:
+    """The states of all global random generators, as JSON values."""
+    version, keys, gauss_next = random.getstate()
+    _, numpy_keys, position, has_gauss, cached = np.random.get_state()  # type: ignore[misc]
+    states: dict[str, Any] = {
+        "python": [version, list(keys), gauss_next],
+        "numpy": [np.asarray(numpy_keys).tolist(), int(position), int(has_gauss), float(cached)],  # type: ignore[arg-type]
+        "torch": _text(torch.get_rng_state()),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = [_text(state) for state in torch.cuda.get_rng_state_all()]
+    return states
+
+
+def restore_random_states(states: Mapping[str, Any]) -> None:
+    """Undo of `random_states`."""
+    version, keys, gauss_next = states["python"]
+    random.setstate((version, tuple(keys), gauss_next))
+    numpy_keys, position, has_gauss, cached = states["numpy"]
+    np.random.set_state(("MT19937", np.asarray(numpy_keys, dtype=np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(_bytes_tensor(states["torch"]))
+    if torch.cuda.is_available() and "cuda" in states:
+        torch.cuda.set_rng_state_all([_bytes_tensor(text) for text in states["cuda"]])
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise CorruptError(f"{path} is missing; a checkpoint has all of its files or is none") from None
+    except SafetensorError as error:
+        raise CorruptError(f"{path} does not read: {error}") from None
+
+
+def _text(state: Tensor) -> str:
+    return base64.b64encode(state.numpy().tobytes()).decode()
+
+
+def _bytes_tensor(text: str) -> Tensor:
+    return torch.from_numpy(np.frombuffer(base64.b64decode(text), dtype=np.uint8).copy())

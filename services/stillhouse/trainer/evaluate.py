@@ -1,0 +1,179 @@
+"""Held-out measurements between steps: exact reverse KL on the student's own completions, greedy texts, repetition.
+
+The student writes two completions of every held-out prompt: one sampled at temperature 1 with a fixed seed, scored with
+float32 hidden states for the exact KL(student || teacher); one greedy, whose teacher log-likelihood and repetition say
+whether the text got better. Both go over the same queue as training, so a dying sampler only delays them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Final
+
+from stillhouse.core.blobs import JobArtifacts, read_json, write_json
+from stillhouse.core.errors import JobFailedError
+from stillhouse.core.spec import EvaluationSpec
+from stillhouse.core.tensors import ids_list, ids_tensor
+from stillhouse.trainer.batch import TeacherHead
+from stillhouse.trainer.exchange import ScoredGroup, ScoredSample
+from stillhouse.trainer.prompts import Prompt, Renderer
+from stillhouse.trainer.samplers import SamplerPool
+from stillhouse.trainer.train import LearnerThread, to_sample
+from stillhouse.v1 import rollout_pb2, sampler_pb2, tensor_pb2
+
+GENERATE_TIMEOUT_S: Final = 600.0
+"""Deadline of one teacher-written text: the sampler may have to load the teacher first."""
+NGRAM: Final = 4
+"""Length of the repeated pieces that are counted."""
+
+
+def repeated_ngrams(ids: Sequence[int], n: int = NGRAM) -> float:
+    """Share of n-grams of `ids` that occurred before in it; 0 for texts shorter than n."""
+    grams = [tuple(ids[start : start + n]) for start in range(len(ids) - n + 1)]
+    return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+class HeldOut:
+    """Evaluates one job."""
+
+    def __init__(
+        self,
+        spec: EvaluationSpec,
+        prompts: Sequence[Prompt],
+        *,
+        plan: Callable[..., Awaitable[asyncio.Future[ScoredGroup]]],
+        done: Callable[[Sequence[ScoredSample]], Awaitable[None]],
+        race: Callable[[Awaitable[Any]], Awaitable[Any]],
+        learner: LearnerThread,
+        heads: Mapping[str, TeacherHead],
+        teacher_models: Mapping[str, str],
+        samplers: SamplerPool,
+        renderer: Renderer,
+        stop_ids: Sequence[int],
+        artifacts: JobArtifacts,
+    ) -> None:
+        self._spec = spec
+        self._prompts = prompts[: spec.num_prompts]
+        self._plan = plan
+        self._done = done
+        self._race = race
+        self._learner = learner
+        self._heads = heads
+        self._teacher_models = teacher_models
+        self._samplers = samplers
+        self._renderer = renderer
+        self._stop_ids = stop_ids
+        self._artifacts = artifacts
+
+    def is_due(self, step: int, stop_step: int) -> bool:
+        """Before the first step, after the last, and every so many between; once per step."""
+        if not self._prompts or (self._artifacts.evaluations / f"{step:08d}.json").is_file():
+            return False
+        every = self._spec.every_steps
+        return step in (0, stop_step) or bool(every and step % every == 0)
+
+    async def evaluate(self, step: int) -> dict[str, Any]:
+        """Measure the weights of `step` steps; the result is also written to the artifacts."""
+        start = time.monotonic()
+        sampled = await self._complete(step, "sampled", 1.0, rollout_pb2.SCORE_KIND_HIDDEN)
+        greedy = await self._complete(step, "greedy", 0.0, rollout_pb2.SCORE_KIND_SAMPLED)
+        rows = await self._learner.evaluate([to_sample(sample, 1.0) for sample in sampled], self._heads)
+        num_tokens = sum(row["tokens"] for row in rows)
+        greedy_ids = {sample.sample_id: ids_list(sample.score.rollout.completion_ids) for sample in greedy}
+        result: dict[str, Any] = {
+            "step": step,
+            "reverse_kl": sum(row["reverse_kl_sum"] for row in rows) / max(num_tokens, 1),
+            "num_prompts": len(sampled),
+            "num_tokens": int(num_tokens),
+            "teacher_nll_greedy": _mean_nll([to_sample(sample, 1.0).teacher_logprobs for sample in greedy]),
+            "repeated_4grams": _mean([repeated_ngrams(self._text_ids(ids)) for ids in greedy_ids.values()]),
+            "completion_length_mean": _mean([float(len(ids)) for ids in greedy_ids.values()]),
+            "samples": await self._texts(greedy),
+            "seconds": round(time.monotonic() - start, 2),
+            "created_at": time.time(),
+        }
+        write_json(self._artifacts.evaluations / f"{step:08d}.json", result)
+        return result
+
+    def read(self, step: int) -> dict[str, Any]:
+        """An earlier result."""
+        return read_json(self._artifacts.evaluations / f"{step:08d}.json")
+
+    async def _complete(
+        self, step: int, kind: str, temperature: float, score_kind: rollout_pb2.ScoreKind
+    ) -> list[ScoredSample]:
+        sampling = rollout_pb2.SamplingParams(
+            temperature=temperature, top_p=1.0, max_tokens=self._spec.max_tokens, stop_token_ids=self._stop_ids
+        )
+        score = rollout_pb2.ScoreSpec(kind=score_kind, temperature=1.0, dtype=tensor_pb2.DATA_TYPE_FLOAT32)
+        futures = [
+            await self._plan(
+                prompt,
+                purpose=rollout_pb2.PURPOSE_EVALUATE,
+                group=index,
+                group_id=f"eval-{step}-{kind}/{index}",
+                # the same seeds at every step: before and after differ by the weights alone
+                seed_id=f"eval-{kind}/{index}",
+                size=1,
+                sampling=sampling,
+                score=score,
+                min_policy_version=step,
+            )
+            for index, prompt in enumerate(self._prompts)
+        ]
+        groups = [await self._race(future) for future in futures]
+        samples = [sample for group in groups for sample in group.samples]
+        await self._done(samples)
+        ended_well = [sample for sample in samples if not sample.is_failed]
+        if not ended_well:
+            failed = samples[0].score.failed
+            raise JobFailedError(
+                f"evaluation at step {step}: every sample failed, first: {failed.reason}: {failed.message}"
+            )
+        return ended_well
+
+    def _text_ids(self, ids: Sequence[int]) -> list[int]:
+        return [token for token in ids if token not in self._stop_ids]
+
+    async def _texts(self, greedy: Sequence[ScoredSample]) -> list[dict[str, str]]:
+        by_row = {sample.score.rollout.row: ids_list(sample.score.rollout.completion_ids) for sample in greedy}
+        shown = []
+        for prompt in self._prompts[: self._spec.show]:
+            shown.append(
+                {
+                    "prompt": prompt.text,
+                    "student": self._renderer.text(by_row.get(prompt.row, [])),
+                    "teacher": await self._teacher_text(prompt),
+                }
+            )
+        return shown
+
+    async def _teacher_text(self, prompt: Prompt) -> str:
+        """The teacher's own greedy completion; it is frozen, so the one of step 0 is kept."""
+        first = self._artifacts.evaluations / f"{0:08d}.json"
+        if first.is_file():
+            for sample in read_json(first)["samples"]:
+                if sample["prompt"] == prompt.text:
+                    return sample["teacher"]
+        request = sampler_pb2.GenerateRequest(
+            model=self._teacher_models[prompt.teacher],
+            prompt_ids=ids_tensor(prompt.teacher_prompt_ids or prompt.prompt_ids),
+            sampling=rollout_pb2.SamplingParams(
+                temperature=0.0, top_p=1.0, max_tokens=self._spec.max_tokens, stop_token_ids=self._stop_ids
+            ),
+            seeds=[0],
+        )
+        answers = await self._race(self._samplers.generate(request, GENERATE_TIMEOUT_S))
+        return self._renderer.text(ids_list(answers[0].completion_ids))
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def _mean_nll(logprobs: Sequence[Any]) -> float:
+    """Mean over all tokens of -log q, nats."""
+    num_tokens = sum(len(row) for row in logprobs)
+    return -sum(float(row.sum()) for row in logprobs) / max(num_tokens, 1)

@@ -1,0 +1,285 @@
+"""The loop's view of samplers and teachers: `start` a group, get it back scored. Over the queue of one epoch.
+
+A sample's life here:  planned -> waiting -> arrived (score, payload fetched) -> handed to the loop with its group
+                                     ^          |
+                                     +----------+  payload gone with its teacher: put back for scoring, attempt + 1
+
+Bulk never crosses the queue: hidden states are fetched from the teacher that holds them, as soon as the score arrives.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+from redis.exceptions import RedisError
+
+from stillhouse.core.blobs import xxh3
+from stillhouse.core.errors import (
+    DeadlineError,
+    JobFailedError,
+    LeaseLostError,
+    NotFoundError,
+    StillhouseError,
+    UnavailableError,
+    WireError,
+)
+from stillhouse.core.queue import keys
+from stillhouse.core.queue.registry import Registry
+from stillhouse.core.queue.streams import Entry, Outcome, QueueBackend, Scope
+from stillhouse.core.rpc import Peers, collect
+from stillhouse.core.tensors import from_bytes
+from stillhouse.v1 import rollout_pb2, teacher_pb2, teacher_pb2_grpc
+
+CLAIM_COUNT: Final = 64
+"""Scores taken from the queue at once."""
+FETCH_TIMEOUT_S: Final = 120.0
+"""Deadline of one payload: 32 MiB of hidden states take 0.1 s on loopback, 3 s on a 100 Mbit/s line."""
+FETCH_CONCURRENCY: Final = 4
+"""Payloads fetched at once: enough to hide latency, few enough to bound memory in flight."""
+MAX_ATTEMPTS: Final = 5
+"""Times a sample is put back for scoring before the trainer gives it up."""
+
+
+@dataclass(slots=True)
+class ScoredSample:
+    """A sample at its end: a score, or a failure."""
+
+    score: rollout_pb2.Score
+    entry: Entry | None = None
+    """Its queue entry, until the journal holds it."""
+    hidden: np.ndarray | None = None
+    """float16 or float32 [T, D], for scores of kind hidden."""
+
+    @property
+    def sample_id(self) -> str:
+        return self.score.rollout.sample_id
+
+    @property
+    def is_failed(self) -> bool:
+        return self.score.WhichOneof("result") == "failed"
+
+
+@dataclass(slots=True)
+class ScoredGroup:
+    """All samples of a planned group, in order of their index."""
+
+    group: int
+    samples: list[ScoredSample]
+
+    @property
+    def scored(self) -> list[ScoredSample]:
+        return [sample for sample in self.samples if not sample.is_failed]
+
+
+@dataclass(slots=True)
+class _Pending:
+    """A group in flight."""
+
+    group: int
+    wanted: set[str]
+    future: asyncio.Future[ScoredGroup]
+    arrived: dict[str, ScoredSample] = field(default_factory=dict)
+
+
+class Exchange:
+    """`Rollouts` of the loop, on the queue of one epoch."""
+
+    def __init__(
+        self,
+        scope: Scope,
+        *,
+        queue: QueueBackend,
+        redis: Any,
+        registry: Registry,
+        peers: Peers,
+        consumer: str,
+        tasks: Mapping[str, rollout_pb2.TeacherTask],
+        log: Any,
+    ) -> None:
+        self._scope = scope
+        self._queue = queue
+        self._redis = redis
+        self._registry = registry
+        self._peers = peers
+        self._consumer = consumer
+        self._tasks = tasks
+        self._log = log
+        self._pending: dict[str, _Pending] = {}
+        self._by_sample: dict[str, _Pending] = {}
+        self._fetches = asyncio.Semaphore(FETCH_CONCURRENCY)
+        self._scored = keys.scored(scope.job_id, scope.epoch)
+        self._prompts = keys.prompts(scope.job_id, scope.epoch)
+        self.last_arrival = time.monotonic()
+        self.num_failed = 0
+        self.num_ended = 0
+
+    async def open(self) -> None:
+        """Create the epoch's streams and tell the teachers about theirs."""
+        job_id, epoch = self._scope.job_id, self._scope.epoch
+        await self._open(self._prompts, keys.SAMPLERS_GROUP)
+        await self._open(self._scored, keys.TRAINERS_GROUP)
+        for name, task in self._tasks.items():
+            stream = keys.rollouts(job_id, epoch, name)
+            await self._open(stream, keys.TEACHERS_GROUP)
+            await self._redis.hset(keys.teacher(task.model_sha256), stream, task.SerializeToString())
+            await self._redis.sadd(keys.TEACHERS, task.model_sha256)
+
+    async def _open(self, stream: str, group: str) -> None:
+        if await self._queue.open_stream(self._scope, stream, group) is Outcome.CLOSED:
+            raise _closed(self._scope)
+
+    async def close(self) -> None:
+        """Take the epoch's streams away: late work of others finds them closed."""
+        for name, task in self._tasks.items():
+            stream = keys.rollouts(self._scope.job_id, self._scope.epoch, name)
+            await self._redis.hdel(keys.teacher(task.model_sha256), stream)
+            if not await self._redis.hlen(keys.teacher(task.model_sha256)):
+                await self._redis.srem(keys.TEACHERS, task.model_sha256)
+        await self._queue.close_epoch(self._scope)
+        for pending in self._pending.values():
+            pending.future.cancel()
+
+    @property
+    def groups_in_flight(self) -> int:
+        return len(self._pending)
+
+    async def plan(self, group: rollout_pb2.PromptGroup) -> asyncio.Future[ScoredGroup]:
+        """Put a group on the queue; the future completes when each of its samples has ended."""
+        wanted = {f"{group.group_id}/{index}" for index in group.sample_indices}
+        future = self._expect(group.group_id, group.group, wanted)
+        mark = f"plan:{group.group_id}:0"
+        if await self._queue.add(self._scope, self._prompts, mark, group.SerializeToString()) is Outcome.CLOSED:
+            raise _closed(self._scope)
+        return future
+
+    async def rescore(self, group: int, scores: Sequence[rollout_pb2.Score]) -> asyncio.Future[ScoredGroup]:
+        """Have journalled rollouts scored again (their payloads were not journalled): replay after a takeover."""
+        future = self._expect(f"replay-{group}", group, {score.rollout.sample_id for score in scores})
+        for score in scores:
+            await self._put_back(score.rollout)
+        return future
+
+    def _expect(self, name: str, group: int, wanted: set[str]) -> asyncio.Future[ScoredGroup]:
+        pending = _Pending(group, wanted, asyncio.get_running_loop().create_future())
+        self._pending[name] = pending
+        for sample_id in wanted:
+            self._by_sample[sample_id] = pending
+        pending.future.add_done_callback(lambda _: self._forget(name))
+        return pending.future
+
+    def _forget(self, name: str) -> None:
+        pending = self._pending.pop(name, None)
+        for sample_id in pending.wanted if pending else ():
+            self._by_sample.pop(sample_id, None)
+
+    async def done(self, samples: Sequence[ScoredSample]) -> None:
+        """The samples are journalled: their entries leave the queue."""
+        await self._queue.ack_delete([sample.entry for sample in samples if sample.entry is not None])
+        for sample in samples:
+            sample.entry = None
+
+    async def run(self) -> None:
+        """Take scores from the queue until cancelled.
+
+        consumes:     entries of the stream `scored`
+        waits for:    an entry to arrive, at most a second at a time
+        produces:     completed futures of groups
+        unblocked by: a teacher's hand-over
+        """
+        async with asyncio.TaskGroup() as tasks:
+            while True:
+                try:
+                    entries = await self._queue.claim([self._scored], keys.TRAINERS_GROUP, self._consumer, CLAIM_COUNT)
+                except (RedisError, OSError) as error:
+                    self._log.warning("queue server does not answer", error=str(error))
+                    await asyncio.sleep(0.5)
+                    continue
+                for entry in entries:
+                    tasks.create_task(self._arrive(entry), name=f"arrive {entry.id}")
+
+    async def _arrive(self, entry: Entry) -> None:
+        score = rollout_pb2.Score.FromString(entry.payload)
+        sample = ScoredSample(score, entry)
+        pending = self._by_sample.get(sample.sample_id)
+        if pending is None or pending.future.done():
+            # nobody waits for it: a group that was given up
+            await self._queue.ack_delete([entry])
+            return
+        if score.WhichOneof("result") == "hidden":
+            try:
+                async with self._fetches:
+                    sample.hidden = await self._fetch(score)
+            except (NotFoundError, UnavailableError, DeadlineError, WireError) as error:
+                await self._retry_scoring(sample, error)
+                return
+        self._settle(pending, sample)
+
+    def _settle(self, pending: _Pending, sample: ScoredSample) -> None:
+        self.last_arrival = time.monotonic()
+        self.num_ended += 1
+        self.num_failed += sample.is_failed
+        pending.arrived[sample.sample_id] = sample
+        if pending.arrived.keys() >= pending.wanted and not pending.future.done():
+            samples = sorted(pending.arrived.values(), key=lambda sample: sample.score.rollout.index)
+            pending.future.set_result(ScoredGroup(pending.group, samples))
+
+    async def _fetch(self, score: rollout_pb2.Score) -> np.ndarray:
+        """Hidden states of a score from the teacher that holds them."""
+        blob = score.hidden.blob
+        info = await self._registry.find("teacher", blob.instance)
+        peer = self._peers.get(info.address, teacher_pb2_grpc.TeacherServiceStub, f"teacher {blob.instance}")
+        request = teacher_pb2.FetchScoreRequest(blob=blob, release=True)
+        parts = peer.stream("FetchScore", request, timeout_s=FETCH_TIMEOUT_S)
+        data = await collect((part.chunk async for part in parts), blob.size_bytes, score.rollout.sample_id)
+        if xxh3(data) != blob.xxh3_128:
+            raise WireError(f"sample {score.rollout.sample_id}: the hidden states do not match their checksum")
+        return from_bytes(data, score.hidden.dtype, score.hidden.shape)
+
+    async def _retry_scoring(self, sample: ScoredSample, error: StillhouseError) -> None:
+        rollout = sample.score.rollout
+        self._log.warning(
+            "score payload is gone", sample_id=rollout.sample_id, attempt=rollout.attempt, error=error.message
+        )
+        if rollout.attempt + 1 >= MAX_ATTEMPTS:
+            failure = rollout_pb2.Failure(
+                reason="payload_lost", message=error.message, service="trainer", attempts=rollout.attempt + 1
+            )
+            sample.score.failed.CopyFrom(failure)
+            pending = self._by_sample.get(sample.sample_id)
+            if pending is not None:
+                self._settle(pending, sample)
+            return
+        await self._put_back(rollout)
+        if sample.entry is not None:
+            await self._queue.ack_delete([sample.entry])
+
+    async def _put_back(self, rollout: rollout_pb2.Rollout) -> None:
+        again = rollout_pb2.Rollout()
+        again.CopyFrom(rollout)
+        again.attempt += 1
+        again.epoch = self._scope.epoch
+        stream = keys.rollouts(self._scope.job_id, self._scope.epoch, rollout.teacher)
+        mark = f"rollout:{again.sample_id}:{again.attempt}"
+        if await self._queue.add(self._scope, stream, mark, again.SerializeToString()) is Outcome.CLOSED:
+            raise _closed(self._scope)
+
+    def check_failures(self, max_fraction: float) -> None:
+        """Fail the job when too many samples failed.
+
+        Raises:
+            JobFailedError: says how many of how many, and the bound.
+        """
+        if self.num_failed > max_fraction * max(self.num_ended, 1):
+            raise JobFailedError(
+                f"{self.num_failed} of {self.num_ended} samples failed, more than max_failed_fraction "
+                f"{max_fraction:g}; the events of the job name the reasons"
+            )
+
+
+def _closed(scope: Scope) -> StillhouseError:
+    return LeaseLostError(f"job {scope.job_id}: epoch {scope.epoch} is closed")

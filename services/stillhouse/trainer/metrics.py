@@ -1,0 +1,66 @@
+"""Training-curve values of one optimizer step, from the measures of its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from stillhouse.trainer.batch import TrainSample
+from stillhouse.trainer.losses import PackedLoss
+from stillhouse.trainer.packing import MicroBatch
+from stillhouse.v1 import rollout_pb2
+
+
+@dataclass(eq=False)
+class StepMeasures:
+    """Collects the rows of all micro-batches of a step; the student's terms are those before the update."""
+
+    samples: Sequence[TrainSample]
+    loss: float = 0.0
+    reverse_kl: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    """Teacher -> [R] per micro-batch."""
+    entropy: list[np.ndarray] = field(default_factory=list)
+    gap: list[np.ndarray] = field(default_factory=list)
+    """|rollout_logprobs - student_logprobs|."""
+
+    def add(self, batch: MicroBatch, result: PackedLoss) -> None:
+        """Take over the measures of a micro-batch."""
+        self.loss += result.loss.item()
+        self.reverse_kl.setdefault(batch.teacher, []).append(_array(result.reverse_kl))
+        self.entropy.append(_array(result.entropy))
+        self.gap.append(np.abs(batch.rollout_logprobs - _array(result.logprobs)))
+
+    def summary(self, policy_version: int) -> dict[str, float]:
+        """The step's metrics; `policy_version` is that of the weights that were trained."""
+        metrics = {"loss/total": self.loss, "tokens/trained": float(sum(len(rows) for rows in self.entropy))}
+        if self.entropy:
+            by_teacher = {teacher: np.concatenate(rows) for teacher, rows in self.reverse_kl.items()}
+            gap = np.concatenate(self.gap)
+            metrics |= {
+                "loss/reverse_kl/mean": _mean(np.concatenate(list(by_teacher.values()))),
+                "student/entropy": _mean(np.concatenate(self.entropy)),
+                "mismatch/logprob_abs_mean": _mean(gap),
+                "mismatch/logprob_abs_max": float(gap.max()),
+            }
+            if len(by_teacher) > 1:
+                metrics |= {f"loss/reverse_kl/{teacher}": _mean(rows) for teacher, rows in by_teacher.items()}
+        if self.samples:
+            staleness = [policy_version - sample.oldest_policy_version for sample in self.samples]
+            truncated = [sample.finish_reason == rollout_pb2.FINISH_REASON_LENGTH for sample in self.samples]
+            metrics |= {
+                "staleness/max": float(max(staleness)),
+                "staleness/mean": float(np.mean(staleness)),
+                "completion/length_mean": float(np.mean([len(sample.completion_ids) for sample in self.samples])),
+                "completion/truncated_fraction": float(np.mean(truncated)),
+            }
+        return metrics
+
+
+def _mean(rows: np.ndarray) -> float:
+    return float(rows.mean(dtype=np.float64))
+
+
+def _array(tensor) -> np.ndarray:
+    return tensor.detach().float().cpu().numpy()

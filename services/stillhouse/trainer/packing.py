@@ -1,0 +1,125 @@
+"""Which samples go through the model together, and how: micro-batches within a token budget, one teacher each.
+
+Samples are padded on the right for the body of the model; everything after it (head, loss) sees packed rows, one per
+completion token that is trained on. No torch here.
+Letters: B samples, L padded tokens, R rows, D width of the teacher's hidden state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from stillhouse.core.errors import WireError
+from stillhouse.trainer.batch import TrainSample
+
+PADDING_ID = 0
+"""Any id will do: with padding on the right, causal attention hides it from every real token."""
+
+
+def plan_micro_batches(samples: Sequence[TrainSample], max_tokens: int) -> list[list[int]]:
+    """Indices into `samples`, by micro-batch: one teacher each, at most `max_tokens` padded tokens (or one sample).
+
+    Teachers come in order of their names, so that each head is loaded once a step; within a teacher the longest
+    samples come first, so that neighbours need little padding and a budget that is too large fails at once.
+    """
+    order = sorted(range(len(samples)), key=lambda i: (samples[i].teacher, -samples[i].num_tokens, i))
+    plan: list[list[int]] = []
+    for index in order:
+        batch = plan[-1] if plan else []
+        fits = (
+            bool(batch)
+            and samples[batch[0]].teacher == samples[index].teacher
+            and samples[batch[0]].num_tokens * (len(batch) + 1) <= max_tokens
+        )
+        if fits:
+            batch.append(index)
+        else:
+            plan.append([index])
+    return plan
+
+
+def loss_weights(
+    samples: Sequence[TrainSample],
+    teacher_weights: Sequence[float],
+    reduction: Literal["token_mean", "seq_mean_token_mean"],
+) -> list[float]:
+    """Weight of each trained token of each sample, so that the step's loss is the plain sum over all rows.
+
+    Denominators count the tokens (or sequences) of the whole step, hence the split into micro-batches changes nothing.
+    They ignore the weights: a sample of weight 2 pulls twice as hard, whatever else is in the step.
+    """
+    counts = [sample.num_loss_tokens for sample in samples]
+    if reduction == "token_mean":
+        denominators = [max(1, sum(counts))] * len(samples)
+    else:
+        num_sequences = max(1, sum(count > 0 for count in counts))
+        denominators = [max(1, count) * num_sequences for count in counts]
+    return [
+        sample.weight * weight / denominator
+        for sample, weight, denominator in zip(samples, teacher_weights, denominators, strict=True)
+    ]
+
+
+@dataclass(frozen=True, eq=False)
+class MicroBatch:
+    """Samples of one teacher, ready for one forward pass. Row r is one trained completion token."""
+
+    teacher: str
+    input_ids: np.ndarray
+    """[B, L] int64 - prompt and completion without its last token (nothing is predicted from it), padded right."""
+    positions: np.ndarray
+    """[R] int64 - position in the flattened [B * L] whose hidden state predicts the row's token."""
+    sample_of_row: np.ndarray
+    """[R] int64 - index into the step's samples."""
+    token_of_row: np.ndarray
+    """[R] int64 - index into the sample's completion."""
+    ids: np.ndarray
+    """[R] int64 - the sampled tokens."""
+    weights: np.ndarray
+    """[R] float32 - weight in the loss; see `loss_weights`."""
+    rollout_logprobs: np.ndarray
+    """[R] float32."""
+    teacher_logprobs: np.ndarray
+    """[R] float32."""
+    hidden: np.ndarray | None
+    """[R, D] float16 or float32."""
+
+
+def collate(samples: Sequence[TrainSample], indices: Sequence[int], weights: Sequence[float]) -> MicroBatch:
+    """The micro-batch of `samples[i] for i in indices`; `weights` is per sample of the step.
+
+    Completion token t of a sample is predicted from position P + t - 1.
+    """
+    chosen = [samples[i] for i in indices]
+    teachers = sorted({sample.teacher for sample in chosen})
+    if len(teachers) != 1:
+        raise WireError(f"a micro-batch takes samples of one teacher, got {teachers}")
+    length = max(sample.num_tokens for sample in chosen) - 1
+    input_ids = np.full((len(chosen), length), PADDING_ID, dtype=np.int64)
+    rows = [np.flatnonzero(sample.loss_mask) for sample in chosen]
+    for row, sample in enumerate(chosen):
+        tokens = np.concatenate([sample.prompt_ids, sample.completion_ids])[:-1]
+        input_ids[row, : len(tokens)] = tokens
+    starts = [row * length + len(sample.prompt_ids) - 1 for row, sample in enumerate(chosen)]
+
+    def gather(name: str) -> np.ndarray:
+        return np.concatenate([getattr(sample, name)[kept] for sample, kept in zip(chosen, rows, strict=True)])
+
+    has_hidden = all(sample.hidden is not None for sample in chosen)
+    counts = [len(kept) for kept in rows]
+    return MicroBatch(
+        teacher=teachers[0],
+        input_ids=input_ids,
+        positions=np.concatenate([start + kept for start, kept in zip(starts, rows, strict=True)]).astype(np.int64),
+        sample_of_row=np.repeat(np.asarray(indices, dtype=np.int64), counts),
+        token_of_row=np.concatenate(rows).astype(np.int64),
+        ids=gather("completion_ids").astype(np.int64),
+        weights=np.repeat(np.asarray([weights[i] for i in indices], dtype=np.float32), counts),
+        rollout_logprobs=gather("rollout_logprobs").astype(np.float32),
+        teacher_logprobs=gather("teacher_logprobs").astype(np.float32),
+        hidden=gather("hidden") if has_hidden else None,
+    )

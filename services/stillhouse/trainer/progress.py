@@ -1,0 +1,129 @@
+"""What people see of a running job: phase, step, ETA, tokens per second, the bottleneck in a word, metrics per step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Final
+
+from stillhouse.core import telemetry
+from stillhouse.core.queue.jobs import JobStore
+from stillhouse.core.queue.streams import Scope
+
+SMOOTHING: Final = 0.3
+"""Weight of the newest step in the moving average of step times: an ETA that follows within a few steps."""
+
+
+class Progress:
+    """Collects a step's timings and writes record, metrics and gauges."""
+
+    def __init__(self, scope: Scope, jobs: JobStore, stop_step: int) -> None:
+        self._scope = scope
+        self._jobs = jobs
+        self._stop_step = stop_step
+        self._step_s: float | None = None
+        self._step_started = time.monotonic()
+        self._phases: dict[str, float] = {}
+        self.phase = "starting"
+        self.usage: dict[str, float] = {
+            "sampled_tokens": 0,
+            "scored_tokens": 0,
+            "trained_tokens": 0,
+            "sample_s": 0.0,
+            "score_s": 0.0,
+            "train_s": 0.0,
+            "failed_samples": 0,
+        }
+        """Totals of the job; seconds are busy time of the stage. Carried over a takeover by the manifest."""
+
+    def restore(self, usage: Mapping[str, float]) -> None:
+        """Continue the totals of the manifest a claim opened from."""
+        self.usage.update(usage)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Time a phase of the step; what no phase covers counts as waiting for rollouts."""
+        start, before, self.phase = time.monotonic(), self.phase, phase
+        try:
+            yield
+        finally:
+            self.phase = before
+            self._phases[phase] = self._phases.get(phase, 0.0) + time.monotonic() - start
+
+    def start_clock(self) -> None:
+        """Forget the time so far: the loop starts now."""
+        self._step_started = time.monotonic()
+        self._phases.clear()
+
+    async def show(self, phase: str) -> None:
+        """Tell users which phase the job is in."""
+        self.phase = phase
+        await self._jobs.update(self._scope, progress={"phase": phase, "total_steps": self._stop_step})
+
+    async def step_done(self, step: int, metrics: dict[str, float], busy: Mapping[str, float]) -> None:
+        """Record a finished step; `busy` has tokens, sample_s, score_s and workers of its samples."""
+        now = time.monotonic()
+        wall_s = now - self._step_started
+        timings = self._timings(wall_s)
+        self._step_started = now
+        self._phases.clear()
+        train_s = timings["time/train_s"]
+        tokens = busy["tokens"]
+        self.usage["sampled_tokens"] += tokens
+        self.usage["scored_tokens"] += tokens
+        self.usage["trained_tokens"] += metrics.get("tokens/trained", 0.0)
+        self.usage["sample_s"] += busy["sample_s"]
+        self.usage["score_s"] += busy["score_s"]
+        self.usage["train_s"] += train_s
+        speeds = {
+            "sample": _rate(tokens, busy["sample_s"] / max(busy["samplers"], 1)),
+            "score": _rate(tokens, busy["score_s"] / max(busy["teachers"], 1)),
+            "train": _rate(metrics.get("tokens/trained", 0.0), train_s),
+        }
+        metrics.update(timings)
+        metrics.update({f"{stage}/tokens_per_s": speed for stage, speed in speeds.items()})
+        self._step_s = wall_s if self._step_s is None else SMOOTHING * wall_s + (1 - SMOOTHING) * self._step_s
+        progress: dict[str, Any] = {
+            "phase": "training",
+            "total_steps": self._stop_step,
+            "eta_s": round(self._step_s * (self._stop_step - step), 1),
+            "bottleneck": _bottleneck(timings["time/wait_s"], train_s, speeds),
+            "tokens_per_s": {stage: round(speed, 1) for stage, speed in speeds.items()},
+            "last_metrics": metrics,
+        }
+        await self._jobs.metric(self._scope, step, metrics)
+        await self._jobs.update(self._scope, step=step, progress=progress, usage=self._rounded_usage())
+        self._gauges(metrics)
+
+    def _timings(self, wall_s: float) -> dict[str, float]:
+        timings = {
+            f"time/{phase}_s": self._phases.get(phase, 0.0)
+            for phase in ("train", "publish", "commit", "evaluate", "journal")
+        }
+        timings["time/wait_s"] = max(0.0, wall_s - sum(timings.values()))
+        timings["time/step_s"] = wall_s
+        for name, value in timings.items():
+            telemetry.STEP_SECONDS.labels(name.removeprefix("time/").removesuffix("_s")).observe(value)
+        return timings
+
+    def _gauges(self, metrics: Mapping[str, float]) -> None:
+        job_id = self._scope.job_id
+        telemetry.TRAIN_LOSS.labels(job_id).set(metrics.get("loss/total", float("nan")))
+        telemetry.REVERSE_KL.labels(job_id).set(metrics.get("loss/reverse_kl/mean", float("nan")))
+        telemetry.STALENESS.labels(job_id).set(metrics.get("staleness/max", 0.0))
+        telemetry.LAST_STEP.set_to_current_time()
+
+    def _rounded_usage(self) -> dict[str, float]:
+        return {name: round(value, 2) for name, value in self.usage.items()}
+
+
+def _rate(tokens: float, seconds: float) -> float:
+    return tokens / seconds if seconds > 0 else 0.0
+
+
+def _bottleneck(wait_s: float, train_s: float, speeds: Mapping[str, float]) -> str:
+    """The stage that would make the job faster if it were faster."""
+    if train_s >= wait_s:
+        return "trainer"
+    return "sampler" if speeds["sample"] <= speeds["score"] else "teacher"

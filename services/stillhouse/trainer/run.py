@@ -1,0 +1,262 @@
+"""A running job: the collaborators of `loop.py`, made of exchange, learner, publisher, journal and manifests."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from stillhouse.core.blobs import JobArtifacts
+from stillhouse.core.errors import JobFailedError
+from stillhouse.core.queue.jobs import JobStore
+from stillhouse.core.queue.streams import Scope
+from stillhouse.core.spec import FullVocabularyLoss, JobSpec, StageSpec
+from stillhouse.core.tensors import DTYPE_NAMES
+from stillhouse.trainer import manifests
+from stillhouse.trainer.batch import TeacherHead, TrainSample
+from stillhouse.trainer.evaluate import HeldOut
+from stillhouse.trainer.exchange import Exchange, ScoredGroup, ScoredSample
+from stillhouse.trainer.journal import StepJournal, read_step
+from stillhouse.trainer.manifests import ManifestRef, Opening
+from stillhouse.trainer.progress import Progress
+from stillhouse.trainer.prompts import Prompt, PromptOrder, make_group, sample_seed
+from stillhouse.trainer.publish import Publisher
+from stillhouse.trainer.samplers import SamplerPool
+from stillhouse.trainer.train import LearnerThread, micro_batch_plans, plan_from_journal, to_sample
+from stillhouse.v1 import rollout_pb2
+
+
+@dataclass
+class Run:
+    """One claim of one job, from the loaded learner to the last commit. Implements every Protocol of the loop."""
+
+    scope: Scope
+    spec: JobSpec
+    jobs: JobStore
+    artifacts: JobArtifacts
+    opening: Opening
+    exchange: Exchange
+    samplers: SamplerPool
+    learner: LearnerThread
+    publisher: Publisher
+    progress: Progress
+    order: PromptOrder
+    prompts: Sequence[Prompt]
+    heads: Mapping[str, TeacherHead]
+    stop_ids: Sequence[int]
+    threads: int
+    held_out: HeldOut | None = None
+    step_done: int = 0
+    """Optimizer steps in the learner."""
+    _batch: tuple[list[TrainSample], list[list[int]]] = field(default_factory=lambda: ([], []))
+    _metrics: dict[str, float] = field(default_factory=dict)
+    _busy: dict[str, float] = field(default_factory=dict)
+    _last_commit: ManifestRef | None = None
+    _last_commit_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def stage(self) -> StageSpec:
+        return self.spec.stages[0]
+
+    # -- Rollouts ----------------------------------------------------------------------------------------------------
+
+    async def start(self, group: int, min_policy_version: int) -> asyncio.Future[ScoredGroup]:
+        return await self.plan(
+            self.order[group],
+            purpose=rollout_pb2.PURPOSE_TRAIN,
+            group=group,
+            group_id=str(group),
+            seed_id=str(group),
+            size=self.stage.schedule.group_size,
+            sampling=self._sampling(),
+            score=self._score_spec(),
+            min_policy_version=min_policy_version,
+        )
+
+    async def plan(self, prompt: Prompt, *, seed_id: str, size: int, **fields: Any) -> asyncio.Future[ScoredGroup]:
+        """Plan a group of `size` samples whose seeds follow from `seed_id`."""
+        seeds = [sample_seed(self.spec.seed, seed_id, index) for index in range(size)]
+        message = make_group(prompt, job_id=self.scope.job_id, epoch=self.scope.epoch, seeds=seeds, **fields)
+        return await self.exchange.plan(message)
+
+    async def done(self, groups: Sequence[ScoredGroup]) -> None:
+        await self.exchange.done([sample for group in groups for sample in group.samples])
+
+    # -- Journal -----------------------------------------------------------------------------------------------------
+
+    async def write(self, step: int, groups: Sequence[ScoredGroup], next_group: int) -> None:
+        self.exchange.check_failures(self.spec.max_failed_fraction)
+        await self._report_failures(groups)
+        scored = [sample for group in groups for sample in group.scored]
+        with self.progress.timed("journal"):
+            samples = self._samples(scored)
+            plan = await self.learner.plan(samples, self.stage.schedule.micro_batch_tokens)
+            await StepJournal(self.artifacts, self.scope).write(
+                step,
+                [sample.score for group in groups for sample in group.samples],
+                groups=[group.group for group in groups],
+                next_group=next_group,
+                micro_batches=micro_batch_plans(samples, plan),
+            )
+        self._batch = (samples, plan)
+        self._busy = self._busy_seconds(scored)
+
+    def _samples(self, scored: Sequence[ScoredSample]) -> list[TrainSample]:
+        if not scored:
+            raise JobFailedError("every sample of the step failed; the events of the job name the reasons")
+        weights = {name: teacher.weight for name, teacher in self.spec.teachers.items()}
+        rows = self.prompts
+        return [
+            to_sample(sample, rows[sample.score.rollout.row].weight * weights[sample.score.rollout.teacher])
+            for sample in scored
+        ]
+
+    async def _report_failures(self, groups: Sequence[ScoredGroup]) -> None:
+        for sample in (sample for group in groups for sample in group.samples if sample.is_failed):
+            failed = sample.score.failed
+            self.progress.usage["failed_samples"] += 1
+            await self.jobs.event(
+                self.scope.job_id,
+                "sample.failed",
+                f"sample {sample.sample_id}: {failed.reason}: {failed.message}",
+                level="warning",
+                sample_id=sample.sample_id,
+                reason=failed.reason,
+                service=failed.service,
+                attempts=failed.attempts,
+            )
+
+    def _busy_seconds(self, scored: Sequence[ScoredSample]) -> dict[str, float]:
+        rollouts = [sample.score.rollout for sample in scored]
+        return {
+            "tokens": float(sum(rollout.completion_ids.shape[0] for rollout in rollouts)),
+            "sample_s": sum(rollout.sample_s for rollout in rollouts),
+            "score_s": sum(sample.score.score_s for sample in scored),
+            "samplers": float(len({rollout.sampler for rollout in rollouts})),
+            "teachers": float(len({sample.score.teacher_instance for sample in scored})),
+        }
+
+    # -- Learner -----------------------------------------------------------------------------------------------------
+
+    async def step(self, step: int, groups: Sequence[ScoredGroup]) -> None:
+        samples, plan = self._batch
+        with self.progress.timed("train"):
+            self._metrics = await self.learner.step(samples, self.heads, plan)
+        self.step_done = step + 1
+
+    async def replay(self) -> None:
+        """Train the journalled steps that no manifest covers again: the same samples, none sampled anew."""
+        for ref in self.opening.replay:
+            journalled = read_step(self.artifacts.journal(ref.epoch, ref.step))
+            scored = await self._scored_again(
+                ref.step, [s for s in journalled.scores if s.WhichOneof("result") != "failed"]
+            )
+            samples = self._samples(scored)
+            plan = plan_from_journal(samples, journalled.header.micro_batches)
+            with self.progress.timed("train"):
+                self._metrics = await self.learner.step(samples, self.heads, plan)
+            self.step_done = ref.step + 1
+            await self.progress.step_done(self.step_done, self._metrics, self._busy_seconds(scored))
+
+    async def _scored_again(self, step: int, scores: list[rollout_pb2.Score]) -> list[ScoredSample]:
+        """Journalled scores as samples; hidden states are not journalled, so those are scored again."""
+        hidden = [score for score in scores if score.WhichOneof("result") == "hidden"]
+        fresh: dict[str, ScoredSample] = {}
+        if hidden:
+            group = await (await self.exchange.rescore(step, hidden))
+            await self.exchange.done(group.samples)
+            fresh = {sample.sample_id: sample for sample in group.scored}
+        samples = [fresh.get(score.rollout.sample_id) or ScoredSample(score) for score in scores]
+        return [
+            sample for sample in samples if sample.score.WhichOneof("result") != "hidden" or sample.hidden is not None
+        ]
+
+    # -- Weights -----------------------------------------------------------------------------------------------------
+
+    async def publish(self, step: int) -> None:
+        with self.progress.timed("publish"):
+            await self.publisher.publish(step, await self.learner.state_arrays())
+        if self._metrics:
+            await self.progress.step_done(step, self._metrics, self._busy)
+            self._metrics = {}
+
+    # -- Checkpoints -------------------------------------------------------------------------------------------------
+
+    async def commit_if_due(self, step: int) -> None:
+        policy = self.spec.checkpoint
+        is_overdue = time.monotonic() - self._last_commit_at > policy.max_redo_s
+        if step == self.spec.stop_step() or step % policy.every_steps == 0 or is_overdue:
+            with self.progress.timed("commit"):
+                await self.commit()
+
+    async def commit(self) -> None:
+        """Commit the learner's present state, once per step."""
+        step = self.step_done
+        base = self._last_commit or self.opening.base
+        if step == 0 or (base is not None and int(base.name.split("-")[0]) == step):
+            return
+        facts = {
+            "job_id": self.scope.job_id,
+            "next_group": step * self.stage.schedule.prompts_per_step,
+            "stage": 0,
+            "parent": base.as_json() if base else None,
+            "spec_sha256": manifests.spec_sha256(self.spec.model_dump(mode="json")),
+            "usage": self.progress.usage,
+            "threads": self.threads,
+        }
+        ref = await self.learner.save(
+            lambda save: manifests.commit(self.artifacts, self.scope.epoch, step, facts, save)
+        )
+        self._last_commit, self._last_commit_at = ref, time.monotonic()
+        await self.jobs.update(self.scope, committed_step=step)
+        await self.jobs.event(
+            self.scope.job_id, "checkpoint.saved", f"checkpoint at step {step}", step=step, name=ref.name
+        )
+        await asyncio.to_thread(manifests.retain, self.artifacts, self.spec.checkpoint.keep_last, self.opening.base)
+
+    # -- Evaluator ---------------------------------------------------------------------------------------------------
+
+    async def evaluate_if_due(self, step: int) -> None:
+        if self.held_out is None or not self.held_out.is_due(step, self.spec.stop_step()):
+            return
+        with self.progress.timed("evaluate"):
+            await self.progress.show("evaluating")
+            result = await self.held_out.evaluate(step)
+        await self.jobs.event(
+            self.scope.job_id,
+            "evaluation",
+            f"step {step}: held-out reverse KL {result['reverse_kl']:.4f} nats/token",
+            step=step,
+            reverse_kl=result["reverse_kl"],
+            teacher_nll_greedy=result["teacher_nll_greedy"],
+            repeated_4grams=result["repeated_4grams"],
+        )
+
+    # -- details -----------------------------------------------------------------------------------------------------
+
+    def _sampling(self) -> rollout_pb2.SamplingParams:
+        sampling = self.stage.sampling
+        return rollout_pb2.SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            max_tokens=sampling.max_tokens,
+            stop_token_ids=[*self.stop_ids, *sampling.stop_token_ids],
+        )
+
+    def _score_spec(self) -> rollout_pb2.ScoreSpec:
+        loss = self.stage.loss
+        if isinstance(loss, FullVocabularyLoss):
+            return rollout_pb2.ScoreSpec(
+                kind=rollout_pb2.SCORE_KIND_HIDDEN,
+                temperature=self.stage.sampling.temperature,
+                dtype=DTYPE_NAMES[loss.hidden_dtype],
+            )
+        return rollout_pb2.ScoreSpec(kind=rollout_pb2.SCORE_KIND_SAMPLED, temperature=self.stage.sampling.temperature)
+
+    async def export(self, source_dir: Path, card: dict[str, Any]) -> None:
+        """Write the finished student beside the artifacts, in place of an older export."""
+        await self.learner.export(source_dir, self.artifacts.export, card)

@@ -1,0 +1,101 @@
+"""The samplers that serve a job: leased while it runs, told about new weights, released at the end."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Final
+
+from redis.exceptions import RedisError
+
+from stillhouse.core.errors import StillhouseError
+from stillhouse.core.queue.registry import Registry, ServiceInfo
+from stillhouse.core.queue.streams import Scope
+from stillhouse.core.rpc import Peers
+from stillhouse.core.spec import SamplersSpec
+from stillhouse.v1 import sampler_pb2, sampler_pb2_grpc, weights_pb2
+
+HINT_TIMEOUT_S: Final = 5.0
+"""Deadline of a SyncWeights hint: it only wakes the sampler."""
+
+
+class SamplerPool:
+    """Leases `samplers.min`..`max` samplers for one claim of a job."""
+
+    def __init__(
+        self, scope: Scope, spec: SamplersSpec, *, registry: Registry, peers: Peers, lease_s: float, log: Any
+    ) -> None:
+        self._scope = scope
+        self._spec = spec
+        self._registry = registry
+        self._peers = peers
+        self._lease_s = lease_s
+        self._log = log
+        self._leased: dict[str, ServiceInfo] = {}
+        self._changed = asyncio.Event()
+        self._hints: set[asyncio.Task[None]] = set()
+
+    @property
+    def size(self) -> int:
+        """Samplers that serve the job now."""
+        return len(self._leased)
+
+    async def run(self) -> None:
+        """Lease samplers that appear, renew the leases, forget those that are gone; until cancelled."""
+        while True:
+            try:
+                await self._refresh()
+            except (RedisError, OSError) as error:
+                self._log.warning("cannot renew sampler leases", error=str(error))
+            await asyncio.sleep(min(1.0, self._lease_s / 3))
+
+    async def _refresh(self) -> None:
+        alive = {info.instance: info for info in await self._registry.services("sampler")}
+        # those we have come first, so that `max` never swaps a warm sampler for a cold one
+        candidates = sorted(alive, key=lambda instance: (instance not in self._leased, instance))
+        leased: dict[str, ServiceInfo] = {}
+        for instance in candidates:
+            if len(leased) == self._spec.max:
+                break
+            if await self._registry.lease_sampler(instance, self._scope, self._lease_s):
+                leased[instance] = alive[instance]
+        for lost in self._leased.keys() - leased.keys():
+            self._log.warning("sampler lost", sampler=lost)
+        self._leased = leased
+        self._changed.set()
+
+    async def wait_for_min(self) -> None:
+        """Wait until `samplers.min` samplers are leased (interrupted from outside)."""
+        while self.size < self._spec.min:
+            self._changed.clear()
+            await self._changed.wait()
+
+    def hint(self, ref: weights_pb2.WeightsRef) -> None:
+        """Tell the samplers about new weights; whoever misses it finds out at its next claim."""
+        request = sampler_pb2.SamplerServiceSyncWeightsRequest(job_id=self._scope.job_id, weights=ref)
+        for info in self._leased.values():
+            task = asyncio.create_task(self._hint_one(info, request))
+            self._hints.add(task)
+            task.add_done_callback(self._hints.discard)
+
+    async def _hint_one(self, info: ServiceInfo, request: sampler_pb2.SamplerServiceSyncWeightsRequest) -> None:
+        try:
+            await self._peer(info).unary("SyncWeights", request, timeout_s=HINT_TIMEOUT_S)
+        except StillhouseError as error:
+            self._log.debug("SyncWeights missed", sampler=info.instance, error=error.message)
+
+    async def generate(
+        self, request: sampler_pb2.GenerateRequest, timeout_s: float
+    ) -> list[sampler_pb2.GenerateResponse]:
+        """Completions outside the queue, from any of the samplers."""
+        await self.wait_for_min()
+        info = next(iter(self._leased.values()))
+        return [part async for part in self._peer(info).stream("Generate", request, timeout_s=timeout_s)]
+
+    def _peer(self, info: ServiceInfo) -> Any:
+        return self._peers.get(info.address, sampler_pb2_grpc.SamplerServiceStub, f"sampler {info.instance}")
+
+    async def release(self) -> None:
+        """Give all samplers back."""
+        for instance in self._leased:
+            await self._registry.release_sampler(instance, self._scope)
+        self._leased = {}

@@ -1,0 +1,26 @@
+"""End-of-sequence tokens of a registered model, from its JSON files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from stillhouse.core.blobs import read_json
+from stillhouse.core.errors import PreflightError
+from stillhouse.core.models import ModelEntry
+
+
+def stop_token_ids(entry: ModelEntry) -> list[int]:
+    """Token ids that end a completion: generation_config.json first, then config.json.
+
+    Raises:
+        PreflightError: the model names none, so completions would never end.
+    """
+    for name in ("generation_config.json", "config.json"):
+        path = Path(entry.path) / name
+        if path.is_file():
+            value = read_json(path).get("eos_token_id")
+            if value is not None:
+                return sorted({int(token) for token in (value if isinstance(value, list) else [value])})
+    raise PreflightError(
+        f"model '{entry.name}' names no end-of-sequence token; add eos_token_id to its generation_config.json"
+    )

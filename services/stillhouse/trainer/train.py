@@ -1,0 +1,167 @@
+"""The learner in a thread of its own: scored groups in, one optimizer step out. The event loop stays free.
+
+Also converts wire messages to the learner's samples. No torch at import; `learner.py` is loaded when a job starts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from stillhouse.core.errors import WireError
+from stillhouse.core.spec import JobSpec
+from stillhouse.core.tensors import from_tensor
+from stillhouse.trainer.batch import TeacherHead, TrainSample
+from stillhouse.trainer.exchange import ScoredSample
+from stillhouse.v1 import journal_pb2, rollout_pb2
+
+T = TypeVar("T")
+
+
+def to_sample(sample: ScoredSample, weight: float) -> TrainSample:
+    """A scored sample as the learner takes it; checks that all lengths agree.
+
+    Raises:
+        WireError: names the sample and both lengths.
+    """
+    rollout = sample.score.rollout
+    completion = from_tensor(rollout.completion_ids)
+    num_tokens = len(completion)
+    teacher_logprobs = from_tensor(_teacher_logprobs(sample.score))
+    rollout_logprobs = from_tensor(rollout.rollout_logprobs)
+    mask = from_tensor(rollout.loss_mask) if rollout.HasField("loss_mask") else np.ones(num_tokens, dtype=np.uint8)
+    arrays: dict[str, Any] = {
+        "teacher_logprobs": teacher_logprobs,
+        "rollout_logprobs": rollout_logprobs,
+        "loss_mask": mask,
+    }
+    if sample.hidden is not None:
+        arrays["hidden"] = sample.hidden
+    for name, array in arrays.items():
+        if len(array) != num_tokens:
+            raise WireError(f"sample {rollout.sample_id}: got {len(array)} {name} for {num_tokens} tokens")
+    if not rollout.spans:
+        raise WireError(f"sample {rollout.sample_id}: no span says which policy version sampled it")
+    return TrainSample(
+        sample_id=rollout.sample_id,
+        teacher=rollout.teacher,
+        prompt_ids=from_tensor(rollout.prompt_ids),
+        completion_ids=completion,
+        loss_mask=mask,
+        rollout_logprobs=rollout_logprobs,
+        teacher_logprobs=teacher_logprobs,
+        hidden=sample.hidden,
+        weight=weight,
+        oldest_policy_version=min(span.policy_version for span in rollout.spans),
+        finish_reason=int(rollout.finish_reason),
+    )
+
+
+def _teacher_logprobs(score: rollout_pb2.Score) -> Any:
+    kind = score.WhichOneof("result")
+    if kind not in ("sampled", "topk", "targets", "hidden"):
+        raise WireError(f"sample {score.rollout.sample_id}: no score, got '{kind}'")
+    return getattr(score, kind).teacher_logprobs
+
+
+class LearnerThread:
+    """Runs the learner's methods one after the other in one thread."""
+
+    def __init__(self) -> None:
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="learner")
+        self._learner: Any = None
+
+    async def call(self, function: Callable[..., T], *args: Any) -> T:
+        """`function(*args)` in the learner's thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._executor, function, *args)
+
+    async def load(self, model_dir: Path, spec: JobSpec, threads: int) -> None:
+        """Load the student."""
+
+        def build() -> Any:
+            from stillhouse.trainer.learner import Learner
+
+            return Learner(
+                model_dir,
+                dtype=spec.student.dtype,
+                stage=spec.stages[0],
+                teachers=spec.teachers,
+                total_steps=spec.stop_step(),
+                seed=spec.seed,
+                threads=threads,
+            )
+
+        self._learner = await self.call(build)
+
+    async def plan(self, samples: Sequence[TrainSample], max_tokens: int) -> list[list[int]]:
+        """Micro-batches as indices into `samples`."""
+
+        def plan() -> list[list[int]]:
+            from stillhouse.trainer.packing import plan_micro_batches
+
+            return plan_micro_batches(samples, max_tokens)
+
+        return await self.call(plan)
+
+    async def step(
+        self, samples: Sequence[TrainSample], heads: Mapping[str, TeacherHead], plan: list[list[int]]
+    ) -> dict[str, float]:
+        """One optimizer step; returns its metrics."""
+        return await self.call(lambda: self._learner.step(samples, heads, plan))
+
+    async def evaluate(
+        self, samples: Sequence[TrainSample], heads: Mapping[str, TeacherHead]
+    ) -> list[dict[str, float]]:
+        """Exact reverse KL per sample, in float32."""
+        return await self.call(lambda: self._learner.evaluate(samples, heads))
+
+    async def state_arrays(self) -> list[tuple[str, np.ndarray, str]]:
+        """A copy of the weights: (name, array, element type)."""
+        return await self.call(lambda: self._learner.state_arrays())
+
+    async def save(self, write: Callable[[Callable[[Path], None]], T]) -> T:
+        """Run `write(save_into)` in the thread, where `save_into(folder)` stores the learner's whole state."""
+        return await self.call(lambda: write(self._learner.save))
+
+    async def restore(self, folder: Path) -> None:
+        """Continue from a saved state, bit for bit."""
+        await self.call(lambda: self._learner.load(folder))
+
+    async def export(self, source_dir: Path, folder: Path, card: dict[str, Any]) -> None:
+        """Write the student as a folder that transformers loads."""
+
+        def write() -> None:
+            from stillhouse.trainer.export import export_model
+
+            export_model(self._learner, source_dir, folder, card)
+
+        await self.call(write)
+
+    def close(self) -> None:
+        """Drop the learner and end the thread."""
+        self._learner = None
+        self._executor.shutdown(wait=True, cancel_futures=True)
+
+
+def micro_batch_plans(samples: Sequence[TrainSample], plan: list[list[int]]) -> list[journal_pb2.MicroBatchPlan]:
+    """A plan as the journal stores it: by sample id."""
+    return [
+        journal_pb2.MicroBatchPlan(
+            teacher=samples[indices[0]].teacher, sample_ids=[samples[index].sample_id for index in indices]
+        )
+        for indices in plan
+    ]
+
+
+def plan_from_journal(
+    samples: Sequence[TrainSample], micro_batches: Sequence[journal_pb2.MicroBatchPlan]
+) -> list[list[int]]:
+    """The journalled plan as indices into `samples`; samples that no longer have a score are left out."""
+    index = {sample.sample_id: position for position, sample in enumerate(samples)}
+    plan = [[index[sample_id] for sample_id in batch.sample_ids if sample_id in index] for batch in micro_batches]
+    return [batch for batch in plan if batch]

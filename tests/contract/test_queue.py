@@ -1,0 +1,202 @@
+"""One behaviour suite for every queue back end: in memory, Valkey, and Debian's Redis where it is installed."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from stillhouse.core.errors import TooLargeError
+from stillhouse.core.queue import keys
+from stillhouse.core.queue.client import connect, connect_blocking
+from stillhouse.core.queue.streams import MAX_DELIVERIES, MAX_ENTRY_BYTES, Outcome, QueueBackend, Scope, WorkQueue
+
+from tests.conftest import free_port, server_answers, stop_valkey
+from tests.fakes import MemoryQueue
+
+JOB = Scope("job_contract", 1)
+PROMPTS = keys.prompts(JOB.job_id, JOB.epoch)
+ROLLOUTS = keys.rollouts(JOB.job_id, JOB.epoch, "main")
+NOW_MS = 10
+SetEpoch = Callable[[int], Awaitable[None]]
+
+
+@pytest.fixture(scope="session")
+def debian_redis_url(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Debian's redis-server (7.0), the oldest command set that we promise to run on."""
+    binary = shutil.which("redis-server")
+    if binary is None:
+        pytest.skip("redis-server is not installed (apt-get install redis-server)")
+    folder, port = tmp_path_factory.mktemp("redis"), free_port()
+    command = [binary, "--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder), "--save", ""]
+    command += ["--appendonly", "yes", "--appendfsync", "always"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    assert server_answers(process, port)
+    yield f"redis://127.0.0.1:{port}/0"
+    stop_valkey(process)
+
+
+@pytest.fixture(params=["memory", "valkey", "redis"])
+async def backend(request: pytest.FixtureRequest) -> AsyncIterator[tuple[QueueBackend, SetEpoch]]:
+    """(queue, function that does to the job's epoch what a claim does)."""
+    if request.param == "memory":
+        memory = MemoryQueue()
+
+        async def set_memory(epoch: int) -> None:
+            memory.set_epoch(JOB.job_id, epoch)
+
+        await set_memory(JOB.epoch)
+        yield memory, set_memory
+        return
+    url = request.getfixturevalue("redis_url" if request.param == "valkey" else "debian_redis_url")
+    redis, blocking = connect(url), connect_blocking(url)
+    await redis.flushall()
+
+    async def set_real(epoch: int) -> None:
+        await redis.hset(keys.job(JOB.job_id), "epoch", str(epoch))  # type: ignore[misc]
+
+    await set_real(JOB.epoch)
+    yield WorkQueue(redis, blocking), set_real
+    await redis.aclose()
+    await blocking.aclose()
+
+
+@pytest.fixture
+async def queue(backend: tuple[QueueBackend, SetEpoch]) -> QueueBackend:
+    queue, _ = backend
+    await queue.open_stream(JOB, PROMPTS, keys.SAMPLERS_GROUP)
+    await queue.open_stream(JOB, ROLLOUTS, keys.TEACHERS_GROUP)
+    return queue
+
+
+async def claim_one(
+    queue: QueueBackend, consumer: str = "a", stream: str = PROMPTS, group: str = keys.SAMPLERS_GROUP
+) -> Any:
+    (entry,) = await queue.claim([stream], group, consumer, 1, NOW_MS)
+    return entry
+
+
+async def test_entries_come_in_order_and_once(queue: QueueBackend) -> None:
+    for number in range(5):
+        assert await queue.add(JOB, PROMPTS, f"plan:{number}", b"%d" % number) is Outcome.DONE
+    first = await queue.claim([PROMPTS], keys.SAMPLERS_GROUP, "a", 3, NOW_MS)
+    second = await queue.claim([PROMPTS], keys.SAMPLERS_GROUP, "b", 3, NOW_MS)
+    assert [entry.payload for entry in first + second] == [b"0", b"1", b"2", b"3", b"4"]
+    assert await queue.claim([PROMPTS], keys.SAMPLERS_GROUP, "c", 3, NOW_MS) == []
+
+
+async def test_entries_added_before_the_group_exists_are_seen(backend: tuple[QueueBackend, SetEpoch]) -> None:
+    queue, _ = backend
+    await queue.add(JOB, PROMPTS, "plan:0", b"early")
+    await queue.open_stream(JOB, PROMPTS, keys.SAMPLERS_GROUP)
+    assert (await claim_one(queue)).payload == b"early"
+
+
+async def test_adding_twice_under_one_mark_adds_once(queue: QueueBackend) -> None:
+    assert await queue.add(JOB, PROMPTS, "plan:0", b"x") is Outcome.DONE
+    assert await queue.add(JOB, PROMPTS, "plan:0", b"x") is Outcome.DUPLICATE
+    assert await queue.length(PROMPTS) == 1
+
+
+async def test_hand_over_moves_the_work_in_one_step(queue: QueueBackend) -> None:
+    await queue.add(JOB, PROMPTS, "plan:0", b"prompt")
+    entry = await claim_one(queue)
+    assert await queue.hand_over(JOB, entry, ROLLOUTS, "rollout:0/0:0", b"rollout") is Outcome.DONE
+    assert (await queue.length(PROMPTS), await queue.length(ROLLOUTS)) == (0, 1)
+
+
+async def test_the_source_stays_until_its_last_sample(queue: QueueBackend) -> None:
+    await queue.add(JOB, PROMPTS, "plan:0", b"group of two")
+    entry = await claim_one(queue)
+    await queue.hand_over(JOB, entry, ROLLOUTS, "rollout:0/0:0", b"first", last=False)
+    assert (await queue.length(PROMPTS), await queue.length(ROLLOUTS)) == (1, 1)
+    await queue.hand_over(JOB, entry, ROLLOUTS, "rollout:0/1:0", b"second", last=True)
+    assert (await queue.length(PROMPTS), await queue.length(ROLLOUTS)) == (0, 2)
+
+
+async def test_two_holders_of_one_entry_hand_over_one_result(queue: QueueBackend) -> None:
+    await queue.add(JOB, PROMPTS, "plan:0", b"prompt")
+    slow = await claim_one(queue, "slow")
+    (thief,) = await queue.reclaim(PROMPTS, keys.SAMPLERS_GROUP, "thief", 0.0, 10)
+    assert await queue.hand_over(JOB, thief, ROLLOUTS, "rollout:0/0:0", b"thief") is Outcome.DONE
+    assert await queue.hand_over(JOB, slow, ROLLOUTS, "rollout:0/0:0", b"slow") is Outcome.DUPLICATE
+    assert (await claim_one(queue, "t", ROLLOUTS, keys.TEACHERS_GROUP)).payload == b"thief"
+    assert await queue.length(ROLLOUTS) == 1
+
+
+async def test_a_new_attempt_is_not_a_duplicate(queue: QueueBackend) -> None:
+    assert await queue.add(JOB, ROLLOUTS, "rollout:0/0:0", b"first attempt") is Outcome.DONE
+    assert await queue.add(JOB, ROLLOUTS, "rollout:0/0:1", b"second attempt") is Outcome.DONE
+
+
+async def test_a_silent_holder_loses_its_claim_and_a_living_one_does_not(queue: QueueBackend) -> None:
+    await queue.add(JOB, PROMPTS, "plan:0", b"prompt")
+    entry = await claim_one(queue, "a")
+    assert await queue.reclaim(PROMPTS, keys.SAMPLERS_GROUP, "b", 60.0, 10) == []
+    await queue.renew([entry], "a")
+    assert await queue.reclaim(PROMPTS, keys.SAMPLERS_GROUP, "b", 60.0, 10) == []
+    (taken,) = await queue.reclaim(PROMPTS, keys.SAMPLERS_GROUP, "b", 0.0, 10)
+    assert taken.payload == b"prompt"
+    assert taken.deliveries == 2
+
+
+async def test_handing_back_is_found_at_once_and_renewing_is_no_delivery(queue: QueueBackend) -> None:
+    await queue.add(JOB, PROMPTS, "plan:0", b"prompt")
+    entry = await claim_one(queue, "a")
+    for _ in range(10):
+        await queue.renew([entry], "a")
+    await queue.hand_back([entry], "a")
+    (taken,) = await queue.reclaim(PROMPTS, keys.SAMPLERS_GROUP, "b", 60.0, 10)
+    assert taken.deliveries <= 2
+    assert not taken.is_exhausted
+
+
+async def test_an_entry_that_kills_its_holders_is_exhausted(queue: QueueBackend) -> None:
+    await queue.add(JOB, PROMPTS, "plan:0", b"poison")
+    await claim_one(queue, "victim")
+    entry = None
+    for _ in range(MAX_DELIVERIES):
+        (entry,) = await queue.reclaim(PROMPTS, keys.SAMPLERS_GROUP, "next victim", 0.0, 10)
+    assert entry is not None
+    assert entry.is_exhausted
+    await queue.hand_over(JOB, entry, ROLLOUTS, "score:0/0:0", b"failed", dead=b"why")
+    assert await queue.length(keys.dead(JOB.job_id, JOB.epoch)) == 1
+
+
+async def test_a_closed_epoch_takes_nothing(backend: tuple[QueueBackend, SetEpoch], queue: QueueBackend) -> None:
+    _, set_epoch = backend
+    await queue.add(JOB, PROMPTS, "plan:0", b"prompt")
+    zombie = await claim_one(queue)
+    await set_epoch(JOB.epoch + 1)
+    assert await queue.add(JOB, PROMPTS, "plan:1", b"late") is Outcome.CLOSED
+    assert await queue.hand_over(JOB, zombie, ROLLOUTS, "rollout:0/0:0", b"late") is Outcome.CLOSED
+    assert await queue.open_stream(JOB, ROLLOUTS, keys.TEACHERS_GROUP) is Outcome.CLOSED
+    assert await queue.length(ROLLOUTS) == 0
+
+
+async def test_closing_an_epoch_leaves_nothing_behind(queue: QueueBackend) -> None:
+    await queue.add(JOB, PROMPTS, "plan:0", b"prompt")
+    await queue.close_epoch(JOB)
+    assert await queue.length(PROMPTS) == 0
+    assert await queue.claim([PROMPTS], keys.SAMPLERS_GROUP, "a", 1, NOW_MS) == []
+    assert await queue.reclaim(PROMPTS, keys.SAMPLERS_GROUP, "a", 0.0, 1) == []
+
+
+async def test_acknowledging_counts_what_was_there(queue: QueueBackend) -> None:
+    await queue.add(JOB, PROMPTS, "plan:0", b"prompt")
+    entry = await claim_one(queue)
+    assert await queue.ack_delete([entry]) == 1
+    assert await queue.ack_delete([entry]) == 0
+    assert await queue.length(PROMPTS) == 0
+
+
+async def test_oversized_entries_are_refused_by_the_real_queue(redis_url: str) -> None:
+    redis, blocking = connect(redis_url), connect_blocking(redis_url)
+    await redis.hset(keys.job(JOB.job_id), "epoch", "1")  # type: ignore[misc]
+    with pytest.raises(TooLargeError, match=str(MAX_ENTRY_BYTES)):
+        await WorkQueue(redis, blocking).add(JOB, PROMPTS, "plan:0", b"x" * (MAX_ENTRY_BYTES + 1))
+    await redis.aclose()
+    await blocking.aclose()
