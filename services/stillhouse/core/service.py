@@ -24,7 +24,7 @@ from redis.exceptions import RedisError
 from stillhouse.core import telemetry
 from stillhouse.core.blobs import Artifacts
 from stillhouse.core.config import Settings, load_settings
-from stillhouse.core.errors import StillhouseError, UnavailableError
+from stillhouse.core.errors import DeadlineError, StillhouseError, UnavailableError
 from stillhouse.core.models import ModelRegistry
 from stillhouse.core.queue.client import connect, connect_blocking
 from stillhouse.core.queue.jobs import JobStore
@@ -33,6 +33,8 @@ from stillhouse.core.queue.streams import WorkQueue
 from stillhouse.core.rpc import Peers, Server
 
 VERSION: Final = version("stillhouse")
+SERVER_GRACE_S: Final = 2.0
+"""Time that running calls have to end when a service stops."""
 REDIS_WAIT_S: Final = 60.0
 """How long a starting service waits for the queue server: they are often started together."""
 
@@ -110,7 +112,7 @@ def main(role: str, build: Callable[[Context], App]) -> None:
     if settings.supervised:
         die_with_parent()
     try:
-        asyncio.run(_serve(settings, role, instance, log, build))
+        asyncio.run(_run_process(settings, role, instance, log, build))
     except StillhouseError as error:
         log.error("service failed", error=error.message, code=error.code)
         sys.exit(1)
@@ -127,37 +129,54 @@ def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
-async def _serve(settings: Settings, role: str, instance: str, log: Any, build: Callable[[Context], App]) -> None:
+async def _run_process(settings: Settings, role: str, instance: str, log: Any, build: Callable[[Context], App]) -> None:
     ctx = open_context(settings, role, log, instance=instance)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ctx.stop.set)
     try:
-        await wait_for_redis(ctx.redis)
-        app = build(ctx)
-        server = Server(settings)
-        app.register(server)
-        address = await server.start()
-        metrics_address = telemetry.serve_metrics(settings)
-        telemetry.BUILD_INFO.labels(role, VERSION).set(1)
-        await server.set_ready(True)
-        log.info("ready", address=address, metrics=metrics_address, pid=os.getpid())
-        heartbeat = asyncio.create_task(heartbeat_forever(ctx, app.state, address, metrics_address), name="heartbeat")
-        worker = asyncio.create_task(app.run(), name="worker")
-        try:
-            await asyncio.wait({heartbeat, worker}, return_when=asyncio.FIRST_COMPLETED)
-            for task in (heartbeat, worker):
-                if task.done():
-                    task.result()  # raises what ended it
-        finally:
-            heartbeat.cancel()
-            worker.cancel()
-            await asyncio.gather(heartbeat, worker, return_exceptions=True)
-            await server.stop(grace_s=2.0)
-            await ctx.registry.leave(role, instance)
-        log.info("stopped")
+        await serve(ctx, build)
     finally:
         await ctx.close()
+
+
+async def serve(ctx: Context, build: Callable[[Context], App]) -> None:
+    """Run a service until `ctx.stop` is set and its worker has handed everything back.
+
+    Raises:
+        DeadlineError: the worker did not end within `drain_s` of the stop.
+    """
+    await wait_for_redis(ctx.redis)
+    app = build(ctx)
+    server = Server(ctx.settings)
+    app.register(server)
+    address = await server.start()
+    metrics_address = telemetry.serve_metrics(ctx.settings)
+    telemetry.BUILD_INFO.labels(ctx.role, VERSION).set(1)
+    await server.set_ready(True)
+    ctx.log.info("ready", address=address, metrics=metrics_address, pid=os.getpid())
+    tasks = [
+        asyncio.create_task(heartbeat_forever(ctx, app.state, address, metrics_address), name="heartbeat"),
+        asyncio.create_task(app.run(), name="worker"),
+        asyncio.create_task(_drain_guard(ctx), name="drain"),
+    ]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()  # raises what ended it
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await server.stop(grace_s=SERVER_GRACE_S)
+        await ctx.registry.leave(ctx.role, ctx.instance)
+    ctx.log.info("stopped")
+
+
+async def _drain_guard(ctx: Context) -> None:
+    await ctx.stop.wait()
+    await asyncio.sleep(ctx.settings.drain_s)
+    raise DeadlineError(f"{ctx.role} did not hand its work back within drain_s {ctx.settings.drain_s:g} s of the stop")
 
 
 async def wait_for_redis(redis: Redis, timeout_s: float = REDIS_WAIT_S) -> None:

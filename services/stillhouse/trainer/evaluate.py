@@ -80,13 +80,13 @@ class HeldOut:
         sampled = await self._complete(step, "sampled", 1.0, rollout_pb2.SCORE_KIND_HIDDEN)
         greedy = await self._complete(step, "greedy", 0.0, rollout_pb2.SCORE_KIND_SAMPLED)
         rows = await self._learner.evaluate([to_sample(sample, 1.0) for sample in sampled], self._heads)
-        num_tokens = sum(row["tokens"] for row in rows)
+        num_tokens = sum(row["num_tokens"] for row in rows)
         greedy_ids = {sample.sample_id: ids_list(sample.score.rollout.completion_ids) for sample in greedy}
         result: dict[str, Any] = {
             "step": step,
             "reverse_kl": sum(row["reverse_kl_sum"] for row in rows) / max(num_tokens, 1),
             "num_prompts": len(sampled),
-            "num_tokens": int(num_tokens),
+            "num_tokens": num_tokens,
             "teacher_nll_greedy": _mean_nll([to_sample(sample, 1.0).teacher_logprobs for sample in greedy]),
             "repeated_4grams": _mean([repeated_ngrams(self._text_ids(ids)) for ids in greedy_ids.values()]),
             "completion_length_mean": _mean([float(len(ids)) for ids in greedy_ids.values()]),

@@ -18,12 +18,12 @@ from typing import Any, Final
 
 from redis.exceptions import RedisError
 
-from stillhouse.core.blobs import write_json
+from stillhouse.core.blobs import sha256_file, write_json
 from stillhouse.core.errors import ConflictError, JobFailedError, LeaseLostError, PreflightError, StillhouseError
 from stillhouse.core.models import ModelEntry, verify_files
 from stillhouse.core.queue.jobs import JobRecord
 from stillhouse.core.queue.streams import Scope
-from stillhouse.core.service import VERSION, Context
+from stillhouse.core.service import Context
 from stillhouse.core.spec import DataSpec, FullVocabularyLoss, JobSpec
 from stillhouse.trainer import manifests
 from stillhouse.trainer.batch import TeacherHead
@@ -316,19 +316,23 @@ class Lead:
         return result
 
     def _card(self, result: dict[str, Any]) -> dict[str, Any]:
-        stage = self.spec.stages[0]
-        return {
-            "job_id": self.scope.job_id,
-            "name": self.spec.name,
+        """What the model card of the export says."""
+        data = self.spec.stages[0].data
+        card: dict[str, Any] = {
             "student": self.spec.student.model,
             "teachers": {name: teacher.model for name, teacher in self.spec.teachers.items()},
-            "objective": stage.loss.model_dump(),
+            "objective": self.spec.stages[0].loss.model_dump(),
             "steps": result["steps"],
+            "data_sha256": sha256_file(self._ctx.artifacts.file(data.file))
+            if data.file
+            else manifests.spec_sha256(data.model_dump(mode="json")),
+            "job_id": self.scope.job_id,
             "spec_sha256": manifests.spec_sha256(self.spec.model_dump(mode="json")),
-            "data_sha256": manifests.spec_sha256(stage.data.model_dump(mode="json")),
-            "evaluation": result.get("evaluation"),
-            "stillhouse_version": VERSION,
         }
+        if "evaluation" in result:
+            kl = result["evaluation"]["reverse_kl"]
+            card.update(heldout_reverse_kl_before=kl["before"], heldout_reverse_kl_after=kl["after"])
+        return card
 
     # -- ends --------------------------------------------------------------------------------------------------------
 

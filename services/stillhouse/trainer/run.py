@@ -107,12 +107,7 @@ class Run:
     def _samples(self, scored: Sequence[ScoredSample]) -> list[TrainSample]:
         if not scored:
             raise JobFailedError("every sample of the step failed; the events of the job name the reasons")
-        weights = {name: teacher.weight for name, teacher in self.spec.teachers.items()}
-        rows = self.prompts
-        return [
-            to_sample(sample, rows[sample.score.rollout.row].weight * weights[sample.score.rollout.teacher])
-            for sample in scored
-        ]
+        return [to_sample(sample, self.prompts[sample.score.rollout.row].weight) for sample in scored]
 
     async def _report_failures(self, groups: Sequence[ScoredGroup]) -> None:
         for sample in (sample for group in groups for sample in group.samples if sample.is_failed):

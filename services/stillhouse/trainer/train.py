@@ -6,6 +6,7 @@ Also converts wire messages to the learner's samples. No torch at import; `learn
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from stillhouse.core.blobs import staged_dir
 from stillhouse.core.errors import WireError
 from stillhouse.core.spec import JobSpec
 from stillhouse.core.tensors import from_tensor
@@ -114,11 +116,9 @@ class LearnerThread:
         """One optimizer step; returns its metrics."""
         return await self.call(lambda: self._learner.step(samples, heads, plan))
 
-    async def evaluate(
-        self, samples: Sequence[TrainSample], heads: Mapping[str, TeacherHead]
-    ) -> list[dict[str, float]]:
-        """Exact reverse KL per sample, in float32."""
-        return await self.call(lambda: self._learner.evaluate(samples, heads))
+    async def evaluate(self, samples: Sequence[TrainSample], heads: Mapping[str, TeacherHead]) -> list[dict[str, Any]]:
+        """Exact reverse KL per sample at temperature 1, in float32."""
+        return await self.call(lambda: self._learner.evaluate(samples, heads, temperature=1.0))
 
     async def state_arrays(self) -> list[tuple[str, np.ndarray, str]]:
         """A copy of the weights: (name, array, element type)."""
@@ -133,12 +133,14 @@ class LearnerThread:
         await self.call(lambda: self._learner.load(folder))
 
     async def export(self, source_dir: Path, folder: Path, card: dict[str, Any]) -> None:
-        """Write the student as a folder that transformers loads."""
+        """Write the student as a folder that transformers loads, in place of an older one; complete or not at all."""
 
         def write() -> None:
             from stillhouse.trainer.export import export_model
 
-            export_model(self._learner, source_dir, folder, card)
+            shutil.rmtree(folder, ignore_errors=True)
+            with staged_dir(folder) as staged:
+                export_model(self._learner, source_dir, staged.path, card)
 
         await self.call(write)
 
