@@ -1,0 +1,170 @@
+"""What users do to jobs: submit and cancel. A job's life: see core/queue/jobs.py.
+
+`job.json` beside the artifacts is written and fsynced before the record exists, so an accepted job survives the loss of
+the queue server: the sweeper rebuilds records from it (sweeper.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import shutil
+import time
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Final
+
+from stillhouse.core.blobs import fsync_dir, new_id, read_json, sha256_bytes, write_json
+from stillhouse.core.errors import ConflictError, NotFoundError, SpecError
+from stillhouse.core.queue import keys
+from stillhouse.core.queue.jobs import JobRecord
+from stillhouse.core.service import Context
+from stillhouse.core.spec import JobSpec
+from stillhouse.gateway.validation import preflight
+
+CANCELLABLE: Final = ("queued", "validating", "starting", "running", "stalled")
+FINAL: Final = "final.json"
+"""Beside job.json: how the job ended. Its presence means that nothing is left to do."""
+_FINAL_FIELDS: Final = (
+    "status",
+    "status_reason",
+    "status_message",
+    "finished_at",
+    "epoch",
+    "step",
+    "committed_step",
+    "error",
+    "result",
+    "usage",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """A job as it came."""
+
+    spec: JobSpec
+    owner: str
+    idempotency_key: str
+
+    def token(self) -> str:
+        """Names key and owner in Redis: callers do not share their keys. '' = no key was sent."""
+        return sha256_bytes(f"{self.owner}\n{self.idempotency_key}".encode()) if self.idempotency_key else ""
+
+    def body_sha256(self) -> str:
+        """Same for bodies that mean the same."""
+        return sha256_bytes(json.dumps(self.spec.model_dump(mode="json"), sort_keys=True).encode())
+
+
+async def submit(ctx: Context, submission: Submission) -> tuple[JobRecord, bool]:
+    """Accept a job: (its record as it was created, whether it was created by an earlier request with this key).
+
+    Raises:
+        SpecError: the job cannot work, or the key was used for another body.
+    """
+    if not re.fullmatch(r"[\x21-\x7e]{0,255}", submission.idempotency_key):
+        raise SpecError("use 1-255 printable ASCII characters without spaces", param="Idempotency-Key")
+    token, body_sha256 = submission.token(), submission.body_sha256()
+    await ctx.redis.ping()  # before anything is written: what cannot be recorded is refused
+    if token:
+        earlier: Any = await ctx.redis.get(keys.idempotency(token))
+        if earlier is not None:
+            return await _replay(ctx, earlier.decode(), submission), True
+    await asyncio.to_thread(preflight, submission.spec, ctx.models, ctx.artifacts)
+    record = JobRecord(
+        id=new_id("job"),
+        status="queued",
+        spec=submission.spec.model_dump(mode="json"),
+        created_at=round(time.time(), 3),
+        stop_step=submission.spec.stop_step(),
+        owner=submission.owner,
+    )
+    document = {
+        "id": record.id,
+        "created_at": record.created_at,
+        "owner": record.owner,
+        "spec": record.spec,
+        "stop_step": record.stop_step,
+        "idempotency": [token, body_sha256],
+    }
+    await asyncio.to_thread(_write_job_json, ctx, record.id, document)
+    made = await ctx.jobs.create(record, idempotency_key=token, body_sha256=body_sha256)
+    if made and made != f"{record.id}:{body_sha256}":  # a request with the same key was faster
+        await asyncio.to_thread(shutil.rmtree, ctx.artifacts.job(record.id).root, ignore_errors=True)
+        return await _replay(ctx, made, submission), True
+    await ctx.jobs.event(record.id, "job.status", "queued", status="queued")
+    return record, False
+
+
+def _write_job_json(ctx: Context, job_id: str, document: dict[str, Any]) -> None:
+    path = ctx.artifacts.job(job_id).job_json
+    write_json(path, document)
+    fsync_dir(path.parent.parent)  # the job's folder itself is new
+
+
+async def _replay(ctx: Context, made: str, submission: Submission) -> JobRecord:
+    """The record as the first request made it, so that the answer is the same again, byte for byte."""
+    job_id, _, made_sha256 = made.partition(":")
+    if made_sha256 != submission.body_sha256():
+        raise SpecError(
+            f"this key was used for job {job_id} with another body; use a new key for a new job",
+            param="Idempotency-Key",
+        )
+    try:
+        record = initial_record(read_json(ctx.artifacts.job(job_id).job_json))
+        return replace(record, spec=submission.spec.model_dump(mode="json"))  # job.json has its keys in another order
+    except NotFoundError:
+        return await ctx.jobs.get(job_id)
+
+
+def initial_record(document: dict[str, Any]) -> JobRecord:
+    """The record that a job.json stands for, before anything happened to the job."""
+    fields = {name: document[name] for name in ("id", "created_at", "owner", "spec", "stop_step")}
+    return JobRecord(status="queued", **fields)
+
+
+async def cancel(ctx: Context, job_id: str) -> JobRecord:
+    """End a job: at once if no trainer ever had it, otherwise by asking its trainer (`cancelling`).
+
+    Raises:
+        ConflictError: it is finished.
+    """
+    record = await ctx.jobs.get(job_id)
+    if record.status == "cancelling":
+        return record
+    try:
+        await ctx.jobs.request(
+            job_id,
+            allowed=("queued",),
+            only_epoch=0,
+            status="cancelled",
+            status_reason="user",
+            status_message="cancelled before it started",
+            finished_at=round(time.time(), 3),
+        )
+    except ConflictError:
+        await ctx.jobs.request(
+            job_id,
+            allowed=(*CANCELLABLE, "cancelling"),
+            status="cancelling",
+            status_reason="user",
+            status_message="waiting for the trainer to stop",
+        )
+    record = await ctx.jobs.get(job_id)
+    await ctx.jobs.event(job_id, "job.status", f"{record.status} on request", status=record.status)
+    if record.is_terminal:
+        await asyncio.to_thread(write_final, ctx, record)
+    return record
+
+
+def write_final(ctx: Context, record: JobRecord) -> None:
+    """Note beside the artifacts how a job ended, unless its trainer did."""
+    folder = ctx.artifacts.job(record.id).root
+    if folder.is_dir() and not (folder / FINAL).exists():
+        fields = asdict(record)
+        write_json(folder / FINAL, {name: fields[name] for name in _FINAL_FIELDS})
+
+
+def final_fields(document: dict[str, Any]) -> dict[str, Any]:
+    """What a final.json says about the record."""
+    return {name: document[name] for name in _FINAL_FIELDS if document.get(name) is not None}

@@ -1,0 +1,179 @@
+"""What happens around every request, as plain ASGI: identity, authentication, limits, metrics, log, last-resort errors.
+
+Plain ASGI and not Starlette's BaseHTTPMiddleware, because that one buffers streams and hides disconnects.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import secrets
+import time
+from typing import Any, Final
+
+import structlog
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from stillhouse.core.config import Settings
+from stillhouse.core.errors import MediaTypeError, StillhouseError, TooLargeError
+from stillhouse.core.telemetry import HTTP_SECONDS
+from stillhouse.gateway.auth import OPEN_PATHS, Authenticator
+from stillhouse.gateway.problems import problem_response
+
+BODY_TIMEOUT_S: Final = 20.0
+"""Time to send a JSON body: 1 MiB in 20 s is a slow phone; longer is somebody holding connections open."""
+DRAIN_BYTES: Final = 8 << 20
+"""Bytes read and dropped after a refused body, so that the client gets to read the answer instead of a reset."""
+UPLOAD_PATH: Final = "/v1/files"
+"""Streams its body to disk under a limit of its own."""
+
+
+class Edge:
+    """Outermost layer: request id, authentication, access log, metrics; nothing but problem+json leaves on errors."""
+
+    def __init__(self, app: ASGIApp, authenticator: Authenticator, log: Any) -> None:
+        self._app = app
+        self._authenticator = authenticator
+        self._log = log
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request = Request(scope)
+        given = request.headers.get("x-request-id", "")
+        request_id = given if re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given) else f"req_{secrets.token_hex(8)}"
+        scope.setdefault("state", {}).update(request_id=request_id, owner="")
+        status = 0
+
+        async def send_tagged(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message.setdefault("headers", []).append((b"x-request-id", request_id.encode()))
+            await send(message)
+
+        started = time.monotonic()
+        with structlog.contextvars.bound_contextvars(request_id=request_id):
+            try:
+                authorization = request.headers.get("authorization", "")
+                scope["state"]["owner"] = self._authenticator.owner(scope["path"], authorization)
+                await self._app(scope, receive, send_tagged)
+            except (StillhouseError, HTTPException) as error:
+                if status:
+                    raise
+                await problem_response(error, scope["path"], request_id)(scope, receive, send_tagged)
+            except Exception as error:  # the outermost task of a request
+                self._log.exception("request crashed", path=scope["path"])
+                if status:
+                    raise
+                await problem_response(error, scope["path"], request_id)(scope, receive, send_tagged)
+            finally:
+                self._record(scope, status, time.monotonic() - started)
+
+    def _record(self, scope: Scope, status: int, seconds: float) -> None:
+        # the route's template, not the path: ids in a label would make one time series per job
+        route = getattr(scope.get("route"), "path", "none")
+        HTTP_SECONDS.labels(scope["method"], route, str(status)).observe(seconds)
+        if scope["path"] not in OPEN_PATHS or status >= 500:
+            self._log.info(
+                "request",
+                method=scope["method"],
+                path=scope["path"],
+                status=status,
+                seconds=round(seconds, 4),
+                owner=scope["state"]["owner"],
+            )
+
+
+class JsonBody:
+    """Reads bodies before anything parses them: limited in size and time, JSON only. Uploads pass through."""
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self._app = app
+        self._limit = int(settings.max_body_mib * (1 << 20))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_upload = scope["type"] == "http" and scope["path"] == UPLOAD_PATH
+        if scope["type"] != "http" or is_upload or scope["method"] in ("GET", "HEAD", "OPTIONS"):
+            await self._app(scope, receive, send)
+            return
+        body = await read_limited(scope, receive, self._limit, "body", "max_body_mib")
+        content_type = Request(scope).headers.get("content-type", "").partition(";")[0].strip().lower()
+        if body and content_type != "application/json" and not content_type.endswith("+json"):
+            raise MediaTypeError(
+                f"the content type is '{content_type or 'not given'}'; send JSON with 'Content-Type: application/json'"
+            )
+        is_read = False
+
+        async def replay() -> Message:
+            nonlocal is_read
+            if is_read:
+                return await receive()
+            is_read = True
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        await self._app(scope, replay, send)
+
+
+async def read_limited(scope: Scope, receive: Receive, limit: int, what: str, setting: str) -> bytes:
+    """The whole body, at most `limit` bytes, chunked or not.
+
+    Raises:
+        TooLargeError: it is longer; names the limit and the setting.
+        HTTPException: 408, it did not arrive within BODY_TIMEOUT_S.
+    """
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            parts, size = [], 0
+            await check_declared_length(scope, receive, limit, what, setting)
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    return b""
+                part = message.get("body", b"")
+                size += len(part)
+                if size > limit:
+                    await drain(receive)
+                    raise too_large(size, limit, what, setting)
+                parts.append(part)
+                if not message.get("more_body", False):
+                    return b"".join(parts)
+    except TimeoutError:
+        raise HTTPException(408, f"the body did not arrive within {BODY_TIMEOUT_S:g} s") from None
+
+
+async def check_declared_length(scope: Scope, receive: Receive, limit: int, what: str, setting: str) -> None:
+    """Refuse by the Content-Length, before keeping anything.
+
+    Raises:
+        TooLargeError: names the limit and the setting.
+    """
+    headers = Request(scope).headers
+    declared = headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > limit:
+        if "expect" not in headers:  # with "Expect: 100-continue" the client waits for our word and sends nothing
+            await drain(receive)
+        raise too_large(int(declared), limit, what, setting)
+
+
+def too_large(size: int, limit: int, what: str, setting: str) -> TooLargeError:
+    """The error for a body of `size` bytes or more."""
+    hint = ""
+    if what == "body":
+        hint = "; upload prompts with POST /v1/files and name the file in data.file"
+    return TooLargeError(
+        f"the {what} has {size} bytes or more, the limit is {limit} (setting STILLHOUSE_{setting.upper()}){hint}"
+    )
+
+
+async def drain(receive: Receive) -> None:
+    """Read and drop the rest of a body, up to DRAIN_BYTES."""
+    dropped = 0
+    while dropped < DRAIN_BYTES:
+        message = await receive()
+        dropped += len(message.get("body", b""))
+        if message["type"] == "http.disconnect" or not message.get("more_body", False):
+            return

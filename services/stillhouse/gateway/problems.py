@@ -1,0 +1,126 @@
+"""Errors as `application/problem+json` (RFC 9457): one translation for everything that leaves the gateway.
+
+Own fields beside the standard's: `code` (stable, for programs), `param` (path of the offending field), `request_id`,
+and `errors` (every finding, each with param, message and fix). OpenAI's client reads `code` and `param` there too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Any, Final
+
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, Field
+from redis.exceptions import RedisError
+from starlette.exceptions import HTTPException
+
+from stillhouse.core.errors import HTTP_STATUS, MalformedError, SpecError, StillhouseError, lookup
+from stillhouse.gateway.explain import Finding, explain
+
+MEDIA_TYPE: Final = "application/problem+json"
+RETRY_AFTER_S: Final = 2
+"""Told to callers on 429 and 503: a restart of the queue server or of a replica takes about as long."""
+_CODES: Final = {400: "malformed", 404: "not_found", 405: "method_not_allowed", 408: "deadline"}
+
+
+class Problem(BaseModel):
+    """Body of every error answer."""
+
+    type: str = Field(examples=["urn:stillhouse:error:invalid_request"])
+    title: str
+    """The HTTP status in words."""
+    status: int
+    detail: str
+    """What is wrong and how to fix it."""
+    instance: str
+    """Path of the request."""
+    code: str
+    """Stable name of the kind of error."""
+    param: str | None = None
+    """Path of the offending field, for example stages.0.loss.objective."""
+    request_id: str
+    errors: list[dict[str, str]] = []
+    """Every finding, where there can be several."""
+
+
+class ProblemResponse(JSONResponse):
+    """A problem in pure ASCII: it quotes what the user sent, which may not be encodable (lone surrogates)."""
+
+    media_type = MEDIA_TYPE
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content).encode()
+
+
+class InvalidError(SpecError):
+    """A request with one or more wrong fields."""
+
+    def __init__(self, findings: Sequence[Finding]) -> None:
+        super().__init__(findings[0].text(), param=findings[0].param)
+        self.findings = list(findings)
+
+
+def problem_response(error: BaseException, path: str, request_id: str) -> JSONResponse:
+    """The answer to an error. Unknown errors say nothing about themselves: their traceback is in the log."""
+    headers: Mapping[str, str] = {}
+    findings: list[Finding] = []
+    param = None
+    if isinstance(error, RequestValidationError):
+        error = _from_pydantic(error)
+    if isinstance(error, StillhouseError):
+        status, code, detail, param = lookup(HTTP_STATUS, error, 500), error.code, error.message, error.param
+        findings = error.findings if isinstance(error, InvalidError) else []
+        if len(findings) > 1:
+            detail += f" (and {len(findings) - 1} more, see errors)"
+    elif isinstance(error, HTTPException):
+        status, headers = error.status_code, error.headers or {}
+        code = _CODES.get(status, "invalid_request")
+        detail = f"there is no {path}; see /docs for what there is" if status == 404 else str(error.detail)
+    elif isinstance(error, (RedisError, asyncio.TimeoutError)):
+        status, code, detail = 503, "unavailable", "the queue server does not answer; try again"
+    else:
+        status, code, detail = 500, "internal", ""
+    if status == 500:
+        code, detail, param = "internal", "unexpected error; the log has the details under this request_id", None
+    return _render(status, code, detail, param, findings, path, request_id, headers)
+
+
+def _render(
+    status: int,
+    code: str,
+    detail: str,
+    param: str | None,
+    findings: Sequence[Finding],
+    path: str,
+    request_id: str,
+    headers: Mapping[str, str],
+) -> JSONResponse:
+    problem = Problem(
+        type=f"urn:stillhouse:error:{code}",
+        title=HTTPStatus(status).phrase,
+        status=status,
+        detail=detail,
+        instance=path,
+        code=code,
+        param=param,
+        request_id=request_id,
+        errors=[finding.as_json() for finding in findings],
+    )
+    extra = dict(headers)
+    if status == 401:
+        extra["WWW-Authenticate"] = 'Bearer realm="stillhouse"'
+    if status in (429, 503):
+        extra["Retry-After"] = str(RETRY_AFTER_S)
+    return ProblemResponse(problem.model_dump(), status_code=status, headers=extra)
+
+
+def _from_pydantic(error: RequestValidationError) -> StillhouseError:
+    errors: list[Any] = list(error.errors())
+    broken = next((item for item in errors if item["type"] == "json_invalid"), None)
+    if broken is not None:
+        return MalformedError(f"the body is not valid JSON: {broken['ctx']['error']} at character {broken['loc'][-1]}")
+    return InvalidError(explain(errors, error.body))

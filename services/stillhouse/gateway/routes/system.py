@@ -1,0 +1,71 @@
+"""Models, services, health and metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import Annotated, Final
+
+from fastapi import APIRouter, Depends, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from redis.exceptions import RedisError
+
+from stillhouse.core.errors import UnavailableError
+from stillhouse.core.service import VERSION, Context
+from stillhouse.core.telemetry import METRICS
+from stillhouse.gateway.deps import get_context
+from stillhouse.gateway.schemas import Health, Model, Page, Service
+from stillhouse.gateway.views import model_view, service_view
+
+router = APIRouter(prefix="/v1", tags=["system"])
+open_router = APIRouter(tags=["health"])
+Ctx = Annotated[Context, Depends(get_context)]
+READY_TIMEOUT_S: Final = 2.0
+"""A probe wants an answer, not patience."""
+
+
+@router.get("/models")
+async def list_models(ctx: Ctx) -> Page[Model]:
+    """Models that jobs may name as student or teacher."""
+    entries = ctx.models.all()
+    return Page(data=[model_view(entries[name]) for name in sorted(entries)])
+
+
+@router.get("/models/{name}")
+async def get_model(ctx: Ctx, name: str) -> Model:
+    """A model."""
+    return model_view(ctx.models.get(name))
+
+
+@router.get("/services")
+async def list_services(ctx: Ctx) -> Page[Service]:
+    """Live processes of the deployment."""
+    return Page(data=[service_view(info) for info in await ctx.registry.services()])
+
+
+@open_router.get("/healthz")
+async def healthz() -> Health:
+    """The process is alive; says nothing about others."""
+    return Health(status="ok", version=VERSION)
+
+
+@open_router.get("/readyz")
+async def readyz(ctx: Ctx) -> Health:
+    """Requests can be served: the queue server answers and the artifacts folder can be written."""
+    if ctx.stop.is_set():
+        raise UnavailableError("this gateway is shutting down")
+    try:
+        async with asyncio.timeout(READY_TIMEOUT_S):
+            await ctx.redis.ping()
+    except (RedisError, OSError, TimeoutError):
+        raise UnavailableError("the queue server does not answer") from None
+    root = ctx.artifacts.root
+    if not os.access(root, os.W_OK):
+        raise UnavailableError("the artifacts folder cannot be written")
+    return Health(status="ready", version=VERSION)
+
+
+@open_router.get("/metrics", response_class=Response)
+async def metrics() -> Response:
+    """Prometheus metrics of this process."""
+    return Response(generate_latest(METRICS), media_type=CONTENT_TYPE_LATEST)

@@ -1,0 +1,173 @@
+"""What the REST interface answers, as pydantic models: the source of the OpenAPI document. Times are RFC 3339, UTC."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Generic, Literal, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, Field
+
+T = TypeVar("T")
+Status = Literal[
+    "queued", "validating", "starting", "running", "cancelling", "stalled", "succeeded", "failed", "cancelled"
+]
+"""core/queue/jobs.py's STATUSES, for type checkers and the OpenAPI document."""
+JobId = Annotated[str, Field(pattern=r"^job_[a-z0-9]{8,40}$", max_length=44)]
+
+
+class Answer(BaseModel):
+    """Base of all answers."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True, protected_namespaces=())
+
+
+class Page(Answer, Generic[T]):
+    """One page of a list."""
+
+    object: Literal["list"] = "list"
+    data: list[T]
+    has_more: bool = False
+    """There are more: ask again with `after` = the last id of this page."""
+
+
+class Progress(Answer):
+    """How far a job is. The trainer may add fields."""
+
+    model_config = ConfigDict(extra="allow")
+
+    step: int
+    """Optimizer steps trained."""
+    total_steps: int
+    percent: float
+    eta_s: float | None = None
+    """Expected time to the end, seconds."""
+    phase: str = ""
+    """What it is doing: sampling, scoring, training ..."""
+    bottleneck: str = ""
+    """The service that the others wait for."""
+
+
+class Job(Answer):
+    """A distillation job."""
+
+    id: str
+    object: Literal["job"] = "job"
+    name: str
+    status: str = Field(json_schema_extra={"enum": list(get_args(Status))})
+    is_terminal: bool
+    """The status will not change any more."""
+    status_reason: str
+    """Why it has this status, for programs; may be empty."""
+    status_message: str
+    """Why it has this status, for people; may be empty."""
+    spec: dict[str, Any]
+    """As accepted, defaults filled in. In lists without the inline rows."""
+    created_at: str
+    started_at: str | None
+    finished_at: str | None
+    progress: Progress
+    usage: dict[str, Any]
+    error: dict[str, Any] | None
+    """code, message and where it happened, when the job failed."""
+    result: dict[str, Any] | None
+    epoch: int
+    """Claims so far: more than 1 means that a trainer took the job over from another."""
+    policy_version: int
+    """Optimizer steps behind the newest published weights."""
+    trainer: str
+    """Process that leads or led the job."""
+    metadata: dict[str, str]
+
+
+class Event(Answer):
+    """Something that happened to a job."""
+
+    id: str
+    """Position in the job's history; give it as `after` or Last-Event-ID to continue."""
+    object: Literal["event"] = "event"
+    type: str
+    level: str
+    message: str
+    data: dict[str, Any]
+    created_at: str
+
+
+class MetricPoint(Answer):
+    """The metrics of one optimizer step."""
+
+    object: Literal["metrics"] = "metrics"
+    epoch: int
+    step: int
+    created_at: str
+    values: dict[str, float | None]
+    """null = not a finite number."""
+
+
+class Checkpoint(Answer):
+    """Committed weights of a job."""
+
+    id: str
+    object: Literal["checkpoint"] = "checkpoint"
+    job_id: str
+    kind: Literal["checkpoint", "export"]
+    """checkpoint: state to continue from. export: the finished student as a model folder."""
+    step: int
+    epoch: int
+    policy_version: int
+    created_at: str
+    size_bytes: int
+    sha256: str
+    """sha256 of its manifest; empty for the export."""
+
+
+class File(Answer):
+    """An uploaded file of prompts."""
+
+    id: str
+    object: Literal["file"] = "file"
+    num_rows: int
+    sha256: str
+    size_bytes: int
+    created_at: str
+
+
+class Model(Answer):
+    """A model that jobs may name."""
+
+    id: str
+    object: Literal["model"] = "model"
+    sha256: str
+    tokenizer_sha256: str
+    """Student and teachers of a job must have the same."""
+    architecture: str
+    vocab_size: int
+    max_sequence_length: int
+    """Longest sequence, tokens."""
+    hidden_size: int
+    num_layers: int
+    num_parameters: int
+    size_bytes: int
+    has_chat_template: bool
+
+
+class Service(Answer):
+    """A live process."""
+
+    object: Literal["service"] = "service"
+    role: str
+    instance: str
+    address: str
+    metrics_address: str
+    pid: int
+    version: str
+    state: str
+    job_id: str
+    started_at: str
+    seen_at: str
+    extra: dict[str, str]
+
+
+class Health(Answer):
+    """The process is alive."""
+
+    status: str
+    version: str

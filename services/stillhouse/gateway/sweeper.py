@@ -1,0 +1,197 @@
+"""What no trainer can do for a job, done by the one gateway replica that holds the lease `sh:sweeper`.
+
+Each sweep:  jobs whose trainer is gone -> `stalled`; cancelled jobs without a trainer -> `cancelled`;
+             records that the queue server lost -> rebuilt from job.json and final.json; queue gauges.
+
+Everything here may be repeated or done by two replicas at once: changes go through the record's own compare-and-set.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import time
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from redis.exceptions import RedisError
+
+from stillhouse.core.blobs import read_json
+from stillhouse.core.errors import ConflictError, CorruptError, NotFoundError, StillhouseError
+from stillhouse.core.queue import keys
+from stillhouse.core.queue.jobs import JobRecord
+from stillhouse.core.queue.streams import Scope
+from stillhouse.core.service import Context
+from stillhouse.core.telemetry import QUEUE_ENTRIES
+from stillhouse.gateway.jobs import FINAL, final_fields, initial_record, write_final
+
+SWEEP_S: Final = 2.0
+"""Time between sweeps."""
+LEASE_MS: Final = 10_000
+"""The sweeper's own lease: five sweeps, so that another replica takes over ten seconds after a crash."""
+LED: Final = ("validating", "starting", "running")
+"""Statuses in which a trainer must hold the job's lease."""
+
+# KEYS sweeper; ARGV instance, lease_ms
+_HOLD = """
+local holder = redis.call('GET', KEYS[1])
+if holder and holder ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+return 1
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class _Orphan:
+    """A job seen without a trainer."""
+
+    epoch: int
+    since: float
+
+
+class Sweeper:
+    """One per gateway process; idle unless it holds the lease."""
+
+    def __init__(self, ctx: Context) -> None:
+        self._ctx = ctx
+        self._hold = ctx.redis.register_script(_HOLD)
+        self._orphans: dict[str, _Orphan] = {}
+        self._settled: set[str] = set()
+        """Jobs whose folder has a final.json and whose record exists: nothing more to do on disk."""
+
+    async def run(self) -> None:
+        """Sweep until `Context.stop` is set.
+
+        waits for:    SWEEP_S
+        produces:     changed job records, gauges
+        unblocked by: stop; a queue server that is down costs one sweep
+        """
+        while not self._ctx.stop.is_set():
+            try:
+                if await self.hold():
+                    await self.sweep()
+            except (RedisError, OSError, StillhouseError) as error:
+                self._ctx.log.warning("sweep failed", error=str(error))
+            try:
+                async with asyncio.timeout(SWEEP_S):
+                    await self._ctx.stop.wait()
+            except TimeoutError:
+                continue
+        await self.release()
+
+    async def hold(self) -> bool:
+        """Take or keep the sweeper's lease."""
+        return int(await self._hold(keys=[keys.SWEEPER], args=[self._ctx.instance, LEASE_MS])) == 1
+
+    async def release(self) -> None:
+        """Give the lease up, so that another replica goes on at once."""
+        try:
+            if await self._ctx.redis.get(keys.SWEEPER) == self._ctx.instance.encode():
+                await self._ctx.redis.delete(keys.SWEEPER)
+        except (RedisError, OSError) as error:
+            self._ctx.log.warning("the sweeper's lease was not released", error=str(error))
+
+    async def sweep(self) -> None:
+        """One round."""
+        await self._rebuild()
+        active = [await self._ctx.jobs.get(job_id) for job_id in await self._ctx.jobs.active_ids()]
+        for record in active:
+            await self._look_after(record)
+        self._orphans = {job.id: self._orphans[job.id] for job in active if job.id in self._orphans}
+        await self._measure(active)
+
+    async def _look_after(self, record: JobRecord) -> None:
+        """Act on a job that has been without a trainer for two leases."""
+        needs_trainer = record.status in LED or record.status == "cancelling"
+        if not needs_trainer or await self._ctx.redis.exists(keys.lease(record.id)):
+            self._orphans.pop(record.id, None)
+            return
+        orphan = self._orphans.get(record.id)
+        if orphan is None or orphan.epoch != record.epoch:
+            self._orphans[record.id] = orphan = _Orphan(record.epoch, time.monotonic())
+        if time.monotonic() - orphan.since < 2 * self._ctx.settings.lease_s:
+            return
+        try:
+            await (self._end(record) if record.status == "cancelling" else self._stall(record))
+        except ConflictError:  # a trainer came back in this very moment
+            self._orphans.pop(record.id, None)
+
+    async def _stall(self, record: JobRecord) -> None:
+        message = f"trainer '{record.trainer}' is gone; the job goes on from its last step when another one is free"
+        await self._ctx.jobs.request(
+            record.id,
+            allowed=LED,
+            only_epoch=record.epoch,
+            status="stalled",
+            status_reason="no_trainer",
+            status_message=message,
+        )
+        data = {"status": "stalled", "reason": "no_trainer"}
+        await self._ctx.jobs.event(record.id, "job.status", message, level="warning", **data)
+
+    async def _end(self, record: JobRecord) -> None:
+        """Cancel in the place of a trainer, under a claim of our own: a trainer that wakes up later is fenced off."""
+        jobs, epoch_on_disk = self._ctx.jobs, self._ctx.artifacts.job(record.id).highest_epoch()
+        epoch = await jobs.claim(record.id, self._ctx.instance, self._ctx.settings.lease_s, epoch_on_disk)
+        if epoch == 0:
+            return
+        await jobs.update(
+            Scope(record.id, epoch),
+            allowed=("cancelling",),
+            release=True,
+            status="cancelled",
+            status_reason="user",
+            status_message="cancelled; no trainer was there to stop it",
+            finished_at=round(time.time(), 3),
+        )
+        await self._ctx.queue.close_epoch(Scope(record.id, record.epoch))
+        await jobs.event(record.id, "job.status", "cancelled", status="cancelled")
+        await asyncio.to_thread(write_final, self._ctx, await jobs.get(record.id))
+
+    async def _rebuild(self) -> None:
+        """Bring back the records of jobs that lie in the artifacts and that the queue server does not know."""
+        on_disk = await asyncio.to_thread(self._ctx.artifacts.job_ids)
+        members: Any = await self._ctx.redis.zrange(keys.JOBS, 0, -1)
+        known = {member.decode() for member in members}
+        self._settled &= known
+        for job_id in on_disk:
+            if job_id in self._settled:
+                continue
+            final = self._ctx.artifacts.job(job_id).root / FINAL
+            try:
+                if job_id not in known:
+                    await self._rebuild_one(job_id, read_json(final) if final.is_file() else None)
+                elif final.is_file():
+                    self._settled.add(job_id)
+            except (CorruptError, KeyError, TypeError, NotFoundError) as error:
+                self._settled.add(job_id)  # said once; a person has to look
+                self._ctx.log.error("job cannot be rebuilt", job_id=job_id, error=str(error))
+
+    async def _rebuild_one(self, job_id: str, final: dict[str, Any] | None) -> None:
+        document = read_json(self._ctx.artifacts.job(job_id).job_json)
+        record = initial_record(document)
+        if final is not None:
+            record = replace(record, **final_fields(final))
+        token, body_sha256 = document["idempotency"]
+        made = await self._ctx.jobs.create(record, idempotency_key=token, body_sha256=body_sha256)
+        if made and not made.startswith(f"{job_id}:"):
+            # its request died before the record existed, and the client's retry made another job
+            await asyncio.to_thread(shutil.rmtree, self._ctx.artifacts.job(job_id).root, ignore_errors=True)
+            return
+        if record.is_terminal:
+            await self._ctx.redis.zrem(keys.JOBS_ACTIVE, job_id)
+        else:
+            await self._ctx.jobs.event(job_id, "job.rebuilt", "the queue server had lost this job's record")
+        self._ctx.log.warning("job record rebuilt", job_id=job_id, status=record.status)
+
+    async def _measure(self, active: list[JobRecord]) -> None:
+        entries: Counter[str] = Counter(prompts=0, rollouts=0, scored=0)
+        for record in active:
+            streams: Any = await self._ctx.redis.smembers(keys.streams(record.id, record.epoch))
+            for raw in streams:
+                stream = raw.decode()
+                stage = stream.removeprefix(f"{keys.job(record.id)}:{record.epoch}:").partition(":")[0]
+                entries[stage] += await self._ctx.queue.length(stream)
+        for stage, number in entries.items():
+            QUEUE_ENTRIES.labels(stage).set(number)

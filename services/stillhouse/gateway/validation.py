@@ -1,0 +1,336 @@
+"""Static pre-flight: what can be known about a job from hashes, configs and tokenizer.json, before any GPU is touched.
+
+Every check is a small function over a `Case` that yields findings; CHECKS is the list. No torch, under 2 s.
+What needs the models themselves (initial KL, replica agreement, memory) is checked by the trainer while `validating`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Final
+
+from tokenizers import Tokenizer
+
+from stillhouse.core.blobs import Artifacts
+from stillhouse.core.models import ModelEntry, ModelRegistry
+from stillhouse.core.spec import DataSpec, JobSpec, Row
+from stillhouse.gateway.explain import MAX_FINDINGS, Finding
+from stillhouse.gateway.problems import InvalidError
+
+BYTES_PER_TOKEN: Final = 16
+"""Of a rollout in the queue: id, sampled log-probability, teacher's answer and one more word, 4 bytes each."""
+MAX_ROLLOUT_BYTES: Final = 900 << 10
+"""A queue entry holds 1 MiB; the rest is for names, text and the message's own bytes."""
+MAX_ROLLOUT_TOKENS: Final = MAX_ROLLOUT_BYTES // BYTES_PER_TOKEN
+COUNT_BATCH: Final = 256
+"""Texts tokenized at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Rows of one data source, with where they came from."""
+
+    param: str
+    """Path of the data source in the spec."""
+    file: str | None
+    rows: list[Row]
+    lines: list[int]
+    """Line of each row in the file; position for inline rows."""
+    max_tokens: int
+    """Longest completion to a row of this source, tokens."""
+
+    def where(self, index: int) -> str:
+        """Path of a row; a row of a file has none of its own."""
+        return f"{self.param}.file" if self.file else f"{self.param}.rows.{index}"
+
+    def name(self, index: int) -> str:
+        """A row, for people."""
+        return f"line {self.lines[index]} of {self.file}" if self.file else f"row {index}"
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A job with everything it names looked up, as far as it exists."""
+
+    spec: JobSpec
+    known_models: list[str]
+    student: ModelEntry | None
+    teachers: dict[str, ModelEntry | None]
+    training: list[Source]
+    evaluation: Source | None
+    missing_files: list[tuple[str, str]]
+    """(path in the spec, file id) of files that are not there."""
+
+    def sources(self) -> list[Source]:
+        """All rows the student answers."""
+        return [*self.training, *([self.evaluation] if self.evaluation else [])]
+
+    def teacher_of(self, row: Row) -> str | None:
+        """Name of the teacher a row is routed to; None = it names none and there are several."""
+        return row.teacher or (next(iter(self.spec.teachers)) if len(self.spec.teachers) == 1 else None)
+
+
+Check = Callable[[Case], Iterator[Finding]]
+
+
+def preflight(spec: JobSpec, models: ModelRegistry, artifacts: Artifacts) -> None:
+    """Refuse a job that cannot work. Blocks for as long as counting tokens takes: call it in a thread.
+
+    Raises:
+        InvalidError: every finding with path, both sides and the fix.
+    """
+    case = look_up(spec, models, artifacts)
+    findings: list[Finding] = []
+    for check in CHECKS:
+        for finding in check(case):
+            findings.append(finding)
+            if len(findings) == MAX_FINDINGS:
+                raise InvalidError(findings)
+    if findings:
+        raise InvalidError(findings)
+
+
+def look_up(spec: JobSpec, models: ModelRegistry, artifacts: Artifacts) -> Case:
+    """Registry entries and rows that a spec names."""
+    entries = models.all()
+    missing: list[tuple[str, str]] = []
+
+    def source(param: str, data: DataSpec, max_tokens: int) -> Source:
+        if data.rows is not None:
+            return Source(param, None, list(data.rows), list(range(len(data.rows))), max_tokens)
+        assert data.file is not None, "a data source has rows or a file"
+        path = artifacts.file(data.file)
+        if not path.is_file():
+            missing.append((f"{param}.file", data.file))
+            return Source(param, data.file, [], [], max_tokens)
+        lines, rows = zip(*read_rows(path), strict=True)
+        return Source(param, data.file, list(rows), list(lines), max_tokens)
+
+    training = [
+        source(f"stages.{index}.data", stage.data, stage.sampling.max_tokens) for index, stage in enumerate(spec.stages)
+    ]
+    evaluation = spec.evaluation
+    return Case(
+        spec=spec,
+        known_models=sorted(entries),
+        student=entries.get(spec.student.model),
+        teachers={name: entries.get(teacher.model) for name, teacher in spec.teachers.items()},
+        training=training,
+        evaluation=source("evaluation.data", evaluation.data, evaluation.max_tokens) if evaluation.data else None,
+        missing_files=missing,
+    )
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
+    """(line, row) of an uploaded file, which was checked when it came."""
+    with path.open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            if line.strip():
+                yield number, Row.model_validate_json(line)
+
+
+def check_supported(case: Case) -> Iterator[Finding]:
+    """What the format has and the services do not do yet: refused, never ignored."""
+    spec = case.spec
+    if len(spec.stages) > 1:
+        yield Finding(
+            "stages", f"multi-stage jobs are not supported yet, got {len(spec.stages)} stages", "send one stage per job"
+        )
+    if spec.init_from is not None:
+        yield Finding("init_from", "starting from a checkpoint is not supported yet", "remove it")
+    if spec.deterministic:
+        yield Finding("deterministic", "deterministic runs are not supported yet", "remove it or set it to false")
+    for source in case.sources():
+        for key in ("completion", "verifier"):
+            index = next((i for i, row in enumerate(source.rows) if getattr(row, key) is not None), None)
+            if index is not None:
+                message = f"{source.name(index)}: '{key}' is not supported yet"
+                yield Finding(source.where(index), message, f"remove '{key}' from the rows")
+
+
+def check_models_exist(case: Case) -> Iterator[Finding]:
+    """Every model is registered."""
+    known = ", ".join(case.known_models) or "none yet"
+    wanted = [("student.model", case.spec.student.model, case.student)]
+    wanted += [
+        (f"teachers.{name}.model", teacher.model, case.teachers[name]) for name, teacher in case.spec.teachers.items()
+    ]
+    for param, name, entry in wanted:
+        if entry is None:
+            yield Finding(
+                param,
+                f"unknown model '{name}'; registered: {known}",
+                f"use one of these, or have it added with `stillhouse models add {name} PATH`",
+            )
+
+
+def check_tokenizers(case: Case) -> Iterator[Finding]:
+    """Student and teachers speak the same tokens: with different ones every score would be nonsense, silently."""
+    student = case.student
+    for name, teacher in case.teachers.items():
+        if student and teacher and student.tokenizer_sha256 != teacher.tokenizer_sha256:
+            yield Finding(
+                f"teachers.{name}.model",
+                f"its tokenizer differs from the student's: '{teacher.name}' has {teacher.tokenizer_sha256[:12]}, "
+                f"'{student.name}' has {student.tokenizer_sha256[:12]}",
+                "pick models with the same tokenizer",
+            )
+
+
+def check_chat_template(case: Case) -> Iterator[Finding]:
+    """Prompts are rendered by the student's chat template, for the teacher too."""
+    if case.student and not case.student.has_chat_template:
+        yield Finding(
+            "student.model",
+            f"'{case.student.name}' has no chat template",
+            "add chat_template.jinja to its folder and register it again, or pick an instruction-tuned model",
+        )
+
+
+def check_files(case: Case) -> Iterator[Finding]:
+    """Every file was uploaded."""
+    for param, file_id in case.missing_files:
+        yield Finding(param, f"there is no file '{file_id}'", "upload it with POST /v1/files and use the id it answers")
+
+
+def check_routes(case: Case) -> Iterator[Finding]:
+    """Every row is routed to a teacher that the job has."""
+    names = sorted(case.spec.teachers)
+    for source in case.sources():
+        for index, row in enumerate(source.rows):
+            teacher = case.teacher_of(row)
+            if teacher is None:
+                message = f"{source.name(index)} names no teacher and the job has {', '.join(names)}"
+                yield Finding(source.where(index), message, "set the row's 'teacher'")
+            elif teacher not in case.spec.teachers:
+                message = f"{source.name(index)} is routed to '{teacher}', the job has {', '.join(names)}"
+                yield Finding(source.where(index), message, "use one of these names, or add the teacher")
+
+
+def check_teachers_used(case: Case) -> Iterator[Finding]:
+    """A teacher that no row is routed to is a typing mistake somewhere."""
+    if case.missing_files:
+        return
+    used = {case.teacher_of(row) for source in case.training for row in source.rows}
+    for name in case.spec.teachers:
+        if name not in used:
+            yield Finding(f"teachers.{name}", "no row is routed to this teacher", "remove it, or route rows to it")
+
+
+def check_lengths(case: Case) -> Iterator[Finding]:
+    """Prompt and completion fit into the student, the teacher and the queue. Counted without the chat template, so what
+    is refused here certainly does not fit."""
+    for source in case.sources():
+        readers = list(_readers(case, source))
+        # a token is at least a byte of text in practically every tokenizer: short texts need no counting
+        long = [reader for reader in readers if len(reader.text.encode()) + source.max_tokens > reader.limit]
+        for start in range(0, len(long), COUNT_BATCH):
+            batch = long[start : start + COUNT_BATCH]
+            for reader, tokens in zip(batch, _count(case, batch), strict=True):
+                if tokens + source.max_tokens > reader.limit:
+                    yield Finding(
+                        source.where(reader.index),
+                        f"{source.name(reader.index)}: {tokens} prompt tokens + {source.max_tokens} completion tokens "
+                        f"are more than {reader.what} of {reader.limit}",
+                        "shorten the prompt or lower max_tokens",
+                    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """A text and who has to read it."""
+
+    index: int
+    text: str
+    limit: int
+    what: str
+
+
+def _readers(case: Case, source: Source) -> Iterable[_Reader]:
+    if case.student is None:
+        return
+    student_limit = min(case.student.max_sequence_length, MAX_ROLLOUT_TOKENS)
+    student_what = f"the max_sequence_length of the student '{case.student.name}'"
+    if student_limit == MAX_ROLLOUT_TOKENS:
+        student_what = f"the longest rollout the queue carries ({MAX_ROLLOUT_BYTES >> 10} KiB)"
+    for index, row in enumerate(source.rows):
+        text = "\n".join(message["content"] for message in row.conversation())
+        yield _Reader(index, text, student_limit, student_what)
+        name = case.teacher_of(row)
+        teacher = case.teachers.get(name or "")
+        if teacher is not None and name is not None:
+            read = _teacher_text(row, case.spec.teachers[name].system_prompt)
+            what = f"the max_sequence_length of the teacher '{name}' ({teacher.name})"
+            yield _Reader(index, text if read is None else read, teacher.max_sequence_length, what)
+
+
+def _teacher_text(row: Row, system_prompt: str | None) -> str | None:
+    if row.teacher_prompt is not None:
+        return "\n".join(message.content for message in row.teacher_prompt)
+    if system_prompt is not None:
+        turns = [message["content"] for message in row.conversation() if message["role"] != "system"]
+        return "\n".join([system_prompt, *turns])
+    return None
+
+
+def _count(case: Case, readers: list[_Reader]) -> list[int]:
+    assert case.student is not None, "texts are only read where there is a student"
+    tokenizer = _tokenizer(str(Path(case.student.path) / "tokenizer.json"), case.student.tokenizer_sha256)
+    return [len(encoding) for encoding in tokenizer.encode_batch([r.text for r in readers], add_special_tokens=False)]
+
+
+@lru_cache(maxsize=8)
+def _tokenizer(path: str, sha256: str) -> Tokenizer:
+    """`sha256` makes a tokenizer that was registered again a new one."""
+    return Tokenizer.from_file(path)
+
+
+def check_held_out(case: Case) -> Iterator[Finding]:
+    """Held-out prompts are not trained on: the result would mean nothing."""
+    if case.evaluation is None:
+        return
+    seen = {_identity(row): source.name(i) for source in case.training for i, row in enumerate(source.rows)}
+    for index, row in enumerate(case.evaluation.rows):
+        if (twin := seen.get(_identity(row))) is not None:
+            yield Finding(
+                case.evaluation.where(index),
+                f"held-out {case.evaluation.name(index)} is also a training prompt ({twin})",
+                "remove it from one of the two",
+            )
+
+
+def _identity(row: Row) -> str:
+    return json.dumps(row.conversation(), sort_keys=True)
+
+
+def check_evaluation_size(case: Case) -> Iterator[Finding]:
+    """There are as many held-out prompts as are asked for."""
+    evaluation = case.spec.evaluation
+    if case.evaluation is None or case.missing_files:
+        return
+    rows = len(case.evaluation.rows)
+    asked = "num_prompts" in evaluation.model_fields_set
+    if asked and evaluation.num_prompts > rows:
+        yield Finding(
+            "evaluation.num_prompts",
+            f"{evaluation.num_prompts} prompts are asked for, evaluation.data has {rows}",
+            f"use at most {rows}, or add held-out rows",
+        )
+
+
+CHECKS: Final[tuple[Check, ...]] = (
+    check_supported,
+    check_models_exist,
+    check_tokenizers,
+    check_chat_template,
+    check_files,
+    check_routes,
+    check_teachers_used,
+    check_held_out,
+    check_evaluation_size,
+    check_lengths,
+)

@@ -1,0 +1,106 @@
+"""From records, registry entries and files to what REST answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from stillhouse.core.models import ModelEntry
+from stillhouse.core.queue.jobs import JobRecord
+from stillhouse.core.queue.registry import ServiceInfo
+from stillhouse.gateway.schemas import Event, Job, MetricPoint, Model, Progress, Service
+
+
+def timestamp(seconds: float) -> str:
+    """RFC 3339, UTC, milliseconds."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def job_view(record: JobRecord, *, with_rows: bool = True) -> Job:
+    """A job; without its inline rows where many jobs are listed."""
+    total = record.stop_step
+    progress = {
+        "percent": round(100 * record.step / total, 2) if total else 0.0,
+        **_finite(record.progress),
+        "step": record.step,
+        "total_steps": total,
+    }
+    return Job(
+        id=record.id,
+        name=str(record.spec.get("name", "")),
+        status=record.status,
+        is_terminal=record.is_terminal,
+        status_reason=record.status_reason,
+        status_message=record.status_message,
+        spec=record.spec if with_rows else _without_rows(record.spec),
+        created_at=timestamp(record.created_at),
+        started_at=timestamp(record.started_at) if record.started_at else None,
+        finished_at=timestamp(record.finished_at) if record.finished_at else None,
+        progress=Progress.model_validate(progress),
+        usage=_finite(record.usage),
+        error=record.error,
+        result=_finite(record.result) if record.result is not None else None,
+        epoch=record.epoch,
+        policy_version=int((record.weights or {}).get("policy_version", 0)),
+        trainer=record.trainer,
+        metadata=record.spec.get("metadata", {}),
+    )
+
+
+def event_view(event: Mapping[str, Any]) -> Event:
+    """An event."""
+    return Event(
+        id=event["id"],
+        type=event["type"],
+        level=event["level"],
+        message=event["message"],
+        data=_finite(event["data"]),
+        created_at=timestamp(event["created_at"]),
+    )
+
+
+def metric_view(point: Mapping[str, Any], names: set[str]) -> MetricPoint:
+    """A metric point, reduced to `names` unless that is empty."""
+    values = {name: value for name, value in point["values"].items() if not names or name in names}
+    return MetricPoint(
+        epoch=point["epoch"], step=point["step"], created_at=timestamp(point["created_at"]), values=_finite(values)
+    )
+
+
+def model_view(entry: ModelEntry) -> Model:
+    """A registered model, without where it lies."""
+    return Model(id=entry.name, **{name: getattr(entry, name) for name in Model.model_fields if name in _MODEL_FIELDS})
+
+
+_MODEL_FIELDS = frozenset(ModelEntry.model_fields)
+
+
+def service_view(info: ServiceInfo) -> Service:
+    """A live service."""
+    fields = {name: getattr(info, name) for name in Service.model_fields if name not in ("object", *_TIMES)}
+    return Service(started_at=timestamp(info.started_at), seen_at=timestamp(info.seen_at), **fields)
+
+
+_TIMES = ("started_at", "seen_at")
+
+
+def _without_rows(spec: Mapping[str, Any]) -> dict[str, Any]:
+    short = dict(spec)
+    short["stages"] = [{**stage, "data": {**stage["data"], "rows": None}} for stage in spec.get("stages", [])]
+    evaluation = dict(spec.get("evaluation") or {})
+    if evaluation.get("data"):
+        evaluation["data"] = {**evaluation["data"], "rows": None}
+    return {**short, "evaluation": evaluation}
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinities as null: they are no JSON, and one of them must not make an answer unreadable."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
