@@ -1,0 +1,58 @@
+"""The sampler's wiring, in plain order."""
+
+from __future__ import annotations
+
+from stillhouse.core.config import Settings
+from stillhouse.core.errors import ConfigError
+from stillhouse.core.models import ModelEntry
+from stillhouse.core.rpc import Server
+from stillhouse.core.service import Context
+from stillhouse.core.worker import ComputeThread
+from stillhouse.sampler.engines.base import Engine
+from stillhouse.sampler.generation import Generator
+from stillhouse.sampler.service import SamplerServicer
+from stillhouse.sampler.student import LoadEngine, Student
+from stillhouse.sampler.worker import SamplerWorker
+from stillhouse.v1 import sampler_pb2_grpc
+
+
+class SamplerApp:
+    """A sampler process: `App` of core/service.py."""
+
+    def __init__(self, ctx: Context, load_engine: LoadEngine) -> None:
+        self._compute = ComputeThread("sampler")
+        self.student = Student(ctx, self._compute, load_engine)
+        self.generator = Generator(self._compute)
+        self.worker = SamplerWorker(ctx, self.student, self.generator)
+        self._servicer = SamplerServicer(ctx, self.student, self.generator, self.worker)
+
+    def register(self, server: Server) -> None:
+        add = sampler_pb2_grpc.add_SamplerServiceServicer_to_server
+        server.add(add, self._servicer, "stillhouse.v1.SamplerService")
+
+    async def run(self) -> None:
+        try:
+            await self.worker.run()
+        finally:
+            self.generator.abort()
+            self._compute.close()
+
+    def state(self) -> tuple[str, str]:
+        return self.worker.activity, self.worker.scope.job_id if self.worker.scope else ""
+
+
+def build(ctx: Context) -> SamplerApp:
+    """A sampler with the engine that the settings name."""
+    return SamplerApp(ctx, _engine_loader(ctx.settings))
+
+
+def _engine_loader(settings: Settings) -> LoadEngine:
+    if settings.engine != "transformers":
+        raise ConfigError(f"this sampler has no engine '{settings.engine}'; set STILLHOUSE_ENGINE=transformers")
+    # heavy: a sampler's settings are checked before torch is imported
+    from stillhouse.sampler.engines.transformers import TransformersEngine
+
+    def load(entry: ModelEntry, dtype: str) -> Engine:
+        return TransformersEngine(entry, dtype, threads=settings.threads)
+
+    return load

@@ -1,0 +1,122 @@
+"""Between the queue's messages and the engine's: prompt groups in, rollouts and failures out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from stillhouse.core.queue import keys
+from stillhouse.core.queue.streams import Scope
+from stillhouse.core.tensors import floats_tensor, ids_list, ids_tensor
+from stillhouse.sampler.engines.base import Completion, SampleRequest
+from stillhouse.v1 import rollout_pb2 as pb
+from stillhouse.v1 import weights_pb2
+
+SCHEMA_VERSION: Final = 1
+FINISH_REASONS: Final[dict[str, pb.FinishReason]] = {
+    "stop": pb.FINISH_REASON_STOP,
+    "length": pb.FINISH_REASON_LENGTH,
+    "abort": pb.FINISH_REASON_ABORT,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Who made a rollout, and with what."""
+
+    scope: Scope
+    instance: str
+    tokenizer_sha256: str
+    weights: weights_pb2.WeightsRef
+
+
+def make_request(key: str, prompt_ids: list[int], sampling: pb.SamplingParams, seed: int) -> SampleRequest:
+    """A request to the engine."""
+    return SampleRequest(
+        key=key,
+        prompt_ids=prompt_ids,
+        max_tokens=sampling.max_tokens,
+        seed=seed,
+        temperature=sampling.temperature,
+        # 0 is what an unset field reads as; a nucleus without mass has no other meaning
+        top_p=sampling.top_p or 1.0,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        stop_token_ids=tuple(sampling.stop_token_ids),
+    )
+
+
+def sample_id(group: pb.PromptGroup, index: int) -> str:
+    """Name of a sample: "group/i"."""
+    return f"{group.group_id}/{index}"
+
+
+def group_requests(group: pb.PromptGroup) -> dict[int, SampleRequest]:
+    """One request per sample of the group, by index."""
+    prompt_ids = ids_list(group.prompt_ids)
+    return {
+        index: make_request(sample_id(group, index), prompt_ids, group.sampling, seed)
+        for index, seed in zip(group.sample_indices, group.seeds, strict=True)
+    }
+
+
+def make_rollout(group: pb.PromptGroup, index: int, completion: Completion, source: Source) -> pb.Rollout:
+    """A finished sample, as the teacher reads it. One batch is written with one set of weights, hence one span."""
+    rollout = _blank(group, index, source.scope)
+    rollout.completion_ids.CopyFrom(ids_tensor(completion.completion_ids))
+    rollout.rollout_logprobs.CopyFrom(floats_tensor(completion.rollout_logprobs))
+    rollout.finish_reason = FINISH_REASONS[completion.finish_reason]
+    rollout.spans.add(first_token=0, policy_version=source.weights.policy_version, epoch=source.weights.epoch)
+    rollout.tokenizer_sha256 = source.tokenizer_sha256
+    rollout.weights_sha256 = source.weights.sha256
+    rollout.sampler = source.instance
+    rollout.sample_s = completion.sample_s
+    return rollout
+
+
+def make_failure(
+    group: pb.PromptGroup, index: int, scope: Scope, instance: str, reason: str, message: str, attempts: int
+) -> pb.Score:
+    """The end of a sample that could not be written: it goes straight to `scored`."""
+    rollout = _blank(group, index, scope)
+    rollout.sampler = instance
+    failure = pb.Failure(reason=reason, message=message, service="sampler", attempts=attempts)
+    return pb.Score(schema_version=SCHEMA_VERSION, rollout=rollout, failed=failure)
+
+
+def _blank(group: pb.PromptGroup, index: int, scope: Scope) -> pb.Rollout:
+    rollout = pb.Rollout(
+        schema_version=SCHEMA_VERSION,
+        job_id=scope.job_id,
+        epoch=scope.epoch,
+        sample_id=sample_id(group, index),
+        purpose=group.purpose,
+        group=group.group,
+        index=index,
+        attempt=0,
+        teacher=group.teacher,
+        prompt_ids=group.prompt_ids,
+        sampling=group.sampling,
+        score=group.score,
+        seed=dict(zip(group.sample_indices, group.seeds, strict=False)).get(index, 0),
+        row=group.row,
+        traceparent=group.traceparent,
+    )
+    if group.HasField("teacher_prompt_ids"):
+        rollout.teacher_prompt_ids.CopyFrom(group.teacher_prompt_ids)
+    return rollout
+
+
+def rollouts_stream(scope: Scope, teacher: str) -> str:
+    """Where rollouts for a teacher go."""
+    return keys.rollouts(scope.job_id, scope.epoch, teacher)
+
+
+def rollout_mark(name: str) -> str:
+    """Mark of a sample's rollout; the sampler's attempt is always 0."""
+    return f"rollout:{name}:0"
+
+
+def score_mark(name: str) -> str:
+    """Mark of a sample's end, shared with the teacher's score of attempt 0: whoever comes first is the end."""
+    return f"score:{name}:0"

@@ -1,0 +1,157 @@
+"""The student in this sampler: its engine, whose weights are in it, and how newer ones get there.
+
+Life of the weights:  none -> pulled for (job, epoch) -> replaced by newer ones        moved under a claim
+They stay when the assignment ends: the next claim of the same job finds the model in memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+from stillhouse.core.errors import StaleWeightsError, StillhouseError
+from stillhouse.core.models import ModelEntry, verify_files
+from stillhouse.core.queue.streams import Scope
+from stillhouse.core.rpc import Peer
+from stillhouse.core.service import Context
+from stillhouse.core.telemetry import POLICY_VERSION, WEIGHT_PULL_SECONDS, WEIGHT_PULLS
+from stillhouse.core.worker import ComputeThread
+from stillhouse.sampler.engines.base import Engine
+from stillhouse.sampler.weights import Weights, fetch_weights
+from stillhouse.v1 import trainer_pb2_grpc, weights_pb2
+
+PULL_WAIT_S: Final = 30.0
+"""How long a sampler waits under its claims for weights that the trainer does not have yet; then it hands back."""
+PULL_BACKOFF_S: Final = 0.1
+"""First pause between two pulls; doubles up to 2 s."""
+
+LoadEngine = Callable[[ModelEntry, str], Engine]
+"""(registered model, dtype) -> engine; called on the compute thread."""
+
+
+class Student:
+    """The engine of the job this sampler serves, and a second one for any frozen model that callers name."""
+
+    def __init__(self, ctx: Context, compute: ComputeThread, load_engine: LoadEngine) -> None:
+        self._ctx = ctx
+        self._compute = compute
+        self._load_engine = load_engine
+        self._verified: set[str] = set()
+        self._guest: tuple[str, Engine] | None = None
+        self._guest_lock = asyncio.Lock()
+        self._dtype = ""
+        self.swap = asyncio.Lock()
+        """Held while weights are replaced, and by whoever needs them to stay the same."""
+        self.engine: Engine | None = None
+        self.entry: ModelEntry | None = None
+        self.weights: weights_pb2.WeightsRef | None = None
+        self.weights_job = ""
+        self.hint: weights_pb2.WeightsRef | None = None
+        """Newest weights heard of."""
+
+    async def load_model(self, model: str, dtype: str) -> None:
+        """Have the architecture of a registered model in memory.
+
+        Raises:
+            NotFoundError: no such model.
+            SpecError: its files changed since it was registered.
+        """
+        entry = self._ctx.models.get(model)
+        if self.entry is not None and (self.entry.sha256, self._dtype) == (entry.sha256, dtype):
+            return
+        self.engine = self.entry = self.weights = None  # leaves before the next one comes: both may not fit
+        self.engine = await self._compute.run(self._load, entry, dtype)
+        self.entry, self._dtype = entry, dtype
+
+    async def guest(self, model: str) -> Engine:
+        """An engine with the registered weights of a model, in float32; the last one stays loaded."""
+        entry = self._ctx.models.get(model)
+        async with self._guest_lock:
+            if self._guest is None or self._guest[0] != entry.sha256:
+                self._guest = None
+                self._guest = (entry.sha256, await self._compute.run(self._load, entry, "float32"))
+            return self._guest[1]
+
+    def _load(self, entry: ModelEntry, dtype: str) -> Engine:
+        if entry.sha256 not in self._verified:
+            verify_files(entry)
+            self._verified.add(entry.sha256)
+        return self._load_engine(entry, dtype)
+
+    def version(self, scope: Scope) -> int | None:
+        """Policy version of the weights, if they are of this claim of this job."""
+        if self.weights is None or self.weights_job != scope.job_id or self.weights.epoch != scope.epoch:
+            return None
+        return self.weights.policy_version
+
+    async def ensure(self, scope: Scope, *, at_least: int = 0, exactly: int | None = None) -> None:
+        """Have weights that the work allows, waiting until the trainer has them. A newer hint is followed if it can be.
+
+        Raises:
+            StaleWeightsError: it did not have them in time.
+        """
+        if self._suits(scope, at_least, exactly):
+            if exactly is None and self._is_hinted(scope):
+                try:
+                    await self._pull(scope, None)
+                except StillhouseError as error:
+                    self._ctx.log.warning("newer weights not pulled", error=error.message)
+            return
+        deadline = time.monotonic() + PULL_WAIT_S
+        delay_s = PULL_BACKOFF_S
+        problem = ""
+        while True:
+            try:
+                await self._pull(scope, exactly)
+                problem = f"the trainer has {self.version(scope)}"
+            except StillhouseError as error:
+                problem = error.message
+            if self._suits(scope, at_least, exactly):
+                return
+            wanted = f"exactly {exactly}" if exactly is not None else f"at least {at_least}"
+            if time.monotonic() > deadline:
+                raise StaleWeightsError(f"job {scope.job_id}: policy version {wanted} is needed; {problem}")
+            await asyncio.sleep(delay_s)
+            delay_s = min(2 * delay_s, 2.0)
+
+    def _suits(self, scope: Scope, at_least: int, exactly: int | None) -> bool:
+        version = self.version(scope)
+        if version is None:
+            return False
+        return version == exactly if exactly is not None else version >= at_least
+
+    def _is_hinted(self, scope: Scope) -> bool:
+        hint, version = self.hint, self.version(scope)
+        return hint is not None and hint.epoch == scope.epoch and version is not None and hint.policy_version > version
+
+    async def _pull(self, scope: Scope, exact_version: int | None) -> None:
+        started = time.monotonic()
+        record = await self._ctx.jobs.get(scope.job_id)
+        trainer = await self._trainer(record.trainer)
+        have = self.weights.sha256 if self.weights is not None else ""
+        weights = await fetch_weights(trainer, scope, exact_version, have)
+        async with self.swap:
+            if weights.arrays:
+                self.weights = None  # unnamed while they are being replaced
+                await self._compute.run(_load_into, self.engine, weights)
+            self.weights, self.weights_job = weights.ref, scope.job_id
+        WEIGHT_PULLS.inc()
+        WEIGHT_PULL_SECONDS.observe(time.monotonic() - started)
+        POLICY_VERSION.labels("sampler").set(weights.ref.policy_version)
+        self._ctx.log.info(
+            "weights pulled",
+            job_id=scope.job_id,
+            epoch=weights.ref.epoch,
+            policy_version=weights.ref.policy_version,
+            seconds=round(time.monotonic() - started, 3),
+        )
+
+    async def _trainer(self, instance: str) -> Peer:
+        info = await self._ctx.registry.find("trainer", instance)
+        return self._ctx.peers.get(info.address, trainer_pb2_grpc.TrainerServiceStub, f"trainer {instance}")
+
+
+def _load_into(engine: Any, weights: Weights) -> None:
+    engine.load_weights(weights.arrays, weights.dtypes)

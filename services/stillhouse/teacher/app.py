@@ -1,0 +1,61 @@
+"""The teacher's wiring, in plain order."""
+
+from __future__ import annotations
+
+from stillhouse.core.config import Settings
+from stillhouse.core.errors import ConfigError
+from stillhouse.core.models import ModelEntry
+from stillhouse.core.rpc import Server
+from stillhouse.core.service import Context
+from stillhouse.core.worker import ComputeThread
+from stillhouse.teacher.blobstore import BlobStore
+from stillhouse.teacher.engines.base import Engine
+from stillhouse.teacher.pool import LoadEngine, ModelPool
+from stillhouse.teacher.scoring import Scorer
+from stillhouse.teacher.service import TeacherServicer
+from stillhouse.teacher.worker import TeacherWorker
+from stillhouse.v1 import teacher_pb2_grpc
+
+
+class TeacherApp:
+    """A teacher process: `App` of core/service.py."""
+
+    def __init__(self, ctx: Context, load_engine: LoadEngine) -> None:
+        settings = ctx.settings
+        self._compute = ComputeThread("teacher")
+        self.blobs = BlobStore(ctx.instance, settings.blob_memory_mib << 20)
+        pool = ModelPool(ctx.models, load_engine, int(settings.teacher_memory_gib * 2**30))
+        self.scorer = Scorer(self._compute, pool)
+        self.worker = TeacherWorker(ctx, self.scorer, self.blobs)
+        self._servicer = TeacherServicer(ctx, self.scorer, self.blobs)
+
+    def register(self, server: Server) -> None:
+        add = teacher_pb2_grpc.add_TeacherServiceServicer_to_server
+        server.add(add, self._servicer, "stillhouse.v1.TeacherService")
+
+    async def run(self) -> None:
+        try:
+            await self.worker.run()
+        finally:
+            self._compute.close()
+            self.blobs.close()
+
+    def state(self) -> tuple[str, str]:
+        return self.worker.activity, self.worker.job_id
+
+
+def build(ctx: Context) -> TeacherApp:
+    """A teacher with the engine that the settings name."""
+    return TeacherApp(ctx, _engine_loader(ctx.settings))
+
+
+def _engine_loader(settings: Settings) -> LoadEngine:
+    if settings.engine != "transformers":
+        raise ConfigError(f"this teacher has no engine '{settings.engine}'; set STILLHOUSE_ENGINE=transformers")
+    # heavy: a teacher's settings are checked before torch is imported
+    from stillhouse.teacher.engines.transformers import TransformersEngine
+
+    def load(entry: ModelEntry, dtype: str) -> Engine:
+        return TransformersEngine(entry, dtype, threads=settings.threads)
+
+    return load

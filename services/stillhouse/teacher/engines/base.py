@@ -1,0 +1,108 @@
+"""What a teacher needs of an engine. Light: the engines themselves import torch or vLLM.
+
+Axes: T completion tokens, K top-k or targets, D model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from stillhouse.v1 import rollout_pb2
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreItem:
+    """One rollout to be scored."""
+
+    key: str
+    prompt_ids: list[int]
+    """[P] the prompt as the teacher reads it."""
+    completion_ids: list[int]
+    """[T]"""
+    kind: rollout_pb2.ScoreKind
+    temperature: float = 1.0
+    top_k: int = 0
+    """Tokens per position of SCORE_KIND_TOPK."""
+    half: bool = True
+    """Payload (hidden states, top-k log-probabilities) as float16 instead of float32."""
+    target_ids: np.ndarray[Any, Any] | None = None
+    """[T, K] of SCORE_KIND_TARGETS."""
+
+    @property
+    def length(self) -> int:
+        """Tokens of the forward pass."""
+        return len(self.prompt_ids) + len(self.completion_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A scored rollout: `teacher_logprobs[t]` belongs to `completion_ids[t]`, the rest depends on the kind."""
+
+    key: str
+    teacher_logprobs: np.ndarray[Any, Any]
+    """[T] float32, nats."""
+    hidden: np.ndarray[Any, Any] | None = None
+    """[T, D] float16 or float32 after the final norm; row t predicts `completion_ids[t]`."""
+    topk_ids: np.ndarray[Any, Any] | None = None
+    """[T, K] int32, likeliest first."""
+    topk_logprobs: np.ndarray[Any, Any] | None = None
+    """[T, K] float16 or float32, nats."""
+    tail_logprobs: np.ndarray[Any, Any] | None = None
+    """[T] float32, log of the mass outside the K tokens."""
+    target_logprobs: np.ndarray[Any, Any] | None = None
+    """[T, K] float32, nats."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unscored:
+    """A rollout without score, and why."""
+
+    key: str
+    reason: str
+    """Short code: "too_long", "bad_ids", "non_finite", "fp16_overflow", ..."""
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """Output head of a model, as `HeadInfo` describes it: logits = soft_cap(scale * (hidden @ weight.T + bias))."""
+
+    sha256: str
+    """Of `parts` joined."""
+    dtype: str
+    shape: tuple[int, int]
+    """[V_padded, D] of the weight."""
+    has_bias: bool
+    vocab_size: int
+    logit_scale: float
+    logit_soft_cap: float
+    """0 = none."""
+    parts: list[memoryview]
+    """Raw bytes of the weight, and of the bias if there is one."""
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+
+class Engine(Protocol):
+    """A frozen model that judges. Used from the compute thread only."""
+
+    vocab_size: int
+    """Token ids it can read; padding rows of the head are not among them."""
+    max_sequence_length: int
+    """Prompt and completion together, tokens."""
+    size_bytes: int
+    """Memory of the weights."""
+
+    def score(self, items: Sequence[ScoreItem]) -> list[Scored | Unscored]:
+        """Score the items as one batch, in order."""
+        ...
+
+    def head(self) -> Head:
+        """The output head, hashed."""
+        ...

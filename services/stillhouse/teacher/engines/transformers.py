@@ -1,0 +1,189 @@
+"""Scoring with Hugging Face transformers: one forward of the base model, the head on completion rows only; CPU or GPU.
+
+Axes: B batch, L tokens (padded), T completion tokens, D model, V vocab, K top-k.
+Padding is on the right and needs no mask: in a causal model it cannot reach the rows that count.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from stillhouse.core.errors import ConflictError
+from stillhouse.core.models import ModelEntry
+from stillhouse.teacher.engines.base import Head, Scored, ScoreItem, Unscored
+from stillhouse.v1 import rollout_pb2 as pb
+
+DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+LOGITS_BYTES: Final = 64 << 20
+"""Logits computed at once: [rows, 152k] in float32 are 0.6 MB a row, so a long completion is taken in pieces."""
+PROBE_TOKENS: Final = 8
+"""Tokens of the check at load that our head does what the model's own does."""
+
+
+class TransformersEngine:
+    """`Engine` on `AutoModelForCausalLM`: frozen, in eval mode."""
+
+    def __init__(self, entry: ModelEntry, dtype: str, *, threads: int = 0, device: str = "") -> None:
+        if threads:
+            torch.set_num_threads(threads)
+        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._dtype = dtype
+        self._model: Any = AutoModelForCausalLM.from_pretrained(
+            entry.path, dtype=DTYPES[dtype], local_files_only=True, use_safetensors=True, trust_remote_code=False
+        )
+        self._model.to(self._device).eval().requires_grad_(False)
+        self._head: Any = self._model.get_output_embeddings()
+        config = self._model.config
+        self._scale, self._soft_cap = _logit_scale(config), float(getattr(config, "final_logit_softcapping", 0) or 0)
+        self.vocab_size = min(entry.tokenizer_size, self._head.weight.shape[0])
+        self.max_sequence_length = entry.max_sequence_length
+        self.size_bytes = sum(tensor.nbytes for tensor in self._model.parameters())
+        # log-probabilities come from float32 logits: bfloat16 ones are off by up to 0.06 nats
+        self._weight_VD = self._head.weight[: self.vocab_size].float()
+        bias = getattr(self._head, "bias", None)
+        self._bias_V = None if bias is None else bias[: self.vocab_size].float()
+        self._check_head(entry)
+
+    @torch.inference_mode()
+    def _check_head(self, entry: ModelEntry) -> None:
+        """Refuse a model whose logits are not what `HeadInfo` can say: the trainer re-applies the head by it."""
+        ids = torch.arange(PROBE_TOKENS, device=self._device)[None] % self.vocab_size
+        expected = self._model(input_ids=ids, use_cache=False).logits[0, :, : self.vocab_size].float()
+        actual = self._logits(self._model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0])
+        error, size = float((actual - expected).abs().max()), float(expected.abs().max())
+        # bfloat16 keeps 8 bits: the model's own logits are rounded by up to 1/256 of their size
+        if not error <= (1e-3 if self._dtype == "float32" else 2e-2) * max(size, 1.0):
+            raise ConflictError(
+                f"model '{entry.name}' ({entry.architecture}) computes logits in a way that is not supported: "
+                f"hidden @ head differs from its own logits by {error:.3g}"
+            )
+
+    @torch.inference_mode()
+    def score(self, items: Sequence[ScoreItem]) -> list[Scored | Unscored]:
+        results: dict[int, Scored | Unscored] = {}
+        for number, item in enumerate(items):
+            problem = self._problem(item)
+            if problem is not None:
+                results[number] = problem
+        good = [number for number in range(len(items)) if number not in results]
+        if good:
+            hidden_BLD = self._hidden([items[number] for number in good])
+            for row, number in enumerate(good):
+                item = items[number]
+                # the state at position i predicts token i + 1
+                first = len(item.prompt_ids) - 1
+                results[number] = self._judge(item, hidden_BLD[row, first : first + len(item.completion_ids)])
+        return [results[number] for number in range(len(items))]
+
+    def _problem(self, item: ScoreItem) -> Unscored | None:
+        if not item.prompt_ids or not item.completion_ids:
+            sizes = f"{len(item.prompt_ids)} prompt and {len(item.completion_ids)} completion tokens"
+            return Unscored(item.key, "empty", f"{sizes}; both are needed")
+        if item.length > self.max_sequence_length:
+            return Unscored(item.key, "too_long", f"{item.length} tokens; the teacher reads {self.max_sequence_length}")
+        wanted = [*item.prompt_ids, *item.completion_ids]
+        if item.kind == pb.SCORE_KIND_TARGETS:
+            if item.target_ids is None or item.target_ids.shape[0] != len(item.completion_ids):
+                got = None if item.target_ids is None else list(item.target_ids.shape)
+                return Unscored(item.key, "bad_request", f"target_ids {got} for {len(item.completion_ids)} tokens")
+            wanted += item.target_ids.ravel().tolist()
+        if not all(0 <= token < self.vocab_size for token in wanted):
+            worst = max(wanted, key=abs)
+            return Unscored(item.key, "bad_ids", f"token id {worst}; the teacher knows {self.vocab_size} ids")
+        if item.kind == pb.SCORE_KIND_TOPK and not 0 < item.top_k <= self.vocab_size:
+            return Unscored(item.key, "bad_request", f"top_k {item.top_k} of a vocabulary of {self.vocab_size}")
+        return None
+
+    def _hidden(self, items: Sequence[ScoreItem]) -> Tensor:
+        """[B, L, D] last hidden states after the final norm."""
+        ids = torch.zeros(len(items), max(item.length for item in items), dtype=torch.long)
+        for row, item in enumerate(items):
+            ids[row, : item.length] = torch.tensor([*item.prompt_ids, *item.completion_ids])
+        return self._model.base_model(input_ids=ids.to(self._device), use_cache=False).last_hidden_state
+
+    def _judge(self, item: ScoreItem, hidden_TD: Tensor) -> Scored | Unscored:
+        payload = None
+        if item.kind == pb.SCORE_KIND_HIDDEN:
+            payload = hidden_TD.to(torch.float16 if item.half else torch.float32)
+            if item.half and bool(torch.isinf(payload).any()) and bool(torch.isfinite(hidden_TD).all()):
+                worst = float(hidden_TD.abs().max())
+                return Unscored(item.key, "fp16_overflow", f"hidden state of size {worst:.4g}; float16 ends at 65504")
+        parts = self._logprobs(item, hidden_TD)
+        columns = {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]}
+        if not np.isfinite(columns["teacher_logprobs"]).all() or not bool(torch.isfinite(hidden_TD).all()):
+            return Unscored(item.key, "non_finite", "NaN or infinity in the teacher's output")
+        return Scored(item.key, hidden=None if payload is None else payload.cpu().numpy(), **columns)
+
+    def _logprobs(self, item: ScoreItem, hidden_TD: Tensor) -> list[dict[str, Tensor]]:
+        """Fields of `Scored` that rest on log-probabilities, in pieces along T."""
+        size = max(1, LOGITS_BYTES // (4 * self.vocab_size))
+        ids_T = torch.tensor(item.completion_ids, device=self._device)
+        parts = []
+        for start in range(0, len(ids_T), size):
+            rows = slice(start, start + size)
+            logprobs_TV = torch.log_softmax(self._logits(hidden_TD[rows]) / (item.temperature or 1.0), dim=-1)
+            part = {"teacher_logprobs": logprobs_TV.gather(1, ids_T[rows, None])[:, 0]}
+            if item.kind == pb.SCORE_KIND_TOPK:
+                part |= _topk(logprobs_TV, item)
+            if item.target_ids is not None and item.kind == pb.SCORE_KIND_TARGETS:
+                targets = torch.from_numpy(item.target_ids[rows].astype(np.int64)).to(self._device)
+                part["target_logprobs"] = logprobs_TV.gather(1, targets)
+            parts.append(part)
+        return parts
+
+    def _logits(self, hidden_TD: Tensor) -> Tensor:
+        """[T, V] float32 logits over the tokenizer's vocabulary."""
+        logits = self._scale * torch.nn.functional.linear(hidden_TD.float(), self._weight_VD, self._bias_V)
+        return self._soft_cap * torch.tanh(logits / self._soft_cap) if self._soft_cap else logits
+
+    def head(self) -> Head:
+        return self._described_head
+
+    @cached_property
+    def _described_head(self) -> Head:
+        weight, bias = self._head.weight, getattr(self._head, "bias", None)
+        parts = [_raw_bytes(tensor) for tensor in (weight, bias) if tensor is not None]
+        digest = hashlib.sha256()
+        for part in parts:
+            digest.update(part)
+        return Head(
+            sha256=digest.hexdigest(),
+            dtype=self._dtype,
+            shape=(weight.shape[0], weight.shape[1]),
+            has_bias=bias is not None,
+            vocab_size=self.vocab_size,
+            logit_scale=self._scale,
+            logit_soft_cap=self._soft_cap,
+            parts=parts,
+        )
+
+
+def _topk(logprobs_TV: Tensor, item: ScoreItem) -> dict[str, Tensor]:
+    values, ids = logprobs_TV.topk(item.top_k)
+    # summing what is outside is exact; 1 - sum(inside) cancels to nothing when the head of the distribution is heavy
+    tail = logprobs_TV.scatter(1, ids, -torch.inf).logsumexp(-1)
+    return {
+        "topk_ids": ids.int(),
+        "topk_logprobs": values.half() if item.half else values,
+        "tail_logprobs": tail,
+    }
+
+
+def _logit_scale(config: Any) -> float:
+    """Factor on the logits: Cohere multiplies by `logit_scale`, Granite divides by `logits_scaling`."""
+    if getattr(config, "logits_scaling", None):
+        return 1.0 / float(config.logits_scaling)
+    return float(getattr(config, "logit_scale", None) or 1.0)
+
+
+def _raw_bytes(tensor: Tensor) -> memoryview:
+    array: Any = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
+    return memoryview(array).cast("B")

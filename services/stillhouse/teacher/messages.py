@@ -1,0 +1,126 @@
+"""Between the queue's messages and the engine's: rollouts in, scores and failures out."""
+
+from __future__ import annotations
+
+from typing import Final, TypeVar
+
+from stillhouse.core.errors import WireError
+from stillhouse.core.queue.streams import Scope
+from stillhouse.core.tensors import from_tensor, ids_list, to_tensor
+from stillhouse.teacher.blobstore import BlobStore
+from stillhouse.teacher.engines.base import Scored, ScoreItem
+from stillhouse.teacher.pool import Resident
+from stillhouse.v1 import rollout_pb2 as pb
+from stillhouse.v1 import tensor_pb2
+
+ListScore = TypeVar("ListScore", pb.TopKScore, pb.TargetsScore)
+SCHEMA_VERSION: Final = 1
+INLINE_BYTES: Final = 256 << 10
+"""Larger top-k and targets payloads stay here and are fetched: an entry of the queue holds 1 MiB, rollout included."""
+HALF_DTYPES: Final = (tensor_pb2.DATA_TYPE_UNSPECIFIED, tensor_pb2.DATA_TYPE_FLOAT16)
+
+
+def make_item(rollout: pb.Rollout) -> ScoreItem:
+    """What the engine needs of a rollout.
+
+    Raises:
+        WireError: a tensor contradicts its shape, or the request makes no sense.
+    """
+    spec = rollout.score
+    if spec.kind not in (pb.SCORE_KIND_SAMPLED, pb.SCORE_KIND_TOPK, pb.SCORE_KIND_TARGETS, pb.SCORE_KIND_HIDDEN):
+        raise WireError(f"sample {rollout.sample_id}: score kind {spec.kind} is unknown here")
+    if spec.dtype not in (*HALF_DTYPES, tensor_pb2.DATA_TYPE_FLOAT32):
+        raise WireError(f"sample {rollout.sample_id}: scores travel as float16 or float32, not as type {spec.dtype}")
+    own_prompt = rollout.HasField("teacher_prompt_ids")
+    targets = None
+    if rollout.HasField("target_ids"):
+        targets = from_tensor(rollout.target_ids)
+        if targets.ndim != 2:
+            raise WireError(f"sample {rollout.sample_id}: target_ids must be [T, K], got {list(targets.shape)}")
+    return ScoreItem(
+        key=rollout.sample_id,
+        prompt_ids=ids_list(rollout.teacher_prompt_ids if own_prompt else rollout.prompt_ids),
+        completion_ids=ids_list(rollout.completion_ids),
+        kind=spec.kind,
+        temperature=spec.temperature or 1.0,
+        top_k=spec.top_k,
+        half=spec.dtype in HALF_DTYPES,
+        target_ids=targets,
+    )
+
+
+def make_score(
+    rollout: pb.Rollout,
+    scored: Scored,
+    resident: Resident,
+    scope: Scope,
+    blobs: BlobStore,
+    instance: str,
+    score_s: float,
+) -> pb.Score:
+    """The score that goes on the queue; what is too big for it is kept in `blobs`."""
+    score = pb.Score(
+        schema_version=SCHEMA_VERSION,
+        rollout=rollout,
+        teacher_sha256=resident.entry.sha256,
+        teacher_instance=instance,
+        score_s=score_s,
+    )
+    teacher_logprobs = to_tensor(scored.teacher_logprobs)
+    if rollout.score.kind == pb.SCORE_KIND_HIDDEN:
+        assert scored.hidden is not None, "the engine gives what the kind asks for"
+        hidden = to_tensor(scored.hidden)
+        score.hidden.blob.CopyFrom(blobs.put(scope, hidden.data))
+        score.hidden.dtype = hidden.dtype
+        score.hidden.shape.extend(hidden.shape)
+        score.hidden.teacher_logprobs.CopyFrom(teacher_logprobs)
+        score.hidden.head_sha256 = resident.engine.head().sha256
+    elif rollout.score.kind == pb.SCORE_KIND_TOPK:
+        assert scored.topk_ids is not None, "the engine gives what the kind asks for"
+        assert scored.topk_logprobs is not None
+        assert scored.tail_logprobs is not None
+        topk = pb.TopKScore(
+            teacher_topk_ids=to_tensor(scored.topk_ids),
+            teacher_topk_logprobs=to_tensor(scored.topk_logprobs),
+            tail_logprobs=to_tensor(scored.tail_logprobs),
+            teacher_logprobs=teacher_logprobs,
+        )
+        score.topk.CopyFrom(topk if topk.ByteSize() <= INLINE_BYTES else _kept(topk, scope, blobs))
+    elif rollout.score.kind == pb.SCORE_KIND_TARGETS:
+        assert scored.target_logprobs is not None, "the engine gives what the kind asks for"
+        targets = pb.TargetsScore(target_logprobs=to_tensor(scored.target_logprobs), teacher_logprobs=teacher_logprobs)
+        score.targets.CopyFrom(targets if targets.ByteSize() <= INLINE_BYTES else _kept(targets, scope, blobs))
+    else:
+        score.sampled.teacher_logprobs.CopyFrom(teacher_logprobs)
+    return score
+
+
+def _kept(score: ListScore, scope: Scope, blobs: BlobStore) -> ListScore:
+    """The message with a reference only; the payload is the message itself, serialized."""
+    return type(score)(blob=blobs.put(scope, score.SerializeToString()))
+
+
+def blob_key(score: pb.Score) -> str:
+    """Key of the payload a score refers to; empty = none."""
+    kind = score.WhichOneof("result")
+    return getattr(score, kind).blob.key if kind in ("hidden", "topk", "targets") else ""
+
+
+def make_failure(rollout: pb.Rollout, instance: str, reason: str, message: str, attempts: int) -> pb.Score:
+    """The end of a sample that could not be scored."""
+    failure = pb.Failure(reason=reason, message=message, service="teacher", attempts=attempts)
+    return pb.Score(schema_version=SCHEMA_VERSION, rollout=rollout, failed=failure, teacher_instance=instance)
+
+
+def without_tokens(rollout: pb.Rollout) -> pb.Rollout:
+    """The rollout's identity, where its tokens do not fit into an entry."""
+    small = pb.Rollout()
+    small.CopyFrom(rollout)
+    for name in ("prompt_ids", "teacher_prompt_ids", "completion_ids", "rollout_logprobs", "loss_mask", "target_ids"):
+        small.ClearField(name)
+    return small
+
+
+def score_mark(rollout: pb.Rollout) -> str:
+    """Mark of a sample's end in this attempt at scoring it."""
+    return f"score:{rollout.sample_id}:{rollout.attempt}"

@@ -1,0 +1,112 @@
+"""`TeacherService`: models on demand, direct scores, payloads and heads."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from typing import Any, Final
+
+from stillhouse.core.errors import SpecError, UnimplementedError, WireError
+from stillhouse.core.queue.streams import Scope
+from stillhouse.core.rpc import chunks
+from stillhouse.core.service import VERSION, Context
+from stillhouse.core.tensors import DTYPE_NAMES
+from stillhouse.teacher.batching import plan_batches
+from stillhouse.teacher.blobstore import BlobStore
+from stillhouse.teacher.engines.base import Scored, Unscored
+from stillhouse.teacher.messages import make_failure, make_item, make_score
+from stillhouse.teacher.scoring import Scorer
+from stillhouse.v1 import rollout_pb2, teacher_pb2_grpc, tensor_pb2
+from stillhouse.v1 import teacher_pb2 as pb
+
+KINDS: Final = (
+    rollout_pb2.SCORE_KIND_SAMPLED,
+    rollout_pb2.SCORE_KIND_TOPK,
+    rollout_pb2.SCORE_KIND_TARGETS,
+    rollout_pb2.SCORE_KIND_HIDDEN,
+)
+CALLER_REASONS: Final = ("too_long", "bad_ids", "bad_request", "empty")
+"""Failures that are the caller's: a direct call ends with INVALID_ARGUMENT."""
+
+
+class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
+    """The gRPC face of a teacher."""
+
+    def __init__(self, ctx: Context, scorer: Scorer, blobs: BlobStore) -> None:
+        self._ctx = ctx
+        self._scorer = scorer
+        self._blobs = blobs
+
+    async def GetInfo(self, request: pb.TeacherServiceGetInfoRequest, context: Any) -> pb.TeacherServiceGetInfoResponse:
+        return pb.TeacherServiceGetInfoResponse(
+            instance=self._ctx.instance,
+            engine=self._ctx.settings.engine,
+            version=VERSION,
+            models=[resident.message() for resident in self._scorer.pool.residents()],
+            kinds=KINDS,
+            memory_budget_bytes=self._scorer.pool.budget_bytes,
+            scored_tokens=self._scorer.scored_tokens,
+            blob_bytes=self._blobs.total_bytes,
+        )
+
+    async def EnsureModel(self, request: pb.EnsureModelRequest, context: Any) -> pb.EnsureModelResponse:
+        resident = await self._scorer.model(_task(request))
+        return pb.EnsureModelResponse(model=resident.message())
+
+    async def Score(self, request: pb.ScoreRequest, context: Any) -> AsyncGenerator[pb.ScoreResponse, None]:
+        if not request.task.model:
+            raise SpecError("task.model is empty; name a registered model", param="task.model")
+        resident = await self._scorer.model(request.task)
+        if any(rollout.score.kind == rollout_pb2.SCORE_KIND_HIDDEN for rollout in request.rollouts):
+            await self._scorer.head(resident)  # hashed once, off the event loop
+        items = [make_item(rollout) for rollout in request.rollouts]
+        results: dict[int, tuple[Scored | Unscored, float]] = {}
+        for batch in plan_batches([item.length for item in items], self._ctx.settings.teacher_batch_tokens):
+            scored, score_s = await self._scorer.score(resident, [items[index] for index in batch])
+            results |= {index: (result, score_s) for index, result in zip(batch, scored, strict=True)}
+        scope = Scope(request.task.job_id, request.task.epoch)
+        for index, rollout in enumerate(request.rollouts):
+            result, score_s = results[index]
+            if isinstance(result, Scored):
+                score = make_score(rollout, result, resident, scope, self._blobs, self._ctx.instance, score_s)
+            elif result.reason in CALLER_REASONS:
+                raise WireError(f"sample {rollout.sample_id}: {result.message}")
+            else:
+                score = make_failure(rollout, self._ctx.instance, result.reason, result.message, 1)
+            yield pb.ScoreResponse(score=score)
+
+    async def FetchScore(
+        self, request: pb.FetchScoreRequest, context: Any
+    ) -> AsyncGenerator[pb.FetchScoreResponse, None]:
+        for offset, data in self._blobs.read(request.blob):
+            yield pb.FetchScoreResponse(chunk=tensor_pb2.Chunk(offset=offset, data=data))
+        if request.release:
+            self._blobs.release(request.blob.key)
+
+    async def FetchHead(self, request: pb.FetchHeadRequest, context: Any) -> AsyncGenerator[pb.FetchHeadResponse, None]:
+        head = await self._scorer.head(await self._scorer.model(_task(request)))
+        yield pb.FetchHeadResponse(
+            info=pb.HeadInfo(
+                sha256=head.sha256,
+                dtype=DTYPE_NAMES[head.dtype],
+                shape=head.shape,
+                has_bias=head.has_bias,
+                vocab_size=head.vocab_size,
+                logit_scale=head.logit_scale,
+                logit_soft_cap=head.logit_soft_cap,
+                size_bytes=head.size_bytes,
+            )
+        )
+        start = 0
+        for part in head.parts:
+            for offset, data in chunks(part):
+                yield pb.FetchHeadResponse(chunk=tensor_pb2.Chunk(offset=start + offset, data=data))
+            start += part.nbytes
+
+    async def SyncWeights(
+        self, request: pb.TeacherServiceSyncWeightsRequest, context: Any
+    ) -> pb.TeacherServiceSyncWeightsResponse:
+        raise UnimplementedError("teachers are frozen: a teacher that follows the student (EMA) does not exist yet")
+
+
+def _task(request: pb.EnsureModelRequest | pb.FetchHeadRequest) -> rollout_pb2.TeacherTask:
+    return rollout_pb2.TeacherTask(model=request.model, model_sha256=request.model_sha256, dtype=request.dtype)
