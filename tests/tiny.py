@@ -17,7 +17,7 @@ EOS_ID = 2
 PAD_ID = 3
 TOKENIZER_SIZE = len(SPECIAL_TOKENS) + 256
 INIT_STD = 0.4
-"""Large, so that logits have a standard deviation of about 2 and models of different seeds disagree (KL of some nats)."""
+"""Large, so that logits have a standard deviation of about 2 and models of different seeds disagree by nats."""
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"

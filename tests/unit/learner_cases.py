@@ -1,0 +1,104 @@
+"""What the tests of the learner share: tiny students and teachers, rollouts and honest scores of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from stillhouse.core.spec import StageSpec, TeacherSpec
+from stillhouse.trainer.batch import TeacherHead, TrainSample
+from stillhouse.trainer.learner import Learner
+from stillhouse.trainer.packing import plan_micro_batches
+from tests.tiny import TOKENIZER_SIZE
+
+FULL = {"objective": "full_vocabulary", "hidden_dtype": "float32"}
+FORWARD = {**FULL, "divergence": "forward_kl"}
+POLICY_GRADIENT = {"objective": "policy_gradient"}
+
+
+def stage(loss: dict, *, temperature: float = 1.0, lr: float = 1e-3, **optimizer) -> StageSpec:
+    return StageSpec.model_validate(
+        {
+            "data": {"rows": [{"prompt": "hi"}]},
+            "sampling": {"temperature": temperature},
+            "loss": loss,
+            "optimizer": {"lr": lr, **optimizer},
+            "schedule": {"steps": 100, "micro_batch_tokens": 64},
+        }
+    )
+
+
+def learner(model: Path, spec: StageSpec, *, dtype: str = "float32", teachers=("t",), weights=None) -> Learner:
+    specs = {name: TeacherSpec(model="m", weight=(weights or {}).get(name, 1.0)) for name in teachers}
+    return Learner(model, dtype=dtype, stage=spec, teachers=specs, total_steps=100, seed=0)
+
+
+class Teacher:
+    """A frozen model that scores in the plainest way: one sequence at a time, float32, no cache, no padding."""
+
+    def __init__(self, model: Path, name: str = "t") -> None:
+        self.name = name
+        self.model = AutoModelForCausalLM.from_pretrained(model, local_files_only=True)
+        self.head = TeacherHead(
+            sha256=f"{name:0>64}",
+            weight=self.model.lm_head.weight.detach().numpy(),
+            dtype="float32",
+            bias=None,
+            vocab_size=TOKENIZER_SIZE,
+            logit_scale=1.0,
+            logit_soft_cap=0.0,
+        )
+
+    @torch.no_grad()
+    def log_probs(self, ids: list[int], temperature: float) -> torch.Tensor:
+        """[L, V] log-probabilities after each position."""
+        logits = self.model(input_ids=torch.tensor([ids])).logits[0, :, :TOKENIZER_SIZE].double()
+        return (logits / temperature).log_softmax(-1)
+
+    @torch.no_grad()
+    def score(
+        self, rollouts: list[tuple[list[int], list[int]]], temperature: float = 1.0, **fields
+    ) -> list[TrainSample]:
+        """Samples of (prompt, completion) pairs; `fields` replace fields of all of them."""
+        samples = []
+        for index, (prompt, completion) in enumerate(rollouts):
+            ids = prompt + completion
+            rows = slice(len(prompt) - 1, len(ids) - 1)
+            logprobs = self.log_probs(ids, temperature)[rows].gather(1, torch.tensor(completion)[:, None])[:, 0]
+            hidden = self.model.model(input_ids=torch.tensor([ids])).last_hidden_state[0, rows]
+            values = {
+                "sample_id": f"{index}/0",
+                "teacher": self.name,
+                "prompt_ids": np.asarray(prompt, dtype=np.int32),
+                "completion_ids": np.asarray(completion, dtype=np.int32),
+                "loss_mask": np.ones(len(completion), dtype=np.uint8),
+                "rollout_logprobs": np.full(len(completion), -1.0, dtype=np.float32),
+                "teacher_logprobs": logprobs.numpy().astype(np.float32),
+                "hidden": hidden.numpy(),
+                "weight": 1.0,
+                "oldest_policy_version": 0,
+                "finish_reason": 1,
+            }
+            samples.append(TrainSample(**{**values, **fields}))
+        return samples
+
+
+def rollouts(seed: int = 0, count: int = 5) -> list[tuple[list[int], list[int]]]:
+    """Random (prompt, completion) pairs of different lengths."""
+    draw = np.random.default_rng(seed)
+    return [
+        (draw.integers(4, TOKENIZER_SIZE, draw.integers(2, 8)).tolist(), draw.integers(4, TOKENIZER_SIZE, n).tolist())
+        for n in draw.integers(1, 13, count)
+    ]
+
+
+def train(student: Learner, samples: list[TrainSample], *teachers: Teacher, max_tokens: int = 64) -> dict[str, float]:
+    heads = {teacher.name: teacher.head for teacher in teachers}
+    return student.step(samples, heads, plan_micro_batches(samples, max_tokens))
+
+
+def weights_of(student: Learner) -> dict[str, np.ndarray]:
+    return {name: array for name, array, _ in student.state_arrays()}

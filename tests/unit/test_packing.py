@@ -1,0 +1,121 @@
+"""Micro-batch plans keep their promises, and packing puts every row where the definition says."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stillhouse.core.errors import WireError
+from stillhouse.trainer.batch import TeacherHead, TrainSample
+from stillhouse.trainer.packing import collate, loss_weights, plan_micro_batches
+
+
+def sample(index: int, prompt: int, completion: int, teacher: str = "a", *, mask: list[int] | None = None, weight=1.0):
+    """Every number in it is its own: ids and values tell sample, part and position apart."""
+    base = 1000 * (index + 1)
+    values = np.arange(completion, dtype=np.float32)
+    return TrainSample(
+        sample_id=f"{index}/0",
+        teacher=teacher,
+        prompt_ids=np.arange(base, base + prompt, dtype=np.int32),
+        completion_ids=np.arange(base + 500, base + 500 + completion, dtype=np.int32),
+        loss_mask=np.asarray(mask if mask is not None else [1] * completion, dtype=np.uint8),
+        rollout_logprobs=-base - values,
+        teacher_logprobs=-base - values - 0.5,
+        hidden=np.stack([values, values + base], axis=1).astype(np.float32),
+        weight=weight,
+        oldest_policy_version=0,
+        finish_reason=1,
+    )
+
+
+sizes = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30), st.sampled_from("abc")), max_size=30)
+
+
+@given(sizes, st.integers(1, 200))
+def test_plan_is_a_partition_within_the_budget_with_one_teacher_each(shapes, max_tokens: int) -> None:
+    samples = [sample(i, *shape) for i, shape in enumerate(shapes)]
+    plan = plan_micro_batches(samples, max_tokens)
+    assert sorted(i for batch in plan for i in batch) == list(range(len(samples)))
+    for batch in plan:
+        assert len({samples[i].teacher for i in batch}) == 1
+        padded = max(samples[i].num_tokens for i in batch) * len(batch)
+        assert padded <= max_tokens or len(batch) == 1
+    blocks = [samples[batch[0]].teacher for batch in plan]
+    assert blocks == sorted(blocks), "each head is loaded once"
+    assert plan == plan_micro_batches(samples, max_tokens)
+
+
+@given(sizes, st.integers(30, 200))
+def test_no_two_neighbours_of_a_plan_could_have_been_one(shapes, max_tokens: int) -> None:
+    samples = [sample(i, *shape) for i, shape in enumerate(shapes)]
+    plan = plan_micro_batches(samples, max_tokens)
+    for left, right in itertools.pairwise(plan):
+        if samples[left[0]].teacher == samples[right[0]].teacher:
+            merged = left + right[:1]
+            assert max(samples[i].num_tokens for i in merged) * len(merged) > max_tokens
+
+
+def test_collate_against_a_loop_over_tokens() -> None:
+    samples = [sample(0, 3, 4), sample(1, 1, 1), sample(2, 2, 5, mask=[1, 0, 1, 1, 0]), sample(3, 2, 2, mask=[0, 0])]
+    indices, weights = [2, 0, 3, 1], [0.1, 0.2, 0.3, 0.4]
+    batch = collate(samples, indices, weights)
+    flat = batch.input_ids.flatten()
+    row = 0
+    for i in indices:
+        for t in range(len(samples[i].completion_ids)):
+            if not samples[i].loss_mask[t]:
+                continue
+            before = samples[i].prompt_ids[-1] if t == 0 else samples[i].completion_ids[t - 1]
+            assert flat[batch.positions[row]] == before, "a token is predicted from the one before it"
+            assert batch.ids[row] == samples[i].completion_ids[t]
+            assert batch.rollout_logprobs[row] == samples[i].rollout_logprobs[t]
+            assert batch.teacher_logprobs[row] == samples[i].teacher_logprobs[t]
+            assert batch.hidden is not None
+            np.testing.assert_array_equal(batch.hidden[row], samples[i].hidden[t])  # type: ignore[index]
+            assert (batch.sample_of_row[row], batch.token_of_row[row]) == (i, t)
+            assert batch.weights[row] == np.float32(weights[i])
+            row += 1
+    assert row == len(batch.ids) == 8
+    assert batch.input_ids.shape == (4, 6)
+
+
+def test_collate_refuses_two_teachers() -> None:
+    with pytest.raises(WireError, match=r"\['a', 'b'\]"):
+        collate([sample(0, 1, 1, "a"), sample(1, 1, 1, "b")], [0, 1], [1, 1])
+
+
+def test_token_mean_weighs_tokens_and_sequence_mean_weighs_sequences() -> None:
+    samples = [sample(0, 1, 2), sample(1, 1, 8), sample(2, 1, 4, mask=[1, 0, 0, 1]), sample(3, 1, 2, mask=[0, 0])]
+    ones = [1.0] * len(samples)
+    assert loss_weights(samples, ones, "token_mean") == [1 / 12] * 4
+    by_sequence = loss_weights(samples, ones, "seq_mean_token_mean")
+    counts = [s.num_loss_tokens for s in samples]
+    np.testing.assert_allclose([w * n for w, n in zip(by_sequence, counts, strict=True)], [1 / 3, 1 / 3, 1 / 3, 0])
+
+
+def test_weights_of_rows_and_teachers_multiply() -> None:
+    samples = [sample(0, 1, 2, weight=3.0), sample(1, 1, 2)]
+    plain = loss_weights([sample(0, 1, 2), sample(1, 1, 2)], [1, 1], "token_mean")
+    assert loss_weights(samples, [1, 5], "token_mean") == pytest.approx([3 * plain[0], 5 * plain[1]])
+
+
+def test_a_sample_with_a_wrong_length_is_refused() -> None:
+    good = sample(7, 2, 3)
+    fields = {name: getattr(good, name) for name in good.__dataclass_fields__}
+    with pytest.raises(WireError, match="sample 7/0: 2 rows of teacher_logprobs for 3 tokens"):
+        TrainSample(**{**fields, "teacher_logprobs": good.teacher_logprobs[:2]})
+    with pytest.raises(WireError, match="0 prompt"):
+        TrainSample(**{**fields, "prompt_ids": good.prompt_ids[:0]})
+
+
+def test_a_head_of_the_wrong_type_or_size_is_refused() -> None:
+    weight = np.zeros((4, 2), dtype=np.float32)
+    with pytest.raises(WireError, match="bfloat16 as numpy float32"):
+        TeacherHead("ab", weight, "bfloat16", None, 4, 1.0, 0.0)
+    with pytest.raises(WireError, match="vocabulary of 5"):
+        TeacherHead("ab", weight, "float32", None, 5, 1.0, 0.0)
