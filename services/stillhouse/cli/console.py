@@ -1,0 +1,150 @@
+"""What the commands print: one error form, tables, and numbers for people.
+
+`CliError` carries the fix beside the message; main.py turns it into two lines and an exit code. rich is imported when
+something is drawn, not before, so that `stillhouse --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Final, NoReturn
+
+from stillhouse.core.errors import StillhouseError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+EXIT_FAILED: Final = 1
+"""The command or the job it watched failed."""
+EXIT_USAGE: Final = 2
+"""The input is wrong; nothing was done. Also the code of a watched job that was cancelled."""
+EXIT_RUNNING: Final = 3
+"""`up` found a running supervisor."""
+EXIT_INTERRUPTED: Final = 130
+"""Ctrl-C, as shells report it."""
+PIPE_WIDTH: Final = 160
+"""Columns of a table that goes to a pipe: wide enough that no cell is cut."""
+_BARS: Final = "▁▂▃▄▅▆▇█"
+
+
+class CliError(StillhouseError):
+    """A command cannot do what was asked; `fix` is what to type or change."""
+
+    code = "cli"
+
+    def __init__(self, message: str, *, fix: str = "", exit_code: int = EXIT_FAILED, param: str | None = None) -> None:
+        super().__init__(message, param=param)
+        self.fix = fix
+        self.exit_code = exit_code
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A rich console; wide when its stream is a pipe."""
+    from rich.console import Console
+
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, highlight=False, width=None if stream.isatty() else PIPE_WIDTH)
+
+
+def say(text: str) -> None:
+    """A plain line on stdout, flushed, so that pipes and logs see it at once."""
+    print(text, flush=True)
+
+
+def print_error(message: str, fix: str = "") -> None:
+    """`error: ...` on stderr, and the fix on a line of its own."""
+    is_tty = sys.stderr.isatty()
+    red, dim, off = ("\x1b[31m", "\x1b[2m", "\x1b[0m") if is_tty else ("", "", "")
+    print(f"{red}error:{off} {message}", file=sys.stderr)
+    if fix:
+        print(f"{dim}  fix:{off} {fix}", file=sys.stderr)
+
+
+def print_json(value: Any) -> None:
+    """Pretty JSON on stdout, for other programs."""
+    say(json.dumps(value, indent=1, ensure_ascii=False, default=str))
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table without vertical lines; names with a leading '>' are right-aligned."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for name in columns:
+        table.add_column(name.removeprefix(">"), justify="right" if name.startswith(">") else "left", overflow="fold")
+    for row in rows:
+        # user text may hold brackets, which rich would take for markup
+        table.add_row(*(Text(cell) for cell in row))
+    console().print(table)
+
+
+def fail(message: str, *, fix: str = "", exit_code: int = EXIT_FAILED) -> NoReturn:
+    """Raise a CliError."""
+    raise CliError(message, fix=fix, exit_code=exit_code)
+
+
+def duration(seconds: float | None) -> str:
+    """`42s`, `3m05s`, `2h07m`, `3d04h`; `-` if unknown."""
+    if seconds is None or not math.isfinite(seconds):
+        return "-"
+    total = max(0, round(seconds))
+    if total < 60:
+        return f"{total}s"
+    if total < 3600:
+        return f"{total // 60}m{total % 60:02d}s"
+    if total < 86_400:
+        return f"{total // 3600}h{total % 3600 // 60:02d}m"
+    return f"{total // 86_400}d{total % 86_400 // 3600:02d}h"
+
+
+def size(num_bytes: float | None) -> str:
+    """`512 B`, `1.5 MiB`; `-` if unknown."""
+    if num_bytes is None:
+        return "-"
+    value = float(num_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024 or unit == "GiB":
+            return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"
+        value /= 1024
+    raise AssertionError("unreachable: GiB is the last unit")
+
+
+def count(value: float | None) -> str:
+    """`999`, `12.3k`, `135M`; `-` if unknown."""
+    if value is None or not math.isfinite(value):
+        return "-"
+    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= limit:
+            scaled = value / limit
+            return f"{scaled:.0f}{unit}" if scaled >= 100 else f"{scaled:.1f}{unit}"
+    return f"{value:.0f}"
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """A measurement with `digits` significant digits; `-` if unknown."""
+    return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}g}"
+
+
+def sparkline(values: Sequence[float], width: int = 40) -> str:
+    """A curve as at most `width` blocks; longer curves are averaged, gaps are blank."""
+    if not values or width < 1:
+        return ""
+    cells = min(width, len(values))
+    means: list[float | None] = []
+    for cell in range(cells):
+        part = values[cell * len(values) // cells : (cell + 1) * len(values) // cells]
+        finite = [value for value in part if math.isfinite(value)]
+        means.append(sum(finite) / len(finite) if finite else None)
+    known = [value for value in means if value is not None]
+    if not known:
+        return " " * cells
+    low, span = min(known), max(known) - min(known)
+    top = len(_BARS) - 1
+    return "".join(
+        " " if value is None else _BARS[round((value - low) / span * top) if span > 0 else top // 2] for value in means
+    )

@@ -1,0 +1,161 @@
+"""Follows a job over REST: polls, survives a restarting gateway, and hands what it knows to a view.
+
+Polling and not the event stream: progress fields change between events, and a poll has nothing to resume.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+from stillhouse.core.errors import UnavailableError
+
+POLL_S: Final = 1.0
+"""A step takes seconds; a person does not see more than one picture a second."""
+TERMINAL: Final = frozenset({"succeeded", "failed", "cancelled"})
+EXIT_CODES: Final = {"succeeded": 0, "failed": 1, "cancelled": 2}
+"""The exit code of a watched job is its result."""
+RETRY_STATUS: Final = frozenset({0, 429, 500, 502, 503, 504})
+"""HTTP answers that a restart or a moment's patience may cure; 0 = no answer."""
+MAX_WARNINGS: Final = 3
+"""Warnings shown: the newest."""
+
+
+class JobsApi(Protocol):
+    """The part of `Client.jobs` that watching needs."""
+
+    def get(self, job_id: str) -> dict[str, Any]:
+        """The job as REST shows it."""
+        ...
+
+    def metrics(self, job_id: str, *, step_from: int = 0) -> list[dict[str, Any]]:
+        """Points {epoch, step, values} from `step_from` on."""
+        ...
+
+    def events(self, job_id: str, *, after: str | None = None, follow: bool = True) -> Iterable[dict[str, Any]]:
+        """Events after the one with id `after`."""
+        ...
+
+
+@dataclass
+class Picture:
+    """What is known of a job."""
+
+    job: dict[str, Any] = field(default_factory=dict)
+    points: dict[int, dict[str, float]] = field(default_factory=dict)
+    """Metrics by step; after a takeover the newest of a repeated step."""
+    warnings: list[str] = field(default_factory=list)
+    """The newest few."""
+    offline_since: float | None = None
+    """Monotonic time since when the gateway does not answer."""
+
+    @property
+    def status(self) -> str:
+        return str(self.job.get("status", "unknown"))
+
+    @property
+    def is_terminal(self) -> bool:
+        return self.status in TERMINAL
+
+    @property
+    def progress(self) -> dict[str, Any]:
+        return self.job.get("progress") or {}
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return int(self.progress.get("step") or self.job.get("step") or 0)
+
+    @property
+    def total_steps(self) -> int:
+        return int(self.progress.get("total_steps") or self.job.get("stop_step") or 0)
+
+    def curve(self, name: str) -> list[float]:
+        """One metric over the steps; NaN where a step has none."""
+        return [self.points[step].get(name, math.nan) for step in sorted(self.points)]
+
+    def last(self, name: str) -> float | None:
+        """The newest value of a metric."""
+        if self.points:
+            return self.points[max(self.points)].get(name)
+        return (self.progress.get("last_metrics") or {}).get(name)
+
+
+class View(Protocol):
+    """Shows pictures."""
+
+    def show(self, picture: Picture) -> None:
+        """Called after every poll, also after one that failed."""
+        ...
+
+
+class Follower:
+    """Keeps a picture up to date."""
+
+    def __init__(self, jobs: JobsApi, job_id: str, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.picture = Picture()
+        self._jobs = jobs
+        self._job_id = job_id
+        self._clock = clock
+        self._epoch: int | None = None
+        self._last_event: str | None = None
+
+    def poll(self) -> Picture:
+        """Ask for news; a gateway that does not answer leaves the old picture, with `offline_since` set.
+
+        Raises:
+            StillhouseError: an answer that patience does not cure, such as 401 or 404.
+        """
+        picture = self.picture
+        try:
+            job = self._jobs.get(self._job_id)
+            self._add_points(job)
+            self._add_events()
+            picture.job = job  # last: a terminal status ends the watch, so everything else is complete by then
+            picture.offline_since = None
+        except Exception as error:
+            if not is_transient(error):
+                raise
+            picture.offline_since = picture.offline_since or self._clock()
+        return picture
+
+    def _add_points(self, job: dict[str, Any]) -> None:
+        points = self.picture.points
+        epoch = job.get("epoch")
+        # a takeover may repeat steps with new values: ask for all of them once
+        newest = max(points, default=0) if epoch == self._epoch else 0
+        for point in self._jobs.metrics(self._job_id, step_from=newest):
+            # REST writes null for what is no finite number
+            points[int(point["step"])] = {
+                name: math.nan if value is None else value for name, value in point["values"].items()
+            }
+        self._epoch = epoch
+
+    def _add_events(self) -> None:
+        for event in self._jobs.events(self._job_id, after=self._last_event, follow=False):
+            self._last_event = event["id"]
+            if event.get("level") in ("warning", "warn", "error"):
+                self.picture.warnings = [*self.picture.warnings, str(event["message"])][-MAX_WARNINGS:]
+
+
+def follow(
+    follower: Follower, view: View, *, poll_s: float = POLL_S, pause: Callable[[float], None] = time.sleep
+) -> int:
+    """Show a job until it ends; returns the exit code of its result."""
+    while True:
+        picture = follower.poll()
+        view.show(picture)
+        if picture.is_terminal:
+            return EXIT_CODES[picture.status]
+        pause(poll_s)
+
+
+def is_transient(error: Exception) -> bool:
+    """Waiting may cure it: no connection, or a status of a gateway that restarts."""
+    status = getattr(error, "status", None)
+    if status is not None:
+        return status in RETRY_STATUS
+    return isinstance(error, UnavailableError | ConnectionError | TimeoutError)

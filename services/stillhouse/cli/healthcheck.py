@@ -1,0 +1,54 @@
+"""`stillhouse healthcheck`: asks a gRPC service for its health, for containers without other tools."""
+
+from __future__ import annotations
+
+import grpc
+from grpc_health.v1 import health_pb2
+
+from stillhouse.cli.console import CliError
+from stillhouse.core.config import load_settings
+from stillhouse.core.errors import ConfigError
+
+
+def check(address: str, service: str, timeout_s: float) -> str:
+    """Status of a service ('' = the process as a whole); returns SERVING.
+
+    Raises:
+        CliError: it does not answer or does not serve.
+    """
+    with _channel(address) as channel:
+        ask = channel.unary_unary(
+            "/grpc.health.v1.Health/Check",
+            request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
+            response_deserializer=health_pb2.HealthCheckResponse.FromString,
+        )
+        try:
+            answer = ask(health_pb2.HealthCheckRequest(service=service), timeout=timeout_s)
+        except grpc.RpcError as error:
+            code = error.code()  # type: ignore[attr-defined]  # grpc's stubs do not say that its errors are calls
+            if code == grpc.StatusCode.NOT_FOUND:
+                raise CliError(
+                    f"{address} does not know the service '{service}'", fix="use its full name: stillhouse.v1.Sampler"
+                ) from None
+            raise CliError(f"{address} does not answer: {code.name}") from None
+    status = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
+    if status != "SERVING":
+        raise CliError(f"{service or address} is {status}")
+    return status
+
+
+def _channel(address: str) -> grpc.Channel:
+    settings = load_settings()
+    files = (settings.tls_key, settings.tls_cert, settings.tls_ca)
+    if not any(files):
+        return grpc.insecure_channel(address)
+    if settings.tls_key is None or settings.tls_cert is None or settings.tls_ca is None:
+        raise ConfigError("mutual TLS needs all of STILLHOUSE_TLS_CERT, STILLHOUSE_TLS_KEY and STILLHOUSE_TLS_CA")
+    return grpc.secure_channel(
+        address,
+        grpc.ssl_channel_credentials(
+            root_certificates=settings.tls_ca.read_bytes(),
+            private_key=settings.tls_key.read_bytes(),
+            certificate_chain=settings.tls_cert.read_bytes(),
+        ),
+    )

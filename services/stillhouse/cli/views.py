@@ -1,0 +1,202 @@
+"""Three ways to show a followed job: a live screen, a line per step, JSON lines."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
+
+from stillhouse.cli.console import count, duration, number, say, sparkline
+from stillhouse.cli.follow import Picture
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+KL: Final = "loss/reverse_kl/mean"
+HISTORY_LINES: Final = 20
+"""Steps printed when a watch begins in the middle of a job."""
+STAGES: Final = ("sample", "score", "train")
+_COLOURS: Final = {"succeeded": "green", "failed": "red", "cancelled": "yellow", "stalled": "yellow"}
+
+
+class LineView:
+    """A line per change of status and per step, for logs and pipes."""
+
+    def __init__(self, write: Callable[[str], None] = say) -> None:
+        self._write = write
+        self._status = ""
+        self._steps: set[int] | None = None
+        self._warnings: list[str] = []
+        self._was_offline = False
+
+    def show(self, picture: Picture) -> None:
+        if (picture.offline_since is not None) != self._was_offline:
+            self._was_offline = not self._was_offline
+            self._write("the gateway does not answer; trying again" if self._was_offline else "the gateway is back")
+        if not picture.job:
+            return
+        status = f"{picture.status} {picture.progress.get('phase', '')}".strip()
+        if status != self._status and not picture.is_terminal:
+            self._write(f"{picture.job.get('id', '')} {status}")
+            self._status = status
+        self._steps_of(picture)
+        for warning in picture.warnings:
+            if warning not in self._warnings:
+                self._write(f"warning: {warning}")
+        self._warnings = list(picture.warnings)
+        if picture.is_terminal:
+            self._write(outcome(picture))
+
+    def _steps_of(self, picture: Picture) -> None:
+        if self._steps is None:
+            self._steps = set(sorted(picture.points)[:-HISTORY_LINES])
+            if self._steps:
+                self._write(f"... {len(self._steps)} earlier steps")
+        for step in sorted(set(picture.points) - self._steps):
+            self._steps.add(step)
+            self._write(step_line(picture, step))
+
+
+class JsonView:
+    """One JSON object per line: {"type": "status" | "step", ...}."""
+
+    def __init__(self, write: Callable[[str], None] = say) -> None:
+        self._write = write
+        self._status: tuple[str, str] | None = None
+        self._steps: dict[int, dict[str, float]] = {}
+
+    def show(self, picture: Picture) -> None:
+        for step in sorted(picture.points):
+            values = picture.points[step]
+            if self._steps.get(step) != values:
+                self._steps[step] = values
+                finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+                self._write(json.dumps({"type": "step", "step": step, "values": finite}))
+        status = (picture.status, str(picture.progress.get("phase", "")))
+        if picture.job and status != self._status:
+            self._status = status
+            line: dict[str, Any] = {"type": "status", "id": picture.job.get("id"), "status": status[0]}
+            line |= {"phase": status[1], "step": picture.step, "total_steps": picture.total_steps}
+            self._write(json.dumps(line | {"error": picture.job.get("error")}))
+
+
+class LiveView:
+    """A screen that stays in place."""
+
+    def __init__(self, console: Console) -> None:
+        from rich.live import Live
+
+        self._console = console
+        self._live = Live(console=console, refresh_per_second=4, transient=True)
+
+    def __enter__(self) -> LiveView:
+        self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def show(self, picture: Picture) -> None:
+        self._live.update(screen(picture, self._console.width), refresh=True)
+        if picture.is_terminal:
+            self._live.stop()  # it was transient: leave the last picture and the outcome on the terminal
+            self._console.print(screen(picture, self._console.width))
+            self._console.print(outcome(picture), markup=False)
+
+
+def screen(picture: Picture, width: int) -> RenderableType:
+    """The live picture: header, bar, a row per thing to know."""
+    from rich.console import Group
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
+    if not picture.job:
+        return Text(_offline(picture) or "asking the gateway ...")
+    colour = _COLOURS.get(picture.status, "cyan")
+    head = Text.assemble((str(picture.job.get("id", "")), "bold"), "  ", (picture.status, f"bold {colour}"))
+    for part in (_phase(picture), _name(picture)):
+        head.append(f"  {part}" if part else "", "dim")
+    bar = Table.grid(padding=(0, 2))
+    total = picture.total_steps
+    bar.add_row(
+        ProgressBar(total=total or 1, completed=picture.step, width=max(10, min(50, width - 40))),
+        f"step {picture.step}/{total or '?'}",
+        f"ETA {duration(picture.progress.get('eta_s'))}" if not picture.is_terminal else "",
+    )
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim")
+    grid.add_column()
+    for label, text in _facts(picture, max(10, min(60, width - 36))):
+        grid.add_row(label, Text(text))
+    parts: list[RenderableType] = [head, bar, grid]
+    parts += [Text(f"! {warning}", style="yellow") for warning in picture.warnings]
+    if offline := _offline(picture):
+        parts.append(Text(offline, style="red"))
+    return Group(*parts)
+
+
+def _facts(picture: Picture, width: int) -> list[tuple[str, str]]:
+    progress = picture.progress
+    speeds = progress.get("tokens_per_s") or {}
+    rows = [("reverse KL", f"{number(picture.last(KL)):<8} {sparkline(picture.curve(KL), width)}")]
+    rows.append(("tokens/s", "   ".join(f"{stage} {count(speeds.get(stage))}" for stage in STAGES)))
+    rows.append(
+        (
+            "checks",
+            f"mismatch {number(picture.last('mismatch/logprob_abs_mean'), 2)}   "
+            f"staleness {number(picture.last('staleness/max'))}   loss {number(picture.last('loss/total'))}",
+        )
+    )
+    if progress.get("bottleneck"):
+        rows.append(("bottleneck", str(progress["bottleneck"])))
+    if picture.job.get("status_message"):
+        rows.append(("note", str(picture.job["status_message"])))
+    return rows
+
+
+def step_line(picture: Picture, step: int) -> str:
+    """`step 12/40  kl 0.123  loss 0.12  tok/s sample 230 score 800 train 400  eta 1m02s`."""
+    values = picture.points[step]
+    speeds = " ".join(f"{stage} {count(values.get(f'{stage}/tokens_per_s'))}" for stage in STAGES)
+    parts = [
+        f"step {step}/{picture.total_steps or '?'}",
+        f"kl {number(values.get(KL))}",
+        f"loss {number(values.get('loss/total'))}",
+        f"tok/s {speeds}",
+        f"{number(values.get('time/step_s'), 3)} s",
+    ]
+    if step == picture.step and not picture.is_terminal:
+        parts.append(f"eta {duration(picture.progress.get('eta_s'))}")
+    return "  ".join(parts)
+
+
+def outcome(picture: Picture) -> str:
+    """The last line: how it ended, and what can be done now."""
+    job_id, error = picture.job.get("id", ""), picture.job.get("error") or {}
+    if picture.status == "succeeded":
+        kl = ((picture.job.get("result") or {}).get("evaluation") or {}).get("reverse_kl") or {}
+        held_out = f"; held-out reverse KL {number(kl['before'])} -> {number(kl['after'])} nats" if kl else ""
+        return f"succeeded after {picture.step} steps{held_out}\n  next: stillhouse download {job_id} -o student"
+    if picture.status == "failed":
+        reason = error.get("message") or picture.job.get("status_message") or "no reason given"
+        code = f" ({error['code']})" if error.get("code") else ""
+        return f"failed at step {picture.step}{code}: {reason}\n  more: stillhouse events {job_id}"
+    return f"{picture.status} at step {picture.step}"
+
+
+def _phase(picture: Picture) -> str:
+    phase = str(picture.progress.get("phase") or "")
+    return "" if phase == picture.status or picture.is_terminal else phase
+
+
+def _name(picture: Picture) -> str:
+    return str(picture.job.get("name") or (picture.job.get("spec") or {}).get("name") or "")
+
+
+def _offline(picture: Picture) -> str:
+    if picture.offline_since is None:
+        return ""
+    return f"the gateway has not answered for {duration(time.monotonic() - picture.offline_since)}; trying again"

@@ -1,0 +1,114 @@
+"""The command itself: how fast it answers, what it imports, how errors look."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+HEAVY = ("torch", "transformers", "vllm", "safetensors", "matplotlib", "grpc", "redis", "httpx", "pydantic", "yaml")
+
+
+def stillhouse(home: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "stillhouse.cli.main", *arguments],
+        env={"PATH": os.environ["PATH"], "STILLHOUSE_HOME": str(home), "COLUMNS": "120", **env},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+
+
+def test_help_answers_at_once(tmp_path: Path) -> None:
+    times = []
+    for _ in range(3):
+        start = time.monotonic()
+        answer = stillhouse(tmp_path, "--help")
+        times.append(time.monotonic() - start)
+        assert answer.returncode == 0
+        assert "stillhouse up --detach" in answer.stdout
+    assert min(times) < 1.0, times
+
+
+def test_the_command_tree_imports_nothing_heavy() -> None:
+    code = f"import sys, stillhouse.cli.main; print([m for m in {HEAVY!r} if m in sys.modules])"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True)
+    assert answer.stdout.strip() == "[]"
+
+
+def test_no_module_of_the_command_needs_the_model_libraries() -> None:
+    modules = sorted(path.stem for path in Path("services/stillhouse/cli").glob("*.py"))
+    code = "import sys, importlib\n"
+    code += f"for name in {modules!r}: importlib.import_module('stillhouse.cli.' + name)\n"
+    code += "print([m for m in ('torch', 'transformers', 'vllm', 'safetensors', 'matplotlib') if m in sys.modules])"
+    root = Path(__file__).parents[2]
+    answer = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True, cwd=root
+    )
+    assert len(modules) > 15
+    assert answer.stdout.strip() == "[]"
+
+
+def test_every_command_teaches_with_an_example() -> None:
+    import typer
+
+    from stillhouse.cli.commands_models import models_app
+    from stillhouse.cli.main import app
+
+    callbacks = [command.callback for group in (app, models_app) for command in group.registered_commands]
+    names = {callback.__name__ for callback in callbacks if callback}
+    expected = "up down ps doctor healthcheck version submit watch jobs job events cancel download plot add ls rm"
+    assert names == set(expected.split())
+    for callback in callbacks:
+        assert callback is not None
+        assert re.search(r"Example:  stillhouse \w+", callback.__doc__ or ""), callback.__name__
+    typer.main.get_command(app)  # builds: no option is declared twice
+
+
+@pytest.mark.parametrize(
+    ("arguments", "env", "code", "expected"),
+    [
+        (["models", "add", "m", "/nowhere"], {}, 2, ["error: /nowhere does not exist", "  fix: "]),
+        (["models", "rm", "m"], {}, 1, ["error: unknown model 'm'; registered: none yet"]),
+        (["models", "ls"], {"STILLHOUSE_PROT": "1"}, 2, ["error: unknown environment variable STILLHOUSE_PROT"]),
+        (["submit", "/nowhere.yaml"], {}, 2, ["error: cannot read /nowhere.yaml: No such file or directory"]),
+        (["healthcheck", "127.0.0.1:1"], {}, 1, ["error: 127.0.0.1:1 does not answer: UNAVAILABLE"]),
+        (["up", "--port", "99999"], {}, 2, ["--port"]),
+        (["frobnicate"], {}, 2, ["No such command"]),
+    ],
+)
+def test_errors_are_a_line_and_a_code(
+    tmp_path: Path, arguments: list[str], env: dict[str, str], code: int, expected: list[str]
+) -> None:
+    answer = stillhouse(tmp_path, *arguments, **env)
+    assert answer.returncode == code, answer.stderr
+    for text in expected:
+        assert text in answer.stderr
+    assert "Traceback" not in answer.stderr
+
+
+def test_debug_shows_the_traceback_at_any_position(tmp_path: Path) -> None:
+    for arguments in (["--debug", "models", "rm", "m"], ["models", "rm", "m", "--debug"]):
+        answer = stillhouse(tmp_path, *arguments)
+        assert answer.returncode == 1
+        assert "Traceback" in answer.stderr
+        assert "NotFoundError" in answer.stderr
+
+
+def test_nothing_running_is_said_and_no_error(tmp_path: Path) -> None:
+    for command in ("ps", "down"):
+        answer = stillhouse(tmp_path / "none", command)
+        assert answer.returncode == 0
+        assert "nothing is running in" in answer.stdout
+    assert not (tmp_path / "none").exists(), "looking creates nothing"
+
+
+def test_home_option_wins_over_the_environment(tmp_path: Path) -> None:
+    answer = stillhouse(tmp_path / "a", "ps", "--home", str(tmp_path / "b"))
+    assert str(tmp_path / "b") in answer.stdout
