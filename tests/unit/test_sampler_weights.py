@@ -1,0 +1,183 @@
+"""Pulled weights are what their name says, or they are refused; the generator survives what engines raise."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stillhouse.core.blobs import xxh3
+from stillhouse.core.errors import WeightsError, WireError
+from stillhouse.core.queue.streams import Scope
+from stillhouse.core.rpc import chunks
+from stillhouse.core.tensors import DTYPE_NAMES
+from stillhouse.core.weights import weights_sha256
+from stillhouse.core.worker import ComputeThread
+from stillhouse.sampler.engines.base import Completion, SampleRequest
+from stillhouse.sampler.generation import Generator
+from stillhouse.sampler.weights import fetch_weights
+from stillhouse.v1 import tensor_pb2, trainer_pb2, weights_pb2
+
+SCOPE = Scope("job_weights", 3)
+ARRAYS = {
+    "b.weight": np.arange(600_000, dtype=np.float32).reshape(2, -1),
+    "a.weight": np.arange(5, dtype=np.float32),
+    "scalar": np.float32(3).reshape(()),
+}
+
+
+class FakeTrainer:
+    """A peer that streams ARRAYS; `change` spoils the message it is given."""
+
+    what = "trainer"
+
+    def __init__(self, change: Callable[[int, Any], None] = lambda number, part: None) -> None:
+        self._change = change
+        self.num_parts = 0
+        self.request: trainer_pb2.FetchWeightsRequest | None = None
+
+    async def stream(self, method: str, request: Any, *, timeout_s: float) -> AsyncIterator[Any]:
+        assert method == "FetchWeights"
+        self.request = request
+        for number, part in enumerate(_parts()):
+            self._change(number, part)
+            self.num_parts += 1
+            yield part
+
+
+def _parts() -> list[Any]:
+    entries, payload = [], b""
+    for name, array in ARRAYS.items():
+        data = array.tobytes()
+        entries.append(
+            weights_pb2.TensorEntry(
+                name=name,
+                dtype=DTYPE_NAMES["float32"],
+                shape=array.shape,
+                offset=len(payload),
+                size_bytes=len(data),
+                xxh3_128=xxh3(data),
+            )
+        )
+        payload += data
+    ref = weights_pb2.WeightsRef(epoch=3, policy_version=7, sha256=weights_sha256(entries))
+    index = weights_pb2.WeightsIndex(ref=ref, tensors=entries, total_bytes=len(payload))
+    parts: list[Any] = [trainer_pb2.FetchWeightsResponse(index=index)]
+    for offset, data in chunks(payload):
+        parts.append(trainer_pb2.FetchWeightsResponse(chunk=tensor_pb2.Chunk(offset=offset, data=data)))
+    return parts
+
+
+async def fetch(trainer: Any, **options: Any) -> Any:
+    return await fetch_weights(trainer, SCOPE, **options)
+
+
+async def test_weights_arrive_as_they_were_sent() -> None:
+    trainer = FakeTrainer()
+    weights = await fetch(trainer, exact_version=7)
+    assert trainer.request is not None
+    assert (trainer.request.job_id, trainer.request.epoch, trainer.request.weights.policy_version) == (
+        "job_weights",
+        3,
+        7,
+    )
+    assert weights.ref.policy_version == 7
+    assert set(weights.arrays) == set(ARRAYS)
+    for name, array in ARRAYS.items():
+        np.testing.assert_array_equal(weights.arrays[name], array)
+
+
+async def test_only_the_name_is_fetched_of_weights_at_hand() -> None:
+    trainer = FakeTrainer()
+    sha256 = _parts()[0].index.ref.sha256
+    weights = await fetch(trainer, have_sha256=sha256)
+    assert weights.ref.policy_version == 7
+    assert not weights.arrays
+    assert trainer.num_parts == 1
+
+
+def _flip_a_bit(number: int, part: Any) -> None:
+    if number == 2:
+        data = bytearray(part.chunk.data)
+        data[17] ^= 1
+        part.chunk.data = bytes(data)
+
+
+def _lose_a_part(number: int, part: Any) -> None:
+    if number == 2:
+        part.chunk.data = b""
+
+
+def _rename(number: int, part: Any) -> None:
+    if number == 0:
+        part.index.tensors[0].name = "c.weight"
+
+
+def _claim_too_much(number: int, part: Any) -> None:
+    if number == 0:
+        part.index.total_bytes += 1 << 40
+
+
+def _start_with_a_chunk(number: int, part: Any) -> None:
+    if number == 0:
+        part.chunk.offset = 0
+
+
+@pytest.mark.parametrize(
+    ("fault", "error"),
+    [
+        (_flip_a_bit, WeightsError),
+        (_lose_a_part, WireError),
+        (_rename, WeightsError),
+        (_claim_too_much, WireError),
+        (_start_with_a_chunk, WireError),
+    ],
+)
+async def test_damaged_weights_are_refused(fault: Any, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        await fetch(FakeTrainer(fault))
+
+
+class FragileEngine:
+    """Raises for a batch that holds the poison key, after the first sample has ended."""
+
+    name, vocab_size, max_sequence_length = "fragile", 10, 10
+
+    def generate(
+        self,
+        requests: Sequence[SampleRequest],
+        on_finished: Callable[[Completion], None],
+        should_abort: Callable[[str], bool],
+    ) -> None:
+        for request in requests:
+            if request.key == "poison":
+                raise RuntimeError("boom")
+            reason = "abort" if should_abort(request.key) else "stop"
+            on_finished(Completion(request.key, reason, [1], [0.0]))
+
+    def load_weights(self, arrays: Any, dtypes: Any) -> None:
+        raise NotImplementedError
+
+
+async def test_a_poisonous_sample_fails_alone() -> None:
+    generator = Generator(ComputeThread("test"))
+    wanted = [SampleRequest(key, [1], 1, 0) for key in ("a", "poison", "b", "c")]
+    ended = [completion async for completion in generator.generate(FragileEngine(), wanted)]
+    assert {completion.key: completion.finish_reason for completion in ended} == {
+        "a": "stop",
+        "poison": "failed",
+        "b": "stop",
+        "c": "stop",
+    }
+    assert len(ended) == 4, "each ends once"
+    assert next(c for c in ended if c.key == "poison").reason == "engine_error"
+
+
+async def test_a_halted_batch_ends_as_aborted() -> None:
+    generator = Generator(ComputeThread("test"))
+    wanted = [SampleRequest(key, [1], 1, 0) for key in "ab"]
+    ended = [completion async for completion in generator.generate(FragileEngine(), wanted, lambda: True)]
+    assert [completion.finish_reason for completion in ended] == ["abort", "abort"]
+    assert generator.abort() == 0, "nothing runs any more"
