@@ -6,6 +6,7 @@ For tests that look inside; tests/e2e runs the same as separate processes.
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -104,7 +105,27 @@ class Cluster:
         await self.ctx.close()
 
 
+_LOADING = threading.Lock()
+
+
+def _one_load_at_a_time() -> None:
+    """transformers patches globals while it loads a model, so three services in one process must take turns."""
+    from transformers import PreTrainedModel
+
+    original = PreTrainedModel.from_pretrained.__func__
+    if getattr(original, "takes_turns", False):
+        return
+
+    def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        with _LOADING:
+            return original(cls, *args, **kwargs)
+
+    from_pretrained.takes_turns = True  # type: ignore[attr-defined]
+    PreTrainedModel.from_pretrained = classmethod(from_pretrained)  # type: ignore[assignment,method-assign]
+
+
 def _builder(role: str) -> Any:
+    _one_load_at_a_time()
     if role == "sampler":
         from stillhouse.sampler.app import build as build_sampler
 

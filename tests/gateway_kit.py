@@ -74,9 +74,10 @@ class Gateway:
         self.key = key
         self.home = ctx.settings.home
 
-    async def submit(self, spec: dict[str, Any] | None = None, **headers: str) -> httpx.Response:
+    async def submit(self, spec: dict[str, Any] | None = None, *, key: str = "") -> httpx.Response:
+        """POST /v1/jobs, with an Idempotency-Key if given."""
         body = json.dumps(spec or make_spec())  # ASCII: also carries what UTF-8 cannot
-        headers = {"Content-Type": "application/json", **headers}
+        headers = {"Content-Type": "application/json"} | ({"Idempotency-Key": key} if key else {})
         return await self.http.post("/v1/jobs", content=body, headers=headers)
 
     async def refused(self, spec: dict[str, Any], status: int = 422) -> dict[str, Any]:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import shutil
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
+
 from stillhouse.core.errors import TooLargeError
 from stillhouse.core.queue import keys
 from stillhouse.core.queue.client import connect, connect_blocking
 from stillhouse.core.queue.streams import MAX_DELIVERIES, MAX_ENTRY_BYTES, Outcome, QueueBackend, Scope, WorkQueue
-
 from tests.conftest import free_port, server_answers, stop_valkey
 from tests.fakes import MemoryQueue
 

@@ -15,6 +15,7 @@ import pytest
 from stillhouse.core.blobs import read_json, write_json
 from stillhouse.core.queue import keys
 from stillhouse.core.queue.streams import Scope
+from stillhouse.gateway.routes import deadline, system
 from tests.gateway_kit import Gateway, make_spec, open_gateway, problem
 
 
@@ -50,24 +51,24 @@ async def test_an_accepted_job_is_durable_and_readable(gateway: Gateway) -> None
 
 
 async def test_the_same_key_gives_the_same_answer(gateway: Gateway) -> None:
-    first = await gateway.submit(**{"Idempotency-Key": "k1"})
+    first = await gateway.submit(key="k1")
     scope = Scope(first.json()["id"], await gateway.ctx.jobs.claim(first.json()["id"], "trainer-a", 5.0, 0))
     await gateway.ctx.jobs.update(scope, status="running")
-    second = await gateway.submit(**{"Idempotency-Key": "k1"})
+    second = await gateway.submit(key="k1")
     assert second.status_code == 201
     assert second.content == first.content
     assert second.headers["location"] == first.headers["location"]
     assert second.headers["idempotent-replayed"] == "true"
-    body = problem(await gateway.submit(make_spec(seed=7), **{"Idempotency-Key": "k1"}), 422)
+    body = problem(await gateway.submit(make_spec(seed=7), key="k1"), 422)
     assert body["param"] == "Idempotency-Key"
     assert first.json()["id"] in body["detail"]
-    assert problem(await gateway.submit(**{"Idempotency-Key": "a b"}), 422)["param"] == "Idempotency-Key"
-    other = await gateway.submit(**{"Idempotency-Key": "k2"})
+    assert problem(await gateway.submit(key="a b"), 422)["param"] == "Idempotency-Key"
+    other = await gateway.submit(key="k2")
     assert other.json()["id"] != first.json()["id"]
 
 
 async def test_requests_with_one_key_at_once_make_one_job(gateway: Gateway) -> None:
-    answers = await asyncio.gather(*(gateway.submit(**{"Idempotency-Key": "k"}) for _ in range(20)))
+    answers = await asyncio.gather(*(gateway.submit(key="k") for _ in range(20)))
     assert {answer.status_code for answer in answers} == {201}
     assert len({answer.content for answer in answers}) == 1
     assert gateway.ctx.artifacts.job_ids() == [answers[0].json()["id"]]
@@ -75,9 +76,9 @@ async def test_requests_with_one_key_at_once_make_one_job(gateway: Gateway) -> N
 
 
 async def test_a_replay_needs_no_model_any_more(gateway: Gateway) -> None:
-    first = await gateway.submit(**{"Idempotency-Key": "k1"})
+    first = await gateway.submit(key="k1")
     (gateway.home / "models.yaml").unlink()
-    assert (await gateway.submit(**{"Idempotency-Key": "k1"})).content == first.content
+    assert (await gateway.submit(key="k1")).content == first.content
 
 
 async def test_listing_pages_through_all_jobs_once(gateway: Gateway) -> None:
@@ -250,6 +251,17 @@ async def test_evaluations_come_in_step_order(gateway: Gateway) -> None:
         write_json(folder / f"{step}.json", {"step": step, "reverse_kl": 1.0 / (step + 1)})
     data = (await gateway.http.get(f"/v1/jobs/{job}/evaluations")).json()["data"]
     assert [item["step"] for item in data] == [0, 2, 10]
+
+
+async def test_a_queue_server_that_is_silent_is_503(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def silence(*_: object, **__: object) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(deadline, "REQUEST_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(system, "READY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(gateway.ctx.redis, "execute_command", silence)
+    for url in ("/v1/jobs/job_0123456789", "/readyz"):
+        assert problem(await gateway.http.get(url), 503)["code"] == "unavailable"
 
 
 async def test_redis_down_is_503_with_retry_after(tmp_path: Path) -> None:

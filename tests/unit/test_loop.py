@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
+
 from stillhouse.trainer.loop import Collaborators, Interrupt, Interrupted, Pace, run_opd
 
 

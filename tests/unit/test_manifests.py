@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from stillhouse.core.blobs import JobArtifacts, read_json, write_json
 from stillhouse.core.errors import CorruptError, LeaseLostError
 from stillhouse.core.queue.streams import Scope

@@ -1,0 +1,181 @@
+"""`stillhouse up` for real: all services as processes, a job through all of them, kills, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.tiny import make_tiny_model
+
+pytestmark = pytest.mark.timeout(300)
+ROLES = ("gateway", "sampler", "teacher", "trainer", "valkey")
+
+
+class Stillhouse:
+    """The command, as a user on a fresh machine has it."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.env = {key: value for key, value in os.environ.items() if not key.startswith("STILLHOUSE_")}
+        self.env |= {"STILLHOUSE_HOME": str(home), "OMP_NUM_THREADS": "1"}
+
+    def __call__(self, *arguments: str, code: int = 0, timeout_s: float = 200) -> str:
+        answer = subprocess.run(
+            [sys.executable, "-m", "stillhouse.cli.main", *arguments],
+            env=self.env,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+        assert answer.returncode == code, f"{arguments}: {answer.stdout}\n{answer.stderr}\n{self.logs()}"
+        return answer.stdout if code == 0 else answer.stderr
+
+    def services(self) -> dict[str, dict[str, Any]]:
+        """Rows of `ps` by instance."""
+        return {row["instance"]: row for row in json.loads(self("ps", "--json"))["services"]}
+
+    def processes(self) -> list[str]:
+        """Living processes with our home in their environment, as /proc knows them: the oracle for orphans."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            try:
+                environ = (entry / "environ").read_bytes() if entry.name.isdigit() else b""
+                if f"STILLHOUSE_HOME={self.home}\0".encode() in environ:
+                    found.append(f"{entry.name} {(entry / 'cmdline').read_bytes().decode()}")
+            except OSError:
+                continue
+        return found
+
+    def logs(self) -> str:
+        return "\n".join(f"== {path.name}\n{path.read_text()[-1500:]}" for path in sorted(self.home.glob("logs/*.log")))
+
+
+def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = 90) -> Any:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if result := condition():
+            return result
+        time.sleep(0.2)
+    raise AssertionError(f"waited {timeout_s} s for {what}")
+
+
+@pytest.fixture(scope="module")
+def stillhouse(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stillhouse]:
+    """A running deployment; at the end `down` must leave nothing."""
+    command = Stillhouse(tmp_path_factory.mktemp("up") / "home")
+    try:
+        assert "Stillhouse is up: http://127.0.0.1:" in command("up", "--detach", "--port", "0", "--threads", "1")
+        yield command
+        assert "stopping 5 processes" in command("down")
+        assert command.processes() == []
+        assert "nothing is running" in command("down")
+        assert "nothing is running" in command("ps")
+    finally:
+        for line in command.processes():
+            os.kill(int(line.split()[0]), signal.SIGKILL)
+
+
+def test_every_service_runs_and_is_known(stillhouse: Stillhouse) -> None:
+    rows = stillhouse.services()
+    assert sorted(row["role"] for row in rows.values()) == list(ROLES)
+    for row in rows.values():
+        assert row["pid"]
+        assert row["address"].startswith("127.0.0.1:")
+        assert row["memory_bytes"] > 1 << 20
+    assert rows["sampler-0"]["state"] == "idle"
+
+
+def test_secrets_are_private_and_in_no_command_line(stillhouse: Stillhouse) -> None:
+    client = json.loads((stillhouse.home / "client.json").read_text())
+    files = [stillhouse.home / "client.json", stillhouse.home / "api-keys.json"]
+    files += [stillhouse.home / "run" / name for name in ("internal-token", "valkey-password", "valkey.conf")]
+    for file in files:
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600, file
+    assert stat.S_IMODE(stillhouse.home.stat().st_mode) == 0o700
+    secrets = [
+        client["api_key"],
+        *((stillhouse.home / "run" / n).read_text() for n in ("internal-token", "valkey-password")),
+    ]
+    for row in stillhouse.services().values():
+        visible = Path(f"/proc/{row['pid']}/cmdline").read_bytes() + Path(f"/proc/{row['pid']}/environ").read_bytes()
+        for secret in secrets:
+            assert secret.encode() not in visible, f"{row['instance']} shows a secret"
+
+
+def test_a_second_up_is_refused_and_changes_nothing(stillhouse: Stillhouse) -> None:
+    before = {name: row["pid"] for name, row in stillhouse.services().items()}
+    message = stillhouse("up", "--detach", code=3)
+    assert "already running in" in message
+    assert str(stillhouse.home) in message
+    assert {name: row["pid"] for name, row in stillhouse.services().items()} == before
+
+
+def test_killed_services_come_back(stillhouse: Stillhouse) -> None:
+    before = stillhouse.services()
+    for name in ("sampler-0", "valkey"):
+        os.kill(before[name]["pid"], signal.SIGKILL)
+
+    def is_back() -> bool:
+        rows = stillhouse.services()
+        return (
+            all(
+                rows[name]["restarts"] == before[name]["restarts"] + 1
+                and rows[name]["pid"] not in (None, before[name]["pid"])
+                for name in ("sampler-0", "valkey")
+            )
+            and rows["sampler-0"]["state"] == "idle"
+        )
+
+    wait_until(is_back, "sampler and queue server to come back")
+    after = stillhouse.services()
+    for name in ("gateway-0", "teacher-0", "trainer-0"):
+        assert after[name]["pid"] == before[name]["pid"], f"{name} lives through it"
+
+
+def test_a_job_runs_from_submit_to_download(stillhouse: Stillhouse, tmp_path: Path) -> None:
+    for seed, name in enumerate(("student", "teacher")):
+        stillhouse("models", "add", name, str(make_tiny_model(tmp_path / name, seed=seed)))
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"Say {n}"}) + "\n" for n in range(8)))
+    job = {
+        "name": "tiny",
+        "student": {"model": "student"},
+        "teachers": {"main": {"model": "teacher"}},
+        "stages": [
+            {
+                "data": {"path": "prompts.jsonl"},
+                "sampling": {"max_tokens": 12},
+                "loss": {"objective": "policy_gradient"},
+                "optimizer": {"lr": 1e-3},
+                "schedule": {"steps": 3, "prompts_per_step": 2, "group_size": 2},
+            }
+        ],
+    }
+    file = tmp_path / "job.yaml"
+    file.write_text(yaml.safe_dump(job))
+    shown = stillhouse("submit", str(file), "--watch").splitlines()
+    job_id = next(line.split()[0] for line in shown if line.startswith("job_"))
+    assert "uploaded prompts.jsonl: 8 rows" in shown[0]
+    assert [line.split()[1] for line in shown if line.startswith("step ")] == ["1/3", "2/3", "3/3"]
+    assert any(line.startswith("succeeded after 3 steps") for line in shown)
+    assert stillhouse("watch", job_id, "--json").splitlines()[-1].startswith('{"type": "status"')
+    assert job_id in stillhouse("jobs")
+    assert json.loads(stillhouse("job", job_id, "--json"))["status"] == "succeeded"
+    assert "job." in stillhouse("events", job_id)
+    stillhouse("plot", job_id, "-o", str(tmp_path / "curves.png"))
+    assert (tmp_path / "curves.png").stat().st_size > 20_000
+    stillhouse("download", job_id, "-o", str(tmp_path / "result"))
+    assert (tmp_path / "result" / "model.safetensors").is_file()
+    stillhouse("models", "add", "student-v2", str(tmp_path / "result"))
+    assert "error: " in stillhouse("cancel", job_id, code=1)

@@ -1,0 +1,160 @@
+"""The sweeper: stalled jobs, cancelled jobs without a trainer, records that the queue server lost."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from stillhouse.core.blobs import read_json, write_json
+from stillhouse.core.errors import LeaseLostError
+from stillhouse.core.queue import keys
+from stillhouse.core.queue.streams import Scope
+from stillhouse.core.telemetry import METRICS
+from stillhouse.gateway.sweeper import Sweeper
+from tests.gateway_kit import Gateway, make_spec, open_gateway
+from tests.waiting import wait_until
+
+
+@pytest.fixture
+async def gateway(redis_url: str, tmp_path: Path) -> AsyncIterator[Gateway]:
+    async with open_gateway(redis_url, tmp_path) as opened:
+        yield opened
+
+
+async def led(gateway: Gateway, status: str) -> Scope:
+    """A job whose trainer vanished a moment ago."""
+    job = (await gateway.submit()).json()["id"]
+    scope = Scope(job, await gateway.ctx.jobs.claim(job, "trainer-a", 5.0, 0))
+    await gateway.ctx.jobs.update(scope, status=status)
+    await gateway.ctx.redis.delete(keys.lease(job))
+    return scope
+
+
+async def swept_until(gateway: Gateway, sweeper: Sweeper, job_id: str, status: str) -> None:
+    async def has_status() -> bool:
+        await sweeper.sweep()
+        return (await gateway.ctx.jobs.get(job_id)).status == status
+
+    await wait_until(has_status, timeout_s=10, what=f"the sweeper to make the job {status}")
+
+
+@pytest.mark.parametrize("status", ["validating", "starting", "running"])
+async def test_a_job_without_trainer_is_stalled_after_two_leases(gateway: Gateway, status: str) -> None:
+    scope = await led(gateway, status)
+    sweeper = Sweeper(gateway.ctx)
+    await sweeper.sweep()
+    assert (await gateway.ctx.jobs.get(scope.job_id)).status == status, "not at once: a trainer may be taking over"
+    await swept_until(gateway, sweeper, scope.job_id, "stalled")
+    job = (await gateway.http.get(f"/v1/jobs/{scope.job_id}")).json()
+    assert job["status_reason"] == "no_trainer"
+    assert "trainer-a" in job["status_message"]
+    last = (await gateway.ctx.jobs.events(scope.job_id))[-1]
+    assert (last["type"], last["level"], last["data"]["status"]) == ("job.status", "warning", "stalled")
+
+
+async def test_a_job_that_is_led_or_queued_is_left_alone(gateway: Gateway) -> None:
+    queued = (await gateway.submit()).json()["id"]
+    scope = await led(gateway, "running")
+    await gateway.ctx.jobs.renew(scope, "trainer-a", 60.0)
+    gone = await led(gateway, "running")
+    sweeper = Sweeper(gateway.ctx)
+    await swept_until(gateway, sweeper, gone.job_id, "stalled")
+    assert (await gateway.ctx.jobs.get(scope.job_id)).status == "running"
+    assert (await gateway.ctx.jobs.get(queued)).status == "queued"
+
+
+async def test_a_new_claim_starts_the_clock_again(gateway: Gateway) -> None:
+    scope = await led(gateway, "running")
+    sweeper = Sweeper(gateway.ctx)
+    await sweeper.sweep()
+    orphan = sweeper._orphans[scope.job_id]
+    await gateway.ctx.jobs.claim(scope.job_id, "trainer-b", 5.0, 0)
+    await gateway.ctx.redis.delete(keys.lease(scope.job_id))
+    await sweeper.sweep()
+    assert sweeper._orphans[scope.job_id].epoch == orphan.epoch + 1
+    assert sweeper._orphans[scope.job_id].since > orphan.since
+
+
+async def test_a_cancelled_job_without_trainer_ends_and_fences_the_old_one(gateway: Gateway) -> None:
+    scope = await led(gateway, "running")
+    await gateway.http.post(f"/v1/jobs/{scope.job_id}/cancel")
+    await swept_until(gateway, Sweeper(gateway.ctx), scope.job_id, "cancelled")
+    assert read_json(gateway.ctx.artifacts.job(scope.job_id).root / "final.json")["status"] == "cancelled"
+    with pytest.raises(LeaseLostError):
+        await gateway.ctx.jobs.update(scope, status="running")
+    assert await gateway.ctx.jobs.active_ids() == []
+
+
+async def test_records_come_back_after_the_queue_server_lost_everything(gateway: Gateway) -> None:
+    open_job = (await gateway.submit(make_spec(seed=1), key="k")).json()
+    done_job = (await gateway.submit(make_spec(seed=2))).json()
+    final = {"status": "succeeded", "step": 3, "finished_at": 5.0, "result": {"steps": 3}, "error": None}
+    write_json(gateway.ctx.artifacts.job(done_job["id"]).root / "final.json", final)
+    await gateway.ctx.redis.flushall()
+    sweeper = Sweeper(gateway.ctx)
+    await sweeper.sweep()
+    assert (await gateway.http.get(f"/v1/jobs/{open_job['id']}")).json() == open_job
+    done = (await gateway.http.get(f"/v1/jobs/{done_job['id']}")).json()
+    assert (done["status"], done["progress"]["percent"], done["result"]) == ("succeeded", 100.0, {"steps": 3})
+    assert await gateway.ctx.jobs.active_ids() == [open_job["id"]]
+    again = await gateway.submit(make_spec(seed=1), key="k")
+    assert again.json()["id"] == open_job["id"], "its key is known again too"
+    before = await gateway.ctx.redis.dbsize()
+    await sweeper.sweep()
+    assert await gateway.ctx.redis.dbsize() == before
+
+
+async def test_a_job_that_was_written_but_never_recorded_does_not_become_a_second_one(gateway: Gateway) -> None:
+    job = (await gateway.submit(key="k")).json()["id"]
+    root = gateway.ctx.artifacts.root / "jobs"
+    twin = "job_00000000000000000000"  # its request died between job.json and the record; the client sent it again
+    shutil.copytree(root / job, root / twin)
+    write_json(root / twin / "job.json", {**read_json(root / twin / "job.json"), "id": twin})
+    await Sweeper(gateway.ctx).sweep()
+    assert gateway.ctx.artifacts.job_ids() == [job]
+    assert [record.id for record in await gateway.ctx.jobs.list()] == [job]
+
+
+async def test_a_damaged_job_does_not_stop_the_sweep(gateway: Gateway) -> None:
+    folder = gateway.ctx.artifacts.root / "jobs" / "job_00000000000000000000"
+    folder.mkdir(parents=True)
+    (folder / "job.json").write_text("{")
+    job = (await gateway.submit()).json()["id"]
+    await gateway.ctx.redis.flushall()
+    await Sweeper(gateway.ctx).sweep()
+    assert [record.id for record in await gateway.ctx.jobs.list()] == [job]
+
+
+async def test_one_replica_sweeps(gateway: Gateway) -> None:
+    first, second = Sweeper(gateway.ctx), Sweeper(gateway.ctx)
+    gateway.ctx.instance = "gateway-1"
+    assert await first.hold()
+    gateway.ctx.instance = "gateway-2"
+    assert not await second.hold()
+    await second.release()
+    assert not await second.hold(), "only the holder can release"
+    gateway.ctx.instance = "gateway-1"
+    assert await first.hold()
+    await first.release()
+    gateway.ctx.instance = "gateway-2"
+    assert await second.hold()
+
+
+async def test_queue_gauges(gateway: Gateway) -> None:
+    scope = await led(gateway, "running")
+    queue = gateway.ctx.queue
+    prompts, rollouts = keys.prompts(scope.job_id, 1), keys.rollouts(scope.job_id, 1, "main")
+    await queue.open_stream(scope, prompts, keys.SAMPLERS_GROUP)
+    await queue.open_stream(scope, rollouts, keys.TEACHERS_GROUP)
+    for number in range(3):
+        await queue.add(scope, prompts, f"p{number}", b"x")
+    await queue.add(scope, rollouts, "r", b"x")
+    await Sweeper(gateway.ctx).sweep()
+    values = {
+        stage: METRICS.get_sample_value("stillhouse_queue_entries", {"stage": stage})
+        for stage in ("prompts", "rollouts", "scored")
+    }
+    assert values == {"prompts": 3, "rollouts": 1, "scored": 0}
