@@ -29,6 +29,8 @@ DEFAULT_PORT: Final = 8470
 ROLE: Final = "gateway"
 BACKLOG: Final = 2048
 """Connections waiting to be accepted."""
+LEAVE_TIMEOUT_S: Final = 2.0
+"""Time to give back leases and to leave the registry; both expire by themselves."""
 MAX_HEADER_BYTES: Final = 16 << 10
 """Request line and headers together."""
 
@@ -109,7 +111,8 @@ async def serve(settings: Settings, instance: str, log: Any, listener: socket.so
         await run_until_done(ctx, tasks)
     finally:
         with contextlib.suppress(RedisError, OSError):  # it expires by itself if the queue server is gone
-            await ctx.registry.leave(ROLE, instance)
+            async with asyncio.timeout(LEAVE_TIMEOUT_S):
+                await ctx.registry.leave(ROLE, instance)
         await ctx.close()
     log.info("stopped")
 
@@ -142,7 +145,7 @@ async def run_until_done(ctx: Context, tasks: list[asyncio.Task[None]]) -> None:
         for task in tasks:
             if task.get_name() != "sweeper":  # it ends by itself, giving its lease back
                 task.cancel()
-        await asyncio.wait(tasks, timeout=5.0)
+        await asyncio.wait(tasks, timeout=LEAVE_TIMEOUT_S)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

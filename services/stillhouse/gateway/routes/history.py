@@ -17,10 +17,11 @@ from stillhouse.core.service import Context
 from stillhouse.gateway import history
 from stillhouse.gateway.checkpoints import TarStream, checkpoint_folder, list_checkpoints
 from stillhouse.gateway.deps import get_context
+from stillhouse.gateway.routes.deadline import DeadlineRoute
 from stillhouse.gateway.schemas import Checkpoint, Event, JobId, MetricPoint, Page
 from stillhouse.gateway.views import event_view, metric_view
 
-router = APIRouter(prefix="/v1/jobs/{job_id}", tags=["history"])
+router = APIRouter(prefix="/v1/jobs/{job_id}", tags=["history"], route_class=DeadlineRoute)
 Ctx = Annotated[Context, Depends(get_context)]
 EventId = Annotated[str, Field(pattern=r"^(\d{1,16}(-\d{1,10})?)?$")]
 

@@ -13,10 +13,11 @@ from stillhouse.core.service import Context
 from stillhouse.core.spec import JobSpec
 from stillhouse.gateway import jobs
 from stillhouse.gateway.deps import get_context
+from stillhouse.gateway.routes.deadline import DeadlineRoute
 from stillhouse.gateway.schemas import Job, JobId, Page, Status
 from stillhouse.gateway.views import job_view
 
-router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"], route_class=DeadlineRoute)
 Ctx = Annotated[Context, Depends(get_context)]
 SCAN = 100
 """Records read at once while filtering by status."""

@@ -14,10 +14,11 @@ from stillhouse.core.errors import UnavailableError
 from stillhouse.core.service import VERSION, Context
 from stillhouse.core.telemetry import METRICS
 from stillhouse.gateway.deps import get_context
+from stillhouse.gateway.routes.deadline import DeadlineRoute
 from stillhouse.gateway.schemas import Health, Model, Page, Service
 from stillhouse.gateway.views import model_view, service_view
 
-router = APIRouter(prefix="/v1", tags=["system"])
+router = APIRouter(prefix="/v1", tags=["system"], route_class=DeadlineRoute)
 open_router = APIRouter(tags=["health"])
 Ctx = Annotated[Context, Depends(get_context)]
 READY_TIMEOUT_S: Final = 2.0

@@ -1,0 +1,269 @@
+"""The Python client for asyncio: the methods of `Client` (client.py), awaited.
+
+async with AsyncClient() as client:
+    job = await client.jobs.create(spec)
+    async for event in client.jobs.events(job["id"]):
+        print(event["message"])
+"""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from stillhouse.client import calls, unpack
+from stillhouse.client.calls import ApiError, Call, Target
+from stillhouse.core.errors import DeadlineError, UnavailableError
+from stillhouse.core.spec import JobSpec
+
+Json = dict[str, Any]
+BLOCK_BYTES = 1 << 18
+"""Bytes read at once from a file that is uploaded."""
+
+
+class AsyncClient:
+    """A gateway."""
+
+    def __init__(self, url: str | None = None, api_key: str | None = None, *, retries: int = calls.RETRIES) -> None:
+        target = calls.find_target(url, api_key)
+        self._sender = _Sender(target, retries)
+        self.url = target.url
+        self.jobs = Jobs(self._sender)
+        self.files = Files(self._sender)
+        self.models = Listing(self._sender, "/v1/models")
+        self.services = Listing(self._sender, "/v1/services")
+
+    async def health(self) -> Json:
+        """{status, version} of a gateway that can serve requests."""
+        return await self._sender.send(calls.get_path("/readyz"))
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._sender.http.aclose()
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+
+class _Sender:
+    """Sends calls, and repeats those that did not get through."""
+
+    def __init__(self, target: Target, retries: int) -> None:
+        self.target = target
+        self.retries = retries
+        self.http = httpx.AsyncClient(**target.options())
+
+    async def send(self, call: Call) -> Any:
+        """The answer's JSON.
+
+        Raises:
+            ApiError: the gateway refused.
+            UnavailableError: it does not answer.
+        """
+        for attempt in range(self.retries + 1):
+            is_last = attempt == self.retries
+            try:
+                response = await self._once(call)
+            except httpx.TransportError as error:
+                if is_last or not calls.may_retry(call, error):
+                    raise self.target.unreachable(error) from None
+                await asyncio.sleep(calls.pause_s(attempt))
+                continue
+            if is_last or response.status_code not in calls.RETRY_STATUS:
+                return calls.read_answer(response)
+            await asyncio.sleep(calls.pause_s(attempt, response))
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+    async def _once(self, call: Call) -> httpx.Response:
+        if call.file is None:
+            return await self.http.request(call.method, call.path, **call.options())
+        return await self.http.request(call.method, call.path, content=_blocks(call.file), **call.options())
+
+
+async def _blocks(path: Path) -> AsyncIterator[bytes]:
+    with path.open("rb") as stream:
+        while block := await asyncio.to_thread(stream.read, BLOCK_BYTES):
+            yield block
+
+
+class Listing:
+    """A read-only list."""
+
+    def __init__(self, sender: _Sender, path: str) -> None:
+        self._sender = sender
+        self._path = path
+
+    async def list(self) -> list[Json]:
+        """All of them."""
+        return (await self._sender.send(calls.get_path(self._path)))["data"]
+
+
+class Files:
+    """Uploaded prompts."""
+
+    def __init__(self, sender: _Sender) -> None:
+        self._sender = sender
+
+    async def upload(self, path: str | Path) -> Json:
+        """Upload a JSONL file of rows; {id, num_rows, sha256, size_bytes}. The same content always has the same id."""
+        return await self._sender.send(calls.upload_file(Path(path)))
+
+    async def get(self, file_id: str) -> Json:
+        """Facts of an uploaded file."""
+        return await self._sender.send(calls.get_path(f"/v1/files/{file_id}"))
+
+
+class Jobs:
+    """Distillation jobs."""
+
+    def __init__(self, sender: _Sender) -> None:
+        self._sender = sender
+
+    async def create(self, spec: Mapping[str, Any] | JobSpec, *, idempotency_key: str | None = None) -> Json:
+        """Submit a job. With a key of your own, submitting again gives the same job, also from another process."""
+        return await self._sender.send(calls.create_job(spec, idempotency_key))
+
+    async def get(self, job_id: str) -> Json:
+        """A job."""
+        return await self._sender.send(calls.get_job(job_id))
+
+    async def list(
+        self, *, limit: int = 20, after: str = "", status: str | None = None, order: str = "desc"
+    ) -> list[Json]:
+        """Up to `limit` jobs by creation time, newest first unless `order` is "asc"."""
+        found: list[Json] = []
+        while len(found) < limit:
+            page = await self._sender.send(calls.list_jobs(limit - len(found), after, status, order))
+            found += page["data"]
+            if not page["has_more"]:
+                break
+            after = found[-1]["id"]
+        return found
+
+    async def cancel(self, job_id: str) -> Json:
+        """End a job; it may be `cancelling` for a while."""
+        return await self._sender.send(calls.cancel_job(job_id))
+
+    async def wait(
+        self,
+        job_id: str,
+        *,
+        on_event: Callable[[Json], object] | None = None,
+        timeout_s: float | None = None,
+        poll_s: float = 1.0,
+    ) -> Json:
+        """Wait for a job's end, whatever it is, and give the job; `on_event` sees every event on the way.
+
+        Raises:
+            DeadlineError: it did not end within `timeout_s`; it goes on.
+        """
+        deadline = time.monotonic() + timeout_s if timeout_s is not None else None
+        after, is_over = "", on_event is None
+        while True:
+            job = await self.get(job_id)
+            if on_event is not None and not is_over:
+                # a finished job may be a moment ahead of its last event: the stream waits for that one
+                async for event in self.events(job_id, after=after, follow=job["is_terminal"]):
+                    after, is_over = event["id"], calls.is_last(event)
+                    on_event(event)
+            if job["is_terminal"]:
+                return job
+            if deadline is not None and time.monotonic() + poll_s > deadline:
+                raise DeadlineError(f"job {job_id} is still '{job['status']}' after {timeout_s:g} s; it goes on")
+            await asyncio.sleep(poll_s)
+
+    async def events(self, job_id: str, after: str | None = None, follow: bool = True) -> AsyncIterator[Json]:
+        """Events after the one with id `after`, each once; with `follow` as they happen, until the job's last one."""
+        last_id = after or ""
+        attempt = 0
+        while follow:
+            try:
+                async for event in self._stream(job_id, last_id):
+                    last_id, attempt = event["id"], 0
+                    yield event
+                if (await self.get(job_id))["is_terminal"]:
+                    break  # the rest, if any, comes as pages
+            except (httpx.TransportError, UnavailableError) as error:
+                attempt += 1
+                if attempt > self._sender.retries:
+                    raise self._sender.target.unreachable(error) from None
+            await asyncio.sleep(calls.pause_s(attempt))
+        while True:
+            page = await self._sender.send(calls.list_events(job_id, last_id))
+            for event in page["data"]:
+                yield event
+            if not page["has_more"]:
+                return
+            last_id = page["data"][-1]["id"]
+
+    async def _stream(self, job_id: str, after: str) -> AsyncIterator[Json]:
+        call = calls.stream_events(job_id, after)
+        async with self._sender.http.stream(
+            call.method, call.path, timeout=calls.STREAM_TIMEOUT, **call.options()
+        ) as response:
+            if not response.is_success:
+                await response.aread()
+                raise calls.stream_error(response)
+            reader = calls.EventReader(after)
+            async for line in response.aiter_lines():
+                event = reader.feed(line)
+                if event is not None:
+                    yield event
+
+    async def metrics(
+        self, job_id: str, *, names: tuple[str, ...] = (), step_from: int = 0, step_to: int | None = None
+    ) -> list[Json]:
+        """Points {epoch, step, created_at, values} by step."""
+        return (await self._sender.send(calls.get_metrics(job_id, tuple(names), step_from, step_to)))["data"]
+
+    async def evaluations(self, job_id: str) -> list[Json]:
+        """Held-out measurements by step."""
+        return (await self._sender.send(calls.get_part(job_id, "evaluations")))["data"]
+
+    async def checkpoints(self, job_id: str) -> list[Json]:
+        """Checkpoints, oldest first; the finished student (`ckpt_export`) last."""
+        return (await self._sender.send(calls.get_part(job_id, "checkpoints")))["data"]
+
+    async def download(self, job_id: str, target: str | Path, *, checkpoint: str | None = None) -> Path:
+        """Fetch a checkpoint, by default the finished student, into the new folder `target` (or a file `*.tar`).
+
+        Raises:
+            SpecError: something is at `target` already.
+        """
+        place = Path(target)
+        unpack.check_target(place)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        call = calls.download_checkpoint(job_id, checkpoint)
+        for attempt in range(self._sender.retries + 1):
+            with tempfile.TemporaryDirectory(dir=place.parent, prefix=".download.") as folder:
+                tar = Path(folder) / "tar"
+                try:
+                    await self._fetch(call, tar)
+                except (httpx.TransportError, UnavailableError) as error:
+                    if attempt == self._sender.retries:
+                        raise self._sender.target.unreachable(error) from None
+                    await asyncio.sleep(calls.pause_s(attempt))
+                    continue
+                return await asyncio.to_thread(unpack.place, tar, place)
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+    async def _fetch(self, call: Call, tar: Path) -> None:
+        async with self._sender.http.stream(call.method, call.path, **call.options()) as response:
+            if not response.is_success:
+                await response.aread()
+                raise calls.stream_error(response)
+            with tar.open("wb") as sink:
+                async for block in response.aiter_bytes():
+                    sink.write(block)
+
+
+__all__ = ["ApiError", "AsyncClient"]

@@ -1,0 +1,53 @@
+"""Downloaded checkpoints: a tar from the network becomes a folder, without trusting the names in it."""
+
+from __future__ import annotations
+
+import shutil
+import tarfile
+import tempfile
+from pathlib import Path
+
+from stillhouse.core.errors import CorruptError, SpecError
+
+
+def check_target(target: Path) -> None:
+    """Refuse to overwrite.
+
+    Raises:
+        SpecError: there is something at `target`.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise SpecError(f"{target} exists already; choose another place or remove it", param="target")
+
+
+def is_file_target(target: Path) -> bool:
+    """`something.tar` keeps the tar as it is; anything else is a folder for its files."""
+    return target.suffix == ".tar"
+
+
+def place(tar: Path, target: Path) -> Path:
+    """Move a complete download to `target`: as it is, or its files without their common top folder.
+
+    Raises:
+        CorruptError: it is not a tar, or names files outside its folder.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if is_file_target(target):
+        return Path(shutil.move(tar, target))
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        with tarfile.open(tar) as archive:
+            for member in archive:
+                _, _, inside = member.name.partition("/")
+                if not member.isfile() or not inside or ".." in inside.split("/") or "" in member.name.split("/"):
+                    raise CorruptError(f"the download holds '{member.name}', which is not a file in a folder")
+                # the "data" filter refuses the same once more: links and whatever leaves the folder
+                archive.extract(member.replace(name=inside, deep=False), staging, filter="data")
+        if target.is_dir():
+            target.rmdir()  # empty, see check_target
+        staging.chmod(0o755)
+        return staging.rename(target)
+    except tarfile.TarError as error:
+        raise CorruptError(f"the download is not usable: {error}") from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)

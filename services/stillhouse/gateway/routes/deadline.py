@@ -1,0 +1,26 @@
+"""Routes that answer in time or say that they cannot."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any, Final
+
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+
+REQUEST_TIMEOUT_S: Final = 20.0
+"""Time to make an answer: twice what the queue server's restart may take. Sending a stream does not count."""
+
+
+class DeadlineRoute(APIRoute):
+    """A route whose handler has REQUEST_TIMEOUT_S; then the caller gets a 503 instead of silence."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+
+        async def limited(request: Request) -> Response:
+            async with asyncio.timeout(REQUEST_TIMEOUT_S):
+                return await handler(request)
+
+        return limited
