@@ -144,6 +144,16 @@ def test_killed_services_come_back(stillhouse: Stillhouse) -> None:
         assert after[name]["pid"] == before[name]["pid"], f"{name} lives through it"
 
 
+@pytest.mark.full
+@pytest.mark.skipif(sys.platform != "linux", reason="parent-death signals are Linux's")
+def test_nothing_outlives_a_killed_supervisor(tmp_path: Path) -> None:
+    command = Stillhouse(tmp_path / "home")
+    command("up", "--detach", "--port", "0", "--threads", "1")
+    os.kill(json.loads(command("ps", "--json"))["pid"], signal.SIGKILL)
+    assert "nothing is running" in command("ps")
+    wait_until(lambda: command.processes() == [], "the services and the queue server to follow")
+
+
 def test_a_job_runs_from_submit_to_download(stillhouse: Stillhouse, tmp_path: Path) -> None:
     for seed, name in enumerate(("student", "teacher")):
         stillhouse("models", "add", name, str(make_tiny_model(tmp_path / name, seed=seed)))

@@ -96,7 +96,7 @@ def points(steps: int) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("steps", [1, 5, 200])
 def test_plot_draws_jobs_of_any_length(tmp_path: Path, steps: int) -> None:
     target = tmp_path / "curves.png"
-    plot.plot({"id": "job_1", "name": "demo $x^2$", "status": "running"}, points(steps), target)
+    plot.plot({"id": "job_1", "name": r"costs $5, not $\frac", "status": "running"}, points(steps), target)
     assert target.read_bytes().startswith(b"\x89PNG")
     assert target.stat().st_size > 20_000
 

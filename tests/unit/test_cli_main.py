@@ -101,6 +101,26 @@ def test_debug_shows_the_traceback_at_any_position(tmp_path: Path) -> None:
         assert "NotFoundError" in answer.stderr
 
 
+def test_a_refusal_of_the_gateway_is_printed_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    from stillhouse.cli.main import _explain
+    from stillhouse.client.calls import ApiError
+
+    findings = [
+        {"param": "student.model", "message": "unknown model 'x'", "fix": ""},
+        {"param": "seed", "message": "-1 is out of range", "fix": "use a value >= 0"},
+    ]
+    error = ApiError(422, "invalid_request", "bad job", param="student.model", request_id="req_7", errors=findings)
+    assert _explain(error) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: bad job (invalid_request, at student.model, request req_7)\n")
+    for finding in findings:
+        assert f"{finding['param']}: {finding['message']}" in shown
+    assert _explain(ApiError(401, "unauthorized", "no key", request_id="req_8")) == 1
+    assert "fix: set STILLHOUSE_API_KEY" in capsys.readouterr().err
+    assert _explain(RuntimeError("boom")) == 1
+    assert "--debug" in capsys.readouterr().err
+
+
 def test_nothing_running_is_said_and_no_error(tmp_path: Path) -> None:
     for command in ("ps", "down"):
         answer = stillhouse(tmp_path / "none", command)

@@ -24,22 +24,31 @@ class Panel:
     """(metric, label); a single curve needs no label."""
     is_smoothed: bool = False
     """Also draw a running mean: the raw curve is noisy."""
+    is_from_zero: bool = False
+    """Let the axis begin at 0: the size counts, not only the change."""
 
 
 PANELS: Final = (
     Panel("reverse KL(student || teacher)", "nats per token", (("loss/reverse_kl/mean", ""),), is_smoothed=True),
     Panel("loss", "", (("loss/total", ""),), is_smoothed=True),
-    Panel("learning rate", "", (("lr", ""),)),
+    Panel("learning rate", "", (("lr", ""),), is_from_zero=True),
     Panel(
         "throughput",
         "tokens/s",
         (("sample/tokens_per_s", "sample"), ("score/tokens_per_s", "score"), ("train/tokens_per_s", "train")),
+        is_from_zero=True,
     ),
-    Panel("sampler-trainer mismatch", "mean |difference|, nats", (("mismatch/logprob_abs_mean", ""),)),
+    Panel(
+        "sampler-trainer mismatch",
+        "mean |difference|, nats",
+        (("mismatch/logprob_abs_mean", ""),),
+        is_from_zero=True,
+    ),
     Panel(
         "time per step",
         "s",
         (("time/wait_s", "wait for rollouts"), ("time/train_s", "train"), ("time/publish_s", "publish")),
+        is_from_zero=True,
     ),
 )
 SMOOTHING_SHARE: Final = 20
@@ -65,7 +74,7 @@ def plot(job: dict[str, Any], points: list[dict[str, Any]], target: Path) -> Non
     for axes, panel in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
         _draw(axes, panel, steps, picture)
     name = f"{job.get('name') or ''}  {job['id']}".strip()
-    figure.suptitle(f"{name}   {picture.status}, {len(steps)} steps", fontsize=12)
+    figure.suptitle(f"{name}   {picture.status}, {len(steps)} steps", fontsize=12, parse_math=False)
     try:
         figure.savefig(target)
     except (OSError, ValueError) as error:
@@ -83,6 +92,8 @@ def _draw(axes: Axes, panel: Panel, steps: list[int], picture: Picture) -> None:
         axes.plot(steps, values, style, color=colour, label=label, linewidth=1.4, alpha=0.3 if is_faint else 1.0)
         if is_faint:
             axes.plot(steps, running_mean(values, len(steps) // SMOOTHING_SHARE), color=_BLUE, linewidth=1.8)
+    if panel.is_from_zero and not all(math.isnan(v) for metric, _ in panel.curves for v in picture.curve(metric)):
+        axes.set_ylim(bottom=0)
     axes.set_title(panel.title, fontsize=10, loc="left")
     axes.set_xlabel("step", fontsize=8)
     axes.set_ylabel(panel.unit, fontsize=8)

@@ -140,7 +140,8 @@ def screen(picture: Picture, width: int) -> RenderableType:
 
 def _facts(picture: Picture, width: int) -> list[tuple[str, str]]:
     progress = picture.progress
-    speeds = progress.get("tokens_per_s") or {}
+    # a finished job has no progress any more: what its last step measured
+    speeds = progress.get("tokens_per_s") or {stage: picture.last(f"{stage}/tokens_per_s") for stage in STAGES}
     rows = [("reverse KL", f"{number(picture.last(KL)):<8} {sparkline(picture.curve(KL), width)}")]
     rows.append(("tokens/s", "   ".join(f"{stage} {count(speeds.get(stage))}" for stage in STAGES)))
     rows.append(
