@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.utils import logging
 
 from stillhouse.core.errors import WeightsError
 from stillhouse.core.models import ModelEntry
@@ -45,6 +46,7 @@ class TransformersEngine:
     def __init__(self, entry: ModelEntry, dtype: str, *, threads: int = 0, device: str = "") -> None:
         if threads:
             torch.set_num_threads(threads)
+        logging.disable_progress_bar()  # a service's log is read by machines
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._model: Any = AutoModelForCausalLM.from_pretrained(
             entry.path, dtype=DTYPES[dtype], local_files_only=True, use_safetensors=True, trust_remote_code=False
