@@ -21,6 +21,7 @@ from stillhouse.core.models import ModelRegistry, inspect_model
 from stillhouse.core.queue.jobs import JobRecord
 from stillhouse.core.service import Context, open_context, serve
 from stillhouse.core.spec import JobSpec
+from stillhouse.core.tasks import cancel_all
 from tests.tiny import make_tiny_model
 from tests.waiting import wait_until
 
@@ -69,8 +70,7 @@ class Cluster:
     async def crash(self, instance: str) -> None:
         """Stop a service as kill -9 does, as far as that is possible in one process: nothing is handed back."""
         ctx, task = self._running.pop(instance)
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        await cancel_all([task])
         await ctx.close()
 
     async def submit(self, spec: dict[str, Any]) -> str:

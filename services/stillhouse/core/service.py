@@ -31,6 +31,7 @@ from stillhouse.core.queue.jobs import JobStore
 from stillhouse.core.queue.registry import HEARTBEAT_S, Registry, ServiceInfo
 from stillhouse.core.queue.streams import WorkQueue
 from stillhouse.core.rpc import Peers, Server
+from stillhouse.core.tasks import cancel_all
 
 VERSION: Final = version("stillhouse")
 SERVER_GRACE_S: Final = 2.0
@@ -165,9 +166,7 @@ async def serve(ctx: Context, build: Callable[[Context], App]) -> None:
         for task in done:
             task.result()  # raises what ended it
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancel_all(tasks)
         await server.stop(grace_s=SERVER_GRACE_S)
         await ctx.registry.leave(ctx.role, ctx.instance)
     ctx.log.info("stopped")

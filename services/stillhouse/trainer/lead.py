@@ -25,6 +25,7 @@ from stillhouse.core.queue.jobs import JobRecord
 from stillhouse.core.queue.streams import Scope
 from stillhouse.core.service import Context
 from stillhouse.core.spec import DataSpec, FullVocabularyLoss, JobSpec
+from stillhouse.core.tasks import cancel_all
 from stillhouse.trainer import manifests
 from stillhouse.trainer.batch import TeacherHead
 from stillhouse.trainer.evaluate import HeldOut
@@ -87,9 +88,7 @@ class Lead:
             self._log.exception("job crashed")
             await self._end("failed", error={"code": "internal", "message": f"{type(error).__name__}: {error}"})
         finally:
-            for task in background:
-                task.cancel()
-            await asyncio.gather(*background, return_exceptions=True)
+            await cancel_all(background)
             await self._samplers.release()
             await asyncio.to_thread(self._learner.close)
 
@@ -116,9 +115,7 @@ class Lead:
                         _reraise(other)
             return task.result()
         finally:
-            if not task.done():
-                task.cancel()
-                await asyncio.gather(task, return_exceptions=True)
+            await cancel_all([task])
 
     async def _renew(self) -> None:
         """Keep the lease; pass on a user's wish to cancel and the process's wish to stop.

@@ -253,10 +253,8 @@ class JobStore:
     async def events(self, job_id: str, *, after: str = "", limit: int = 100) -> list[dict[str, Any]]:
         """Events after the one with id `after`, oldest first."""
         low = f"({after}" if after else "-"
-        return [
-            {"id": _text(entry_id), **json.loads(fields[b"event"])}
-            for entry_id, fields in await self._redis.xrange(keys.events(job_id), min=low, count=limit)
-        ]
+        listed: Any = await self._redis.xrange(keys.events(job_id), min=low, count=limit)
+        return [{"id": _text(entry_id), **json.loads(fields[b"event"])} for entry_id, fields in listed]
 
     async def metric(self, scope: Scope, step: int, values: Mapping[str, float]) -> None:
         """Record the metrics of a step. After a takeover a step may come again: keyed (epoch, step), last wins."""

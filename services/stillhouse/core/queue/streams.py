@@ -14,6 +14,7 @@ Every operation may be repeated: a command that is retried after a lost reply do
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -210,7 +211,8 @@ class WorkQueue:
         try:
             answer = await self._blocking.xreadgroup(group, consumer, wanted, count=count, block=block_ms)
         except ResponseError as error:
-            if "NOGROUP" in str(error):  # the epoch was closed meanwhile
+            if "NOGROUP" in str(error):  # the epoch was closed meanwhile; whoever asks in a loop must not spin
+                await asyncio.sleep(block_ms / 1000)
                 return []
             raise
         return [
