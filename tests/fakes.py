@@ -118,6 +118,7 @@ class MemoryQueue:
             claim = self._claim(entry)
             if claim is not None:
                 claim.consumer, claim.since = HAND_BACK_CONSUMER, float("-inf")
+                claim.deliveries -= 1
 
     async def ack_delete(self, entries: Sequence[Entry]) -> int:
         removed = 0
@@ -137,6 +138,9 @@ class MemoryQueue:
             self._streams.pop(stream, None)
         self._streams.pop(keys.dead(scope.job_id, scope.epoch), None)
         self._marks.pop((scope.job_id, scope.epoch), None)
+
+    async def marked(self, scope: Scope, marks: Sequence[str]) -> set[str]:
+        return set(marks) & self._marks.get((scope.job_id, scope.epoch), set())
 
     def _claim(self, entry: Entry) -> _Claim | None:
         held = self._streams.get(entry.stream)

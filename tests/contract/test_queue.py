@@ -184,6 +184,23 @@ async def test_closing_an_epoch_leaves_nothing_behind(queue: QueueBackend) -> No
     assert await queue.reclaim(PROMPTS, keys.SAMPLERS_GROUP, "a", 0.0, 1) == []
 
 
+async def test_marks_tell_what_was_handed_over(queue: QueueBackend) -> None:
+    await queue.add(JOB, PROMPTS, "plan:0", b"prompt")
+    entry = await claim_one(queue)
+    await queue.hand_over(JOB, entry, ROLLOUTS, "rollout:0/0:0", b"rollout")
+    assert await queue.marked(JOB, ["rollout:0/0:0", "rollout:0/1:0"]) == {"rollout:0/0:0"}
+    assert await queue.marked(JOB, []) == set()
+
+
+async def test_five_graceful_stops_do_not_make_a_sample_poison(queue: QueueBackend) -> None:
+    await queue.add(JOB, PROMPTS, "plan:0", b"prompt")
+    entry = await claim_one(queue)
+    for _ in range(MAX_DELIVERIES + 3):
+        await queue.hand_back([entry], "a")
+        (entry,) = await queue.reclaim(PROMPTS, keys.SAMPLERS_GROUP, "b", 60.0, 10)
+    assert not entry.is_exhausted
+
+
 async def test_acknowledging_counts_what_was_there(queue: QueueBackend) -> None:
     await queue.add(JOB, PROMPTS, "plan:0", b"prompt")
     entry = await claim_one(queue)

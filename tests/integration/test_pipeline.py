@@ -60,11 +60,12 @@ async def at_step(made: Cluster, job_id: str, step: int) -> None:
 )
 async def test_a_job_makes_a_better_student(deployment: Cluster, loss: dict[str, Any]) -> None:
     held_out = [{"prompt": f"tell me about {word}"} for word in ("tea", "rain", "bread", "maps")]
-    lr = 2e-2 if loss["objective"] == "policy_gradient" else 5e-3
+    # one sampled token says much less than the whole vocabulary: more samples for the policy gradient
+    group_size, lr = (16, 2e-2) if loss["objective"] == "policy_gradient" else (4, 5e-3)
     job_id = await deployment.submit(
         job_spec(
             stages__0__loss=loss,
-            stages__0__schedule={"steps": 20, "prompts_per_step": 5, "group_size": 4, "max_staleness": 0},
+            stages__0__schedule={"steps": 20, "prompts_per_step": 5, "group_size": group_size, "max_staleness": 0},
             stages__0__optimizer__lr=lr,
             evaluation={"data": {"rows": held_out}, "num_prompts": 4, "max_tokens": 12, "show": 2},
         )
@@ -118,9 +119,7 @@ async def test_staleness_is_bounded_although_a_sampler_misses_every_hint(
     monkeypatch.setattr(SamplerServicer, "deaf", True, raising=False)
     await deployment.start("sampler", "sampler-1")
     job_id = await deployment.submit(
-        job_spec(
-            stages__0__schedule={"steps": 12, "prompts_per_step": 4, "max_staleness": 1}, samplers={"min": 2}
-        )
+        job_spec(stages__0__schedule={"steps": 12, "prompts_per_step": 4, "max_staleness": 1}, samplers={"min": 2})
     )
     assert (await deployment.ended(job_id)).status == "succeeded"
     staleness = await metrics(deployment, job_id, "staleness/max")
@@ -188,8 +187,8 @@ async def test_a_draining_trainer_commits_and_hands_the_job_on(deployment: Clust
     await deployment.start("trainer", "trainer-1")
     record = await deployment.ended(job_id)
     assert (record.status, record.step) == ("succeeded", 12), record.error
-    parents = [manifests.verify(deployment.ctx.artifacts.job(job_id), ref)["parent"] for ref in _refs(deployment, job_id)]
-    assert parents[-1] is not None
+    artifacts = deployment.ctx.artifacts.job(job_id)
+    assert manifests.verify(artifacts, _refs(deployment, job_id)[-1])["parent"] is not None
 
 
 async def test_cancelling_ends_a_running_job(deployment: Cluster) -> None:

@@ -101,15 +101,15 @@ def test_inline_rows_need_no_upload(tmp_path: Path) -> None:
     [
         (
             {"stages__0__schedule__steps": 0},
-            "stages.0.schedule.steps: Input should be greater than or equal to 1 (got 0)",
+            "stages.0.schedule.steps: 0 is out of range; use a value >= 1",
         ),
-        ({"stages__0__schedule__stepps": 4}, "stages.0.schedule.stepps: unknown key; did you mean 'steps'?"),
+        ({"stages__0__schedule__stepps": 4}, "stages.0.schedule.stepps: unknown key 'stepps'; did you mean 'steps'?"),
         (
             {"stages__0__loss__advantage_clip": -1},
-            "stages.0.loss.advantage_clip: Input should be greater than 0 (got -1)",
+            "stages.0.loss.advantage_clip: -1 is out of range; use a value > 0",
         ),
         ({"stages__0__loss": {"objective": "magic"}}, "stages.0.loss: "),
-        ({"student": {}}, "student.model: is missing"),
+        ({"student": {}}, "student.model: is required; add it"),
         ({"samplers": {"min": 3, "max": 1}}, "samplers.max 1 is below samplers.min 3"),
         ({"stages__0__data__path": "nowhere.jsonl"}, "stages.0.data.path: "),
         ({"stages__0__data__path": 7}, "stages.0.data.path: must be the name of a JSONL file, got 7"),

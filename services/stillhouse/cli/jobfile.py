@@ -7,7 +7,6 @@ stages:
 from __future__ import annotations
 
 import copy
-import difflib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,10 +14,11 @@ from pathlib import Path
 from typing import Any, Final
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from stillhouse.cli.console import EXIT_USAGE, CliError
 from stillhouse.core import spec
+from stillhouse.core.explain import explain
 
 PLACEHOLDER: Final = "file_00000000"
 """Stands for a file that is not uploaded yet, so that the rest of the job can be checked first."""
@@ -75,19 +75,9 @@ def load(path: Path, *, name: str = "") -> JobFile:
 
 
 def describe(error: ValidationError, document: Any) -> list[str]:
-    """One line per problem: `stages.0.schedule.steps: Input should be greater than or equal to 1 (got 0)`."""
-    lines = []
-    for problem in error.errors():
-        where = _where(problem["loc"], document)
-        message = problem["msg"].removeprefix("Value error, ")
-        if problem["type"] == "extra_forbidden":
-            message = f"unknown key{_meant(str(problem['loc'][-1]))}"
-        elif problem["type"] == "missing":
-            message = "is missing"
-        elif not isinstance(problem["input"], dict | list | tuple):
-            message += f" (got {_short(problem['input'])})"
-        lines.append(f"{where}: {message}" if where else message)
-    return lines
+    """One line per problem, in the words of the gateway: `stages.0.schedule.steps: 0 is out of range; use ...`."""
+    found = [{**problem, "loc": ("body", *problem["loc"])} for problem in error.errors()]
+    return [finding.text() for finding in explain(found, document)]
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -138,35 +128,6 @@ def _refused(path: Path, problems: list[str]) -> CliError:
         shown.append(f"... and {len(problems) - MAX_PROBLEMS} more")
     head = f"{path}: " if len(shown) == 1 else f"{path} has {len(problems)} problems:\n  "
     return CliError(head + "\n  ".join(shown), exit_code=EXIT_USAGE, param=problems[0].partition(":")[0])
-
-
-def _where(loc: tuple[str | int, ...], document: Any) -> str:
-    """The path as the user wrote it: without the union tags that pydantic adds (`loss.policy_gradient.lr`)."""
-    parts: list[str] = []
-    current: Any = document
-    for index, part in enumerate(loc):
-        is_last = index == len(loc) - 1
-        if isinstance(current, dict) and part not in current and not is_last:
-            continue
-        parts.append(str(part))
-        if isinstance(current, dict):
-            current = current.get(part)
-        elif isinstance(current, list) and isinstance(part, int) and part < len(current):
-            current = current[part]
-        else:
-            current = None
-    return ".".join(parts)
-
-
-def _meant(key: str) -> str:
-    known = {
-        field
-        for item in vars(spec).values()
-        if isinstance(item, type) and issubclass(item, BaseModel)
-        for field in item.model_fields
-    }
-    close = difflib.get_close_matches(key, sorted(known), n=1)
-    return f"; did you mean '{close[0]}'?" if close else ""
 
 
 def _short(value: Any) -> str:

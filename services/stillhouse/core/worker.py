@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, TypeVar
 
 from stillhouse.core.queue.claims import QUEUE_ERRORS
+from stillhouse.core.tasks import cancel_all
 
 T = TypeVar("T")
 
@@ -51,8 +52,8 @@ async def unless(stopped: asyncio.Event, work: Coroutine[Any, Any, None]) -> boo
         task.result()
         return True
     finally:
-        task.cancel()
         stop.cancel()
+        await cancel_all([task])
 
 
 async def run_turns(turn: Callable[[], Awaitable[None]], stop: asyncio.Event, log: Any) -> None:

@@ -18,8 +18,8 @@ from pydantic import ValidationError
 
 from stillhouse.core.blobs import Artifacts, fsync_dir, read_json, write_json
 from stillhouse.core.errors import NotFoundError, SpecError
+from stillhouse.core.explain import explain
 from stillhouse.core.spec import Row
-from stillhouse.gateway.explain import explain
 from stillhouse.gateway.schemas import File
 from stillhouse.gateway.views import timestamp
 

@@ -19,7 +19,7 @@ from redis.exceptions import RedisError
 from starlette.exceptions import HTTPException
 
 from stillhouse.core.errors import HTTP_STATUS, MalformedError, SpecError, StillhouseError, lookup
-from stillhouse.gateway.explain import Finding, explain
+from stillhouse.core.explain import Finding, explain
 
 MEDIA_TYPE: Final = "application/problem+json"
 RETRY_AFTER_S: Final = 2

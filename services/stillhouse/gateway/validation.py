@@ -16,9 +16,9 @@ from typing import Final
 from tokenizers import Tokenizer
 
 from stillhouse.core.blobs import Artifacts
+from stillhouse.core.explain import MAX_FINDINGS, Finding
 from stillhouse.core.models import ModelEntry, ModelRegistry
 from stillhouse.core.spec import DataSpec, JobSpec, Row
-from stillhouse.gateway.explain import MAX_FINDINGS, Finding
 from stillhouse.gateway.problems import InvalidError
 
 BYTES_PER_TOKEN: Final = 16

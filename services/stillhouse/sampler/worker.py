@@ -22,6 +22,7 @@ from stillhouse.core.queue.claims import QUEUE_ERRORS, Claims
 from stillhouse.core.queue.client import BLOCK_MS
 from stillhouse.core.queue.streams import Entry, Outcome, Scope
 from stillhouse.core.service import Context
+from stillhouse.core.tasks import cancel_all
 from stillhouse.core.telemetry import DROPPED, SAMPLED_ROLLOUTS
 from stillhouse.core.worker import pause, run_turns, unless
 from stillhouse.sampler.engines.base import Completion, SampleRequest
@@ -220,7 +221,7 @@ class SamplerWorker:
                 if halted.is_set():
                     return
         finally:
-            watch.cancel()
+            await cancel_all([watch])
 
     async def _watch(self, scope: Scope, halted: asyncio.Event) -> None:
         """Set `halted` when the process stops or the job is no longer ours."""

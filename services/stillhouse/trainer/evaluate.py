@@ -77,8 +77,11 @@ class HeldOut:
     async def evaluate(self, step: int) -> dict[str, Any]:
         """Measure the weights of `step` steps; the result is also written to the artifacts."""
         start = time.monotonic()
-        sampled = await self._complete(step, "sampled", 1.0, rollout_pb2.SCORE_KIND_HIDDEN)
-        greedy = await self._complete(step, "greedy", 0.0, rollout_pb2.SCORE_KIND_SAMPLED)
+        # both are planned before either is awaited: the teacher scores the first while the sampler writes the second
+        sampled_futures = await self._start(step, "sampled", 1.0, rollout_pb2.SCORE_KIND_HIDDEN)
+        greedy_futures = await self._start(step, "greedy", 0.0, rollout_pb2.SCORE_KIND_SAMPLED)
+        sampled = await self._collect(step, sampled_futures)
+        greedy = await self._collect(step, greedy_futures)
         rows = await self._learner.evaluate([to_sample(sample, 1.0) for sample in sampled], self._heads)
         num_tokens = sum(row["num_tokens"] for row in rows)
         greedy_ids = {sample.sample_id: ids_list(sample.score.rollout.completion_ids) for sample in greedy}
@@ -101,14 +104,15 @@ class HeldOut:
         """An earlier result."""
         return read_json(self._artifacts.evaluations / f"{step:08d}.json")
 
-    async def _complete(
+    async def _start(
         self, step: int, kind: str, temperature: float, score_kind: rollout_pb2.ScoreKind
-    ) -> list[ScoredSample]:
+    ) -> list[asyncio.Future[ScoredGroup]]:
+        """Plan one completion of every prompt."""
         sampling = rollout_pb2.SamplingParams(
             temperature=temperature, top_p=1.0, max_tokens=self._spec.max_tokens, stop_token_ids=self._stop_ids
         )
         score = rollout_pb2.ScoreSpec(kind=score_kind, temperature=1.0, dtype=tensor_pb2.DATA_TYPE_FLOAT32)
-        futures = [
+        return [
             await self._plan(
                 prompt,
                 purpose=rollout_pb2.PURPOSE_EVALUATE,
@@ -123,6 +127,9 @@ class HeldOut:
             )
             for index, prompt in enumerate(self._prompts)
         ]
+
+    async def _collect(self, step: int, futures: Sequence[asyncio.Future[ScoredGroup]]) -> list[ScoredSample]:
+        """The scored samples of the groups."""
         groups = [await self._race(future) for future in futures]
         samples = [sample for group in groups for sample in group.samples]
         await self._done(samples)

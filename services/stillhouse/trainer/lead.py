@@ -356,9 +356,8 @@ class Lead:
         if self._exchange is not None:
             await self._exchange.close()
         final = {"status": status, "error": error, "result": result, "finished_at": time.time()}
-        final["step"] = self.run_.step_done if self.run_ else 0
+        final.update(epoch=self.scope.epoch, step=self.run_.step_done if self.run_ else 0)
         try:
-            await asyncio.to_thread(write_json, self.artifacts.root / "final.json", final)
             fields: dict[str, Any] = {"status_reason": "", "status_message": "", "finished_at": final["finished_at"]}
             if error is not None:
                 fields.update(status_reason=error["code"], status_message=error["message"], error=error)
@@ -368,7 +367,9 @@ class Lead:
         except LeaseLostError as lost:
             self._log.warning("the job went to another trainer before its end was written", reason=lost.message)
             return
-        level = "info" if status == "succeeded" else "warning"
+        # after the fenced update, so that a zombie never ends a job that goes on
+        await asyncio.to_thread(write_json, self.artifacts.root / "final.json", final)
+        level = "warning" if status == "failed" else "info"
         message = f"job {status}" + (f": {error['message']}" if error else "")
         await self._ctx.jobs.event(self.scope.job_id, "job.status", message, level=level, status=status)
         self._log.info("job ended", status=status, error=error)

@@ -83,7 +83,9 @@ class Progress:
         }
         metrics.update(timings)
         metrics.update({f"{stage}/tokens_per_s": speed for stage, speed in speeds.items()})
-        self._step_s = wall_s if self._step_s is None else SMOOTHING * wall_s + (1 - SMOOTHING) * self._step_s
+        # evaluations and checkpoints come now and then: they would make the ETA jump
+        usual_s = wall_s - timings["time/evaluate_s"] - timings["time/commit_s"]
+        self._step_s = usual_s if self._step_s is None else SMOOTHING * usual_s + (1 - SMOOTHING) * self._step_s
         progress: dict[str, Any] = {
             "phase": "training",
             "total_steps": self._stop_step,

@@ -45,7 +45,8 @@ def load_rows(data: DataSpec, file_path: Path | None) -> list[Row]:
         return list(data.rows)
     assert file_path is not None, "a spec with a file comes with its path"
     rows = []
-    for number, line in enumerate(file_path.read_text().splitlines(), start=1):
+    # not splitlines(): it also splits at U+2028 and others that JSON strings may hold
+    for number, line in enumerate(file_path.read_text(encoding="utf-8").split("\n"), start=1):
         if line.strip():
             try:
                 rows.append(Row.model_validate(json.loads(line)))

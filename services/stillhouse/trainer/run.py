@@ -152,9 +152,9 @@ class Run:
             samples = self._samples(scored)
             plan = plan_from_journal(samples, journalled.header.micro_batches)
             with self.progress.timed("train"):
-                self._metrics = await self.learner.step(samples, self.heads, plan)
+                metrics = await self.learner.step(samples, self.heads, plan)
             self.step_done = ref.step + 1
-            await self.progress.step_done(self.step_done, self._metrics, self._busy_seconds(scored))
+            await self.progress.step_done(self.step_done, metrics, self._busy_seconds(scored))
 
     async def _scored_again(self, step: int, scores: list[rollout_pb2.Score]) -> list[ScoredSample]:
         """Journalled scores as samples; hidden states are not journalled, so those are scored again."""

@@ -16,6 +16,7 @@ from redis.exceptions import RedisError
 
 from stillhouse.core.queue.client import BLOCK_MS
 from stillhouse.core.queue.streams import Entry, QueueBackend
+from stillhouse.core.tasks import cancel_all
 
 RENEWALS_PER_LEASE: Final = 3
 """Claims are renewed so often per `lease_s`: two renewals may fail before another worker takes over."""
@@ -42,7 +43,7 @@ class Claims:
 
     async def __aexit__(self, *_: object) -> None:
         if self._renewal is not None:
-            self._renewal.cancel()
+            await cancel_all([self._renewal])
         if not self._held:
             return
         try:

@@ -180,6 +180,10 @@ class QueueBackend(Protocol):
         """Delete all streams and marks of the epoch."""
         ...
 
+    async def marked(self, scope: Scope, marks: Sequence[str]) -> set[str]:
+        """Those of `marks` under which something was handed over."""
+        ...
+
 
 class WorkQueue:
     """`QueueBackend` on Redis 7.0 commands (Valkey 8 and 9 too)."""

