@@ -108,7 +108,7 @@ def test_inline_rows_need_no_upload(tmp_path: Path) -> None:
             {"stages__0__loss__advantage_clip": -1},
             "stages.0.loss.advantage_clip: -1 is out of range; use a value > 0",
         ),
-        ({"stages__0__loss": {"objective": "magic"}}, "stages.0.loss: "),
+        ({"stages__0__loss": {"objective": "magic"}}, "stages.0.loss.objective: unknown value"),
         ({"student": {}}, "student.model: is required; add it"),
         ({"samplers": {"min": 3, "max": 1}}, "samplers.max 1 is below samplers.min 3"),
         ({"stages__0__data__path": "nowhere.jsonl"}, "stages.0.data.path: "),

@@ -147,6 +147,9 @@ def _require(is_known: bool, method: str) -> None:
 async def _abort(context: grpc.aio.ServicerContext, method: str, error: Exception) -> None:
     if isinstance(error, grpc.aio.AbortError):
         raise error
+    if isinstance(error, NotImplementedError) and not isinstance(error, StillhouseError):
+        # raised by the generated base class of a service
+        error = UnimplementedError(f"{method} is part of the contract and not implemented yet")
     status = getattr(grpc.StatusCode, lookup(GRPC_STATUS, error, "INTERNAL"))
     if isinstance(error, StillhouseError):
         await context.abort(status, error.message, trailing_metadata=((CODE_KEY, error.code),))

@@ -288,6 +288,7 @@ class Lead:
         schedule = self.spec.stages[0].schedule
         pace = Pace(self.spec.stop_step(), schedule.prompts_per_step, schedule.max_staleness)
         together = Collaborators(run, run, run, run, run, run)
+        self.progress.phase = "training"
         self.progress.start_clock()
         await run_opd(pace, run.step_done, together, self.interrupt)
         await run.commit()

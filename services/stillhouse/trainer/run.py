@@ -220,6 +220,7 @@ class Run:
         with self.progress.timed("evaluate"):
             await self.progress.show("evaluating")
             result = await self.held_out.evaluate(step)
+        await self.progress.show("training")
         await self.jobs.event(
             self.scope.job_id,
             "evaluation",
