@@ -51,7 +51,7 @@ class MemoryQueue:
         return Outcome.DONE
 
     async def add(self, scope: Scope, stream: str, mark: str, payload: bytes) -> Outcome:
-        if self._is_closed(scope):
+        if self._is_closed(scope) or stream not in self._of_epoch.get((scope.job_id, scope.epoch), ()):
             return Outcome.CLOSED
         marks = self._marks.setdefault((scope.job_id, scope.epoch), set())
         if mark in marks:
@@ -108,7 +108,9 @@ class MemoryQueue:
         if outcome is Outcome.CLOSED:
             return outcome
         if dead and outcome is Outcome.DONE:
-            await self.add(scope, keys.dead(scope.job_id, scope.epoch), f"dead:{mark}", dead)
+            letters = self._streams.setdefault(keys.dead(scope.job_id, scope.epoch), _Stream())
+            letters.entries[letters.next_id] = dead
+            letters.next_id += 1
         if last:
             await self.ack_delete([source])
         return outcome

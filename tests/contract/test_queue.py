@@ -87,11 +87,20 @@ async def test_entries_come_in_order_and_once(queue: QueueBackend) -> None:
     assert await queue.claim([PROMPTS], keys.SAMPLERS_GROUP, "c", 3, NOW_MS) == []
 
 
-async def test_entries_added_before_the_group_exists_are_seen(backend: tuple[QueueBackend, SetEpoch]) -> None:
-    queue, _ = backend
+async def test_a_group_sees_entries_that_were_added_before_it(queue: QueueBackend) -> None:
     await queue.add(JOB, PROMPTS, "plan:0", b"early")
-    await queue.open_stream(JOB, PROMPTS, keys.SAMPLERS_GROUP)
-    assert (await claim_one(queue)).payload == b"early"
+    await queue.open_stream(JOB, PROMPTS, "another group")
+    assert (await claim_one(queue, group="another group")).payload == b"early"
+
+
+async def test_a_stream_that_was_closed_takes_nothing_although_the_epoch_is_the_newest(queue: QueueBackend) -> None:
+    """A trainer that drains closes its streams while samplers still write: their work must not pile up in Redis."""
+    await queue.add(JOB, PROMPTS, "plan:0", b"prompt")
+    entry = await claim_one(queue)
+    await queue.close_epoch(JOB)
+    assert await queue.hand_over(JOB, entry, ROLLOUTS, "rollout:0/0:0", b"late") is Outcome.CLOSED
+    assert await queue.add(JOB, PROMPTS, "plan:1", b"late") is Outcome.CLOSED
+    assert (await queue.length(PROMPTS), await queue.length(ROLLOUTS)) == (0, 0)
 
 
 async def test_adding_twice_under_one_mark_adds_once(queue: QueueBackend) -> None:

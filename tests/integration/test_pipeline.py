@@ -155,6 +155,20 @@ async def test_a_dead_worker_delays_the_job_and_does_not_end_it(deployment: Clus
     assert record.usage["failed_samples"] == 0
 
 
+async def test_a_job_without_a_teacher_says_what_it_waits_for(deployment: Cluster) -> None:
+    job_id = await deployment.submit(job_spec(stages__0__schedule={"steps": 30, "prompts_per_step": 3}))
+    await at_step(deployment, job_id, 2)
+    await deployment.stop("teacher-0")
+
+    async def says(reason: str) -> bool:
+        return (await deployment.ctx.jobs.get(job_id)).status_reason == reason
+
+    await wait_until(lambda: says("no_teacher"), timeout_s=20, what="the job to name the missing teacher")
+    await deployment.start("teacher", "teacher-0")
+    await wait_until(lambda: says(""), timeout_s=20, what="the job to take it back")
+    assert (await deployment.ended(job_id)).status == "succeeded"
+
+
 async def test_a_takeover_replays_the_journal_and_samples_nothing_twice(deployment: Cluster) -> None:
     job_id = await deployment.submit(
         job_spec(stages__0__schedule={"steps": 12, "prompts_per_step": 3}, checkpoint={"every_steps": 5})

@@ -129,11 +129,26 @@ class Lead:
                 self.interrupt.set("draining")
             try:
                 await self._ctx.jobs.renew(self.scope, self._ctx.instance, lease_s)
-                if (await self._ctx.jobs.get(self.scope.job_id)).status == "cancelling":
+                record = await self._ctx.jobs.get(self.scope.job_id)
+                if record.status == "cancelling":
                     self.interrupt.set("cancelled")
+                elif self.status in ("starting", "running"):
+                    await self._tell_missing(record)
             except (RedisError, OSError) as error:
                 self._log.warning("cannot renew the lease", error=str(error))
             await asyncio.sleep(min(1.0, lease_s / 3))
+
+    async def _tell_missing(self, record: JobRecord) -> None:
+        """Say in the record which service the job waits for because none is there, and take it back when one is."""
+        reason = message = ""
+        if self._samplers.size < self.spec.samplers.min and not await self._ctx.registry.services("sampler"):
+            reason, message = "no_sampler", "no sampler service is running; `stillhouse ps` shows what runs"
+        elif not await self._ctx.registry.services("teacher"):
+            reason, message = "no_teacher", "no teacher service is running; `stillhouse ps` shows what runs"
+        if record.status_reason != reason:
+            await self._ctx.jobs.update(self.scope, status_reason=reason, status_message=message)
+            if reason:
+                await self._ctx.jobs.event(self.scope.job_id, "warning", message, level="warning", reason=reason)
 
     # -- validating and starting -------------------------------------------------------------------------------------
 

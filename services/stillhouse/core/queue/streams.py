@@ -83,18 +83,21 @@ if type(ok) == 'table' and ok.err and not string.find(ok.err, 'BUSYGROUP') then 
 return 'DONE'
 """
 
-# KEYS record, marks, target; ARGV epoch, mark, payload
+# A stream that is not in the epoch's set was closed (or never opened): adding to it would leave it behind for ever.
+# KEYS record, marks, target, streams set; ARGV epoch, mark, payload
 _ADD = """
 if redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] then return 'CLOSED' end
+if redis.call('SISMEMBER', KEYS[4], KEYS[3]) == 0 then return 'CLOSED' end
 if redis.call('HSETNX', KEYS[2], ARGV[2], 1) == 0 then return 'DUP' end
 redis.call('XADD', KEYS[3], '*', 'p', ARGV[3])
 return 'DONE'
 """
 
-# KEYS record, marks, target, source, dead
+# KEYS record, marks, target, source, dead, streams set
 # ARGV epoch, mark, payload, source group, source id ('' = keep it), dead payload ('' = none)
 _HAND_OVER = """
 if redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] then return 'CLOSED' end
+if redis.call('SISMEMBER', KEYS[6], KEYS[3]) == 0 then return 'CLOSED' end
 local outcome = 'DUP'
 if redis.call('HSETNX', KEYS[2], ARGV[2], 1) == 1 then
   redis.call('XADD', KEYS[3], '*', 'p', ARGV[3])
@@ -204,7 +207,8 @@ class WorkQueue:
     async def add(self, scope: Scope, stream: str, mark: str, payload: bytes) -> Outcome:
         _check_size(stream, payload)
         record, marks = keys.job(scope.job_id), keys.marks(scope.job_id, scope.epoch)
-        return _outcome(await self._add(keys=[record, marks, stream], args=[scope.epoch, mark, payload]))
+        streams = keys.streams(scope.job_id, scope.epoch)
+        return _outcome(await self._add(keys=[record, marks, stream, streams], args=[scope.epoch, mark, payload]))
 
     async def claim(
         self, streams: Sequence[str], group: str, consumer: str, count: int, block_ms: int = BLOCK_MS
@@ -265,7 +269,14 @@ class WorkQueue:
         job_id, epoch = scope.job_id, scope.epoch
         return _outcome(
             await self._hand_over(
-                keys=[keys.job(job_id), keys.marks(job_id, epoch), target, source.stream, keys.dead(job_id, epoch)],
+                keys=[
+                    keys.job(job_id),
+                    keys.marks(job_id, epoch),
+                    target,
+                    source.stream,
+                    keys.dead(job_id, epoch),
+                    keys.streams(job_id, epoch),
+                ],
                 args=[epoch, mark, payload, source.group, source.id if last else "", dead],
             )
         )
