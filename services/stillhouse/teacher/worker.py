@@ -72,6 +72,9 @@ class TeacherWorker:
         """One batch of every stream that has work, or a wait for the first rollout anywhere."""
         tasks = await self._tasks()
         self._drop_blobs({Scope(task.job_id, task.epoch) for task in tasks.values()})
+        now = time.monotonic()
+        self._unusable = {stream: until for stream, until in self._unusable.items() if until > now}
+        tasks = {stream: task for stream, task in tasks.items() if stream not in self._unusable}
         if not tasks:
             self.activity, self.job_id = "idle", ""
             await pause(self._ctx.stop, IDLE_S)
@@ -97,9 +100,7 @@ class TeacherWorker:
                 # a stream that is gone would make a read over all of them fail
                 if await redis.exists(stream):
                     tasks[stream.decode()] = pb.TeacherTask.FromString(task)
-        now = time.monotonic()
-        self._unusable = {stream: until for stream, until in self._unusable.items() if until > now}
-        return {stream: task for stream, task in tasks.items() if stream not in self._unusable}
+        return tasks
 
     def _rotation(self, streams: list[str]) -> list[str]:
         """The streams, starting after the one served last: whoever is first in the index has no advantage."""

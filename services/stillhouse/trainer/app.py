@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import time
 from typing import Final
 
+from pydantic import ValidationError
 from redis.exceptions import RedisError
 
 from stillhouse.core.errors import NotFoundError
@@ -56,7 +59,8 @@ class TrainerApp:
             try:
                 await lead.lead()
             finally:
-                self._lead = None
+                self._lead = lead = None
+                gc.collect()  # student, published weights and heads hang in reference cycles
 
     async def _claim(self) -> Lead | None:
         """The oldest job that nobody leads."""
@@ -70,8 +74,18 @@ class TrainerApp:
             epoch = await jobs.claim(job_id, self._ctx.instance, self._ctx.settings.lease_s, artifact_epoch)
             if epoch:
                 self._ctx.log.info("job claimed", job_id=job_id, epoch=epoch)
-                return Lead(self._ctx, record, Scope(job_id, epoch))
+                try:
+                    return Lead(self._ctx, record, Scope(job_id, epoch))
+                except ValidationError as error:  # written by another version
+                    await self._refuse(Scope(job_id, epoch), str(error))
         return None
+
+    async def _refuse(self, scope: Scope, message: str) -> None:
+        error = {"code": "invalid_request", "message": f"this version cannot read the job: {message}", "param": "spec"}
+        await self._ctx.jobs.update(
+            scope, release=True, status="failed", status_reason="invalid_request", error=error, finished_at=time.time()
+        )
+        await self._ctx.jobs.event(scope.job_id, "job.status", "job failed", level="warning", status="failed")
 
 
 async def _wait(event: asyncio.Event, timeout_s: float) -> None:

@@ -64,9 +64,7 @@ def load_state(folder: Path, weights: Mapping[str, Tensor], optimizer: torch.opt
         name, _, slot = key.rpartition("/")
         if name not in weights:
             raise CorruptError(f"{folder / OPTIMIZER_FILE} holds '{key}', which the student does not have")
-        # AdamW keeps its step counter on the CPU wherever the parameter is
-        device = value.device if slot == "step" else weights[name].device
-        optimizer.state[weights[name]][slot] = value.to(device)
+        optimizer.state[weights[name]][slot] = value.to(weights[name].device)
     restore_random_states(state["random"])
     return state
 

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final
 
 from stillhouse.core.blobs import JobArtifacts, read_json, write_json
-from stillhouse.core.errors import JobFailedError
+from stillhouse.core.errors import DeadlineError, JobFailedError, OverloadedError, UnavailableError
 from stillhouse.core.spec import EvaluationSpec
 from stillhouse.core.tensors import ids_list, ids_tensor
 from stillhouse.trainer.batch import TeacherHead
@@ -25,6 +25,9 @@ from stillhouse.v1 import rollout_pb2, sampler_pb2, tensor_pb2
 
 GENERATE_TIMEOUT_S: Final = 600.0
 """Deadline of one teacher-written text: the sampler may have to load the teacher first."""
+GENERATE_TRIES: Final = 3
+GENERATE_PAUSE_S: Final = 5.0
+"""Pause between tries: about the time until a dead sampler is off the list."""
 NGRAM: Final = 4
 """Length of the repeated pieces that are counted."""
 
@@ -172,8 +175,13 @@ class HeldOut:
             ),
             seeds=[0],
         )
-        answers = await self._race(self._samplers.generate(request, GENERATE_TIMEOUT_S))
-        return self._renderer.text(ids_list(answers[0].completion_ids))
+        for _ in range(GENERATE_TRIES):
+            try:
+                answers = await self._race(self._samplers.generate(request, GENERATE_TIMEOUT_S))
+                return self._renderer.text(ids_list(answers[0].completion_ids))
+            except (UnavailableError, DeadlineError, OverloadedError):
+                await asyncio.sleep(GENERATE_PAUSE_S)  # the sampler died: its lease runs out, another takes over
+        return ""  # only people read this text; a job never fails for it
 
 
 def _mean(values: Sequence[float]) -> float:

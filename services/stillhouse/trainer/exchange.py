@@ -20,15 +20,13 @@ from redis.exceptions import RedisError
 
 from stillhouse.core.blobs import xxh3
 from stillhouse.core.errors import (
-    DeadlineError,
     JobFailedError,
     LeaseLostError,
-    NotFoundError,
     StillhouseError,
-    UnavailableError,
     WireError,
 )
 from stillhouse.core.queue import keys
+from stillhouse.core.queue.epochs import close_epochs
 from stillhouse.core.queue.registry import Registry
 from stillhouse.core.queue.streams import Entry, Outcome, QueueBackend, Scope
 from stillhouse.core.rpc import Peers, collect
@@ -37,6 +35,8 @@ from stillhouse.v1 import rollout_pb2, teacher_pb2, teacher_pb2_grpc
 
 CLAIM_COUNT: Final = 64
 """Scores taken from the queue at once."""
+RECLAIM_COUNT: Final = 1_000_000
+"""More than can be in flight: after a lost answer all pending scores are looked at."""
 FETCH_TIMEOUT_S: Final = 120.0
 """Deadline of one payload: 32 MiB of hidden states take 0.1 s on loopback, 3 s on a 100 Mbit/s line."""
 FETCH_CONCURRENCY: Final = 4
@@ -114,6 +114,8 @@ class Exchange:
         self._fetches = asyncio.Semaphore(FETCH_CONCURRENCY)
         self._scored = keys.scored(scope.job_id, scope.epoch)
         self._prompts = keys.prompts(scope.job_id, scope.epoch)
+        self._taken: set[str] = set()
+        """Ids of the entries on `scored` that were taken and not removed."""
         self.last_arrival = time.monotonic()
         self.num_failed = 0
         self.num_ended = 0
@@ -121,6 +123,7 @@ class Exchange:
     async def open(self) -> None:
         """Create the epoch's streams and tell the teachers about theirs."""
         job_id, epoch = self._scope.job_id, self._scope.epoch
+        await close_epochs(self._redis, self._queue, job_id, through=epoch - 1)
         await self._open(self._prompts, keys.SAMPLERS_GROUP)
         await self._open(self._scored, keys.TRAINERS_GROUP)
         for name, task in self._tasks.items():
@@ -135,14 +138,13 @@ class Exchange:
 
     async def close(self) -> None:
         """Take the epoch's streams away: late work of others finds them closed."""
-        for name, task in self._tasks.items():
-            stream = keys.rollouts(self._scope.job_id, self._scope.epoch, name)
-            await self._redis.hdel(keys.teacher(task.model_sha256), stream)
-            if not await self._redis.hlen(keys.teacher(task.model_sha256)):
-                await self._redis.srem(keys.TEACHERS, task.model_sha256)
-        await self._queue.close_epoch(self._scope)
+        await close_epochs(self._redis, self._queue, self._scope.job_id, through=self._scope.epoch)
         for pending in self._pending.values():
             pending.future.cancel()
+
+    def idle_s(self) -> float:
+        """Seconds without a score although groups are in flight."""
+        return time.monotonic() - self.last_arrival if self._pending else 0.0
 
     @property
     def groups_in_flight(self) -> int:
@@ -165,6 +167,8 @@ class Exchange:
         return future
 
     def _expect(self, name: str, group: int, wanted: set[str]) -> asyncio.Future[ScoredGroup]:
+        if not self._pending:
+            self.last_arrival = time.monotonic()
         pending = _Pending(group, wanted, asyncio.get_running_loop().create_future())
         self._pending[name] = pending
         for sample_id in wanted:
@@ -179,9 +183,13 @@ class Exchange:
 
     async def done(self, samples: Sequence[ScoredSample]) -> None:
         """The samples are journalled: their entries leave the queue."""
-        await self._queue.ack_delete([sample.entry for sample in samples if sample.entry is not None])
+        await self._remove([sample.entry for sample in samples if sample.entry is not None])
         for sample in samples:
             sample.entry = None
+
+    async def _remove(self, entries: list[Entry]) -> None:
+        await self._queue.ack_delete(entries)
+        self._taken.difference_update(entry.id for entry in entries)
 
     async def run(self) -> None:
         """Take scores from the queue until cancelled.
@@ -191,31 +199,43 @@ class Exchange:
         produces:     completed futures of groups
         unblocked by: a teacher's hand-over
         """
+        is_answer_lost = False
         async with asyncio.TaskGroup() as tasks:
             while True:
                 try:
-                    entries = await self._queue.claim([self._scored], keys.TRAINERS_GROUP, self._consumer, CLAIM_COUNT)
+                    entries = await self._claim(is_answer_lost)
                 except (RedisError, OSError) as error:
                     self._log.warning("queue server does not answer", error=str(error))
+                    is_answer_lost = True
                     await asyncio.sleep(0.5)
                     continue
+                is_answer_lost = False
                 for entry in entries:
+                    self._taken.add(entry.id)
                     tasks.create_task(self._arrive(entry), name=f"arrive {entry.id}")
+
+    async def _claim(self, is_answer_lost: bool) -> list[Entry]:
+        """New scores; after a lost answer also those that it delivered, for which nobody else would ask."""
+        entries: list[Entry] = []
+        if is_answer_lost:
+            entries = await self._queue.reclaim(self._scored, keys.TRAINERS_GROUP, self._consumer, 0.0, RECLAIM_COUNT)
+        entries += await self._queue.claim([self._scored], keys.TRAINERS_GROUP, self._consumer, CLAIM_COUNT)
+        return [entry for entry in entries if entry.id not in self._taken]
 
     async def _arrive(self, entry: Entry) -> None:
         score = rollout_pb2.Score.FromString(entry.payload)
         sample = ScoredSample(score, entry)
         pending = self._by_sample.get(sample.sample_id)
-        if pending is None or pending.future.done():
-            # nobody waits for it: a group that was given up
-            await self._queue.ack_delete([entry])
+        if pending is None or pending.future.done() or sample.sample_id in pending.arrived:
+            # nobody waits for it: a group that was given up, or a second score of the same sample
+            await self._remove([entry])
             return
         if score.WhichOneof("result") == "hidden":
             try:
                 async with self._fetches:
                     sample.hidden = await self._fetch(score)
-            except (NotFoundError, UnavailableError, DeadlineError, WireError) as error:
-                await self._retry_scoring(sample, error)
+            except (StillhouseError, RedisError) as error:
+                await self._retry_scoring(sample, str(error))
                 return
         self._settle(pending, sample)
 
@@ -240,14 +260,12 @@ class Exchange:
             raise WireError(f"sample {score.rollout.sample_id}: the hidden states do not match their checksum")
         return from_bytes(data, score.hidden.dtype, score.hidden.shape)
 
-    async def _retry_scoring(self, sample: ScoredSample, error: StillhouseError) -> None:
+    async def _retry_scoring(self, sample: ScoredSample, error: str) -> None:
         rollout = sample.score.rollout
-        self._log.warning(
-            "score payload is gone", sample_id=rollout.sample_id, attempt=rollout.attempt, error=error.message
-        )
+        self._log.warning("score payload is gone", sample_id=rollout.sample_id, attempt=rollout.attempt, error=error)
         if rollout.attempt + 1 >= MAX_ATTEMPTS:
             failure = rollout_pb2.Failure(
-                reason="payload_lost", message=error.message, service="trainer", attempts=rollout.attempt + 1
+                reason="payload_lost", message=error, service="trainer", attempts=rollout.attempt + 1
             )
             sample.score.failed.CopyFrom(failure)
             pending = self._by_sample.get(sample.sample_id)
@@ -256,7 +274,7 @@ class Exchange:
             return
         await self._put_back(rollout)
         if sample.entry is not None:
-            await self._queue.ack_delete([sample.entry])
+            await self._remove([sample.entry])
 
     async def _put_back(self, rollout: rollout_pb2.Rollout) -> None:
         again = rollout_pb2.Rollout()

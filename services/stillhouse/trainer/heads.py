@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import time
 from collections.abc import AsyncIterator
 from typing import Any, Final
 
-from stillhouse.core.errors import PreflightError, UnavailableError, WireError
+from stillhouse.core.errors import DeadlineError, UnavailableError, WireError
 from stillhouse.core.models import ModelEntry
 from stillhouse.core.queue.registry import Registry
 from stillhouse.core.queue.streams import Scope
@@ -18,8 +17,8 @@ from stillhouse.core.tensors import DTYPE_NAMES, dtype_name, from_bytes, itemsiz
 from stillhouse.trainer.batch import TeacherHead
 from stillhouse.v1 import rollout_pb2, teacher_pb2, teacher_pb2_grpc
 
-TEACHER_WAIT_S: Final = 120.0
-"""How long a job waits for a teacher process to appear: they are often started together, and import torch."""
+RETRY_S: Final = 0.5
+"""Pause between looks for a teacher."""
 LOAD_TIMEOUT_S: Final = 900.0
 """Deadline of loading a teacher: a 32B model reads 64 GB from disk."""
 HEAD_TIMEOUT_S: Final = 300.0
@@ -43,10 +42,9 @@ def make_task(scope: Scope, name: str, spec: TeacherSpec, entry: ModelEntry) -> 
 async def ensure_loaded(registry: Registry, peers: Peers, task: rollout_pb2.TeacherTask) -> Peer:
     """Have a teacher process load the model of `task`; returns the peer that has it.
 
-    Raises:
-        PreflightError: no teacher process appeared in time.
+    Waits for one as long as it takes (the job's record says so, and a user may cancel): a job with days of progress
+    must not fail because a node restarts.
     """
-    deadline = time.monotonic() + TEACHER_WAIT_S
     while True:
         for info in await registry.services("teacher"):
             peer = peers.get(info.address, teacher_pb2_grpc.TeacherServiceStub, f"teacher {info.instance}")
@@ -54,25 +52,19 @@ async def ensure_loaded(registry: Registry, peers: Peers, task: rollout_pb2.Teac
             try:
                 await peer.unary("EnsureModel", request, timeout_s=LOAD_TIMEOUT_S)
                 return peer
-            except UnavailableError:
+            except (UnavailableError, DeadlineError):
                 continue  # it died just now; its successor announces itself within seconds
-        if time.monotonic() > deadline:
-            raise PreflightError(
-                f"no teacher service answered within {TEACHER_WAIT_S:g} s; `stillhouse ps` shows what runs"
-            )
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(RETRY_S)
 
 
 async def fetch_head(registry: Registry, peers: Peers, task: rollout_pb2.TeacherTask) -> TeacherHead:
     """The output head of a teacher's model, verified against its hash."""
-    deadline = time.monotonic() + TEACHER_WAIT_S
     while True:
         peer = await ensure_loaded(registry, peers, task)
         try:
             return await _fetch(peer, task)
-        except UnavailableError:
-            if time.monotonic() > deadline:
-                raise
+        except (UnavailableError, DeadlineError):
+            await asyncio.sleep(RETRY_S)
 
 
 async def _fetch(peer: Peer, task: rollout_pb2.TeacherTask) -> TeacherHead:

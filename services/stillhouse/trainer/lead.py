@@ -13,6 +13,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,7 +23,7 @@ from redis.exceptions import RedisError
 from stillhouse.core.blobs import sha256_file, write_json
 from stillhouse.core.errors import ConflictError, JobFailedError, LeaseLostError, PreflightError, StillhouseError
 from stillhouse.core.models import ModelEntry, verify_files
-from stillhouse.core.queue.jobs import JobRecord
+from stillhouse.core.queue.jobs import JobRecord, final_document
 from stillhouse.core.queue.streams import Scope
 from stillhouse.core.service import Context
 from stillhouse.core.spec import DataSpec, FullVocabularyLoss, JobSpec
@@ -43,6 +45,20 @@ from stillhouse.trainer.train import LearnerThread
 
 LEADABLE: Final = ("queued", "validating", "starting", "running", "stalled", "cancelling")
 """States in which a trainer may take a job over."""
+
+
+NO_PROGRESS_S: Final = 120.0
+"""Time without a score after which a job says that it makes no progress: longer than any completion on a CPU takes."""
+HANDED_ON: Final = "handed on"
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    """How a claim ended: a terminal status of the job, or HANDED_ON."""
+
+    status: str
+    error: dict[str, Any] | None = None
+    result: dict[str, Any] | None = None
 
 
 class Lead:
@@ -75,24 +91,38 @@ class Lead:
     async def lead(self) -> None:
         """Work until the job has ended, the lease is lost or the process drains. Errors end up in the job's record."""
         background = [asyncio.create_task(self._renew(), name="renew lease")]
+        end: _End | None = None
         try:
-            await self._lead(background)
+            end = await self._work(background)
         except LeaseLostError as error:
             self._log.warning("lease lost; dropping everything", reason=error.message)
-        except Interrupted as stop:
-            await self._stopped(stop.reason)
-        except StillhouseError as error:
-            await self._end("failed", error=_as_error(error))
-        except Exception as error:
-            # whatever it is, the job's record must say so; the process goes on with the next job
-            self._log.exception("job crashed")
-            await self._end("failed", error={"code": "internal", "message": f"{type(error).__name__}: {error}"})
+        except RedisError as error:
+            self._log.error("queue server lost; the job goes on under a new claim", error=str(error))
         finally:
             await cancel_all(background)
-            await self._samplers.release()
+            with suppress(RedisError, OSError):
+                await self._samplers.release()
             await asyncio.to_thread(self._learner.close)
+        if end is not None:
+            await self._write_end(end)
 
-    async def _lead(self, background: list[asyncio.Task[Any]]) -> None:
+    async def _work(self, background: list[asyncio.Task[Any]]) -> _End:
+        """Lead to an end; whatever goes wrong with the job is one."""
+        try:
+            try:
+                return await self._lead(background)
+            except Interrupted as stop:
+                return await self._stopped(stop.reason)
+        except (LeaseLostError, RedisError):
+            raise
+        except StillhouseError as error:
+            return _End("failed", error=_as_error(error))
+        except Exception as error:
+            # the job's record must say so; the process goes on with the next job
+            self._log.exception("job crashed")
+            return _End("failed", error={"code": "internal", "message": f"{type(error).__name__}: {error}"})
+
+    async def _lead(self, background: list[asyncio.Task[Any]]) -> _End:
         opening = await asyncio.to_thread(
             manifests.open_epoch, self.artifacts, self.scope.epoch, self._ctx.instance, self._on_corrupt
         )
@@ -102,14 +132,15 @@ class Lead:
         run = await self._watch(background, self._prepare(opening, background))
         self.run_ = run
         await self._watch(background, self._train(run))
-        await self._finish(run)
+        return await self._finish(run)
 
     async def _watch(self, background: list[asyncio.Task[Any]], work: Any) -> Any:
         """Await `work`, but end with the exception of a background task that dies first."""
         task = asyncio.ensure_future(work)
         try:
             while not task.done():
-                await asyncio.wait({task, *background}, return_when=asyncio.FIRST_COMPLETED)
+                # not for ever: `work` itself adds background tasks
+                await asyncio.wait({task, *background}, timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
                 for other in background:
                     if other.done():
                         _reraise(other)
@@ -133,7 +164,8 @@ class Lead:
                 if record.status == "cancelling":
                     self.interrupt.set("cancelled")
                 elif self.status in ("starting", "running"):
-                    await self._tell_missing(record)
+                    with suppress(ConflictError):  # it ended or was cancelled just now
+                        await self._tell_missing(record)
             except (RedisError, OSError) as error:
                 self._log.warning("cannot renew the lease", error=str(error))
             await asyncio.sleep(min(1.0, lease_s / 3))
@@ -145,8 +177,17 @@ class Lead:
             reason, message = "no_sampler", "no sampler service is running; `stillhouse ps` shows what runs"
         elif not await self._ctx.registry.services("teacher"):
             reason, message = "no_teacher", "no teacher service is running; `stillhouse ps` shows what runs"
-        if record.status_reason != reason:
-            await self._ctx.jobs.update(self.scope, status_reason=reason, status_message=message)
+        elif self._exchange is not None and self._exchange.idle_s() > NO_PROGRESS_S:
+            reason = "no_progress"
+            message = f"no score for {NO_PROGRESS_S:g} s although groups are in flight; see the services' logs"
+        if record.status_reason != reason or record.status == "stalled":
+            await self._ctx.jobs.update(
+                self.scope,
+                allowed=("starting", "running", "stalled"),
+                status=self.status,
+                status_reason=reason,
+                status_message=message,
+            )
             if reason:
                 await self._ctx.jobs.event(self.scope.job_id, "warning", message, level="warning", reason=reason)
 
@@ -308,7 +349,7 @@ class Lead:
         await run_opd(pace, run.step_done, together, self.interrupt)
         await run.commit()
 
-    async def _finish(self, run: Run) -> None:
+    async def _finish(self, run: Run) -> _End:
         """Export the student, then say so: `succeeded` means that all steps are committed."""
         if run.step_done != self.spec.stop_step():
             raise JobFailedError(f"ended at step {run.step_done} of {self.spec.stop_step()}")
@@ -316,7 +357,7 @@ class Lead:
         result = self._result(run)
         student = self._ctx.models.get(self.spec.student.model)
         await run.export(Path(student.path), self._card(result))
-        await self._end("succeeded", result=result)
+        return _End("succeeded", result=result)
 
     def _result(self, run: Run) -> dict[str, Any]:
         result: dict[str, Any] = {"steps": run.step_done, "export": "ckpt_export", "usage": self.progress.usage}
@@ -349,15 +390,26 @@ class Lead:
 
     # -- ends --------------------------------------------------------------------------------------------------------
 
-    async def _stopped(self, reason: str) -> None:
+    async def _stopped(self, reason: str) -> _End:
         """A clean stop between steps: what is trained is committed; a cancelled job ends, else it is handed on."""
         if self.run_ is not None:
             await self.run_.commit()
-        if reason == "cancelled":
-            await self._end("cancelled")
-            return
-        if self._exchange is not None:
-            await self._exchange.close()
+        return _End("cancelled") if reason == "cancelled" else _End(HANDED_ON)
+
+    async def _write_end(self, end: _End) -> None:
+        """Write how the claim ended, once. A write that fails leaves the job to the next claim."""
+        try:
+            if self._exchange is not None:
+                await self._exchange.close()
+            await (self._hand_on() if end.status == HANDED_ON else self._write_final(end))
+        except (LeaseLostError, ConflictError) as lost:
+            self._log.warning("the job went on without this trainer before its end was written", reason=lost.message)
+        except (RedisError, OSError) as error:
+            self._log.error(
+                "the end of the job is not written; another claim will", status=end.status, error=str(error)
+            )
+
+    async def _hand_on(self) -> None:
         await self._ctx.jobs.event(
             self.scope.job_id, "job.handed_on", f"{self._ctx.instance} drains; another trainer may take over"
         )
@@ -365,30 +417,20 @@ class Lead:
             self.scope, release=True, status_reason="draining", status_message="waits for another trainer"
         )
 
-    async def _end(
-        self, status: str, *, error: dict[str, Any] | None = None, result: dict[str, Any] | None = None
-    ) -> None:
-        """Write the job's final state, once."""
-        if self._exchange is not None:
-            await self._exchange.close()
-        final = {"status": status, "error": error, "result": result, "finished_at": time.time()}
-        final.update(epoch=self.scope.epoch, step=self.run_.step_done if self.run_ else 0)
-        try:
-            fields: dict[str, Any] = {"status_reason": "", "status_message": "", "finished_at": final["finished_at"]}
-            if error is not None:
-                fields.update(status_reason=error["code"], status_message=error["message"], error=error)
-            if result is not None:
-                fields["result"] = result
-            await self._ctx.jobs.update(self.scope, allowed=LEADABLE, release=True, status=status, **fields)
-        except LeaseLostError as lost:
-            self._log.warning("the job went to another trainer before its end was written", reason=lost.message)
-            return
+    async def _write_final(self, end: _End) -> None:
+        fields: dict[str, Any] = {"status_reason": "", "status_message": "", "finished_at": round(time.time(), 3)}
+        if end.error is not None:
+            fields.update(status_reason=end.error["code"], status_message=end.error["message"], error=end.error)
+        if end.result is not None:
+            fields["result"] = end.result
+        await self._ctx.jobs.update(self.scope, allowed=LEADABLE, release=True, status=end.status, **fields)
         # after the fenced update, so that a zombie never ends a job that goes on
-        await asyncio.to_thread(write_json, self.artifacts.root / "final.json", final)
-        level = "warning" if status == "failed" else "info"
-        message = f"job {status}" + (f": {error['message']}" if error else "")
-        await self._ctx.jobs.event(self.scope.job_id, "job.status", message, level=level, status=status)
-        self._log.info("job ended", status=status, error=error)
+        record = await self._ctx.jobs.get(self.scope.job_id)
+        await asyncio.to_thread(write_json, self.artifacts.root / "final.json", final_document(record))
+        level = "warning" if end.status == "failed" else "info"
+        message = f"job {end.status}" + (f": {end.error['message']}" if end.error else "")
+        await self._ctx.jobs.event(self.scope.job_id, "job.status", message, level=level, status=end.status)
+        self._log.info("job ended", status=end.status, error=end.error)
 
     async def _set_status(self, status: str, **fields: Any) -> None:
         self.status = status

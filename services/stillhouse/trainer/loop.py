@@ -98,7 +98,7 @@ class Evaluator(Protocol):
 
 
 class Interrupted(Exception):
-    """The loop was asked to stop between steps; `reason` is "cancelled", "draining" or "lease_lost"."""
+    """The loop was asked to stop between steps; `reason` is "cancelled" or "draining"."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)

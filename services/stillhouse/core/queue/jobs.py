@@ -28,6 +28,8 @@ EVENTS_MAXLEN: Final = 10_000
 """Events kept in Redis for live readers; older ones are in events.jsonl."""
 METRICS_MAXLEN: Final = 100_000
 """Metric points kept in Redis."""
+METRICS_PAGE: Final = 1000
+"""Metric points read at once."""
 IDEMPOTENCY_TTL_S: Final = 86_400
 """An Idempotency-Key is remembered for a day."""
 
@@ -66,6 +68,26 @@ class JobRecord:
         return self.status in TERMINAL
 
 
+FINAL_FIELDS: Final = (
+    "status",
+    "status_reason",
+    "status_message",
+    "finished_at",
+    "epoch",
+    "step",
+    "committed_step",
+    "error",
+    "result",
+    "usage",
+)
+"""Fields of a finished record that `final.json` keeps beside the artifacts, for a queue server that lost everything."""
+
+
+def final_document(record: JobRecord) -> dict[str, Any]:
+    """What `final.json` says of a finished job."""
+    return {name: getattr(record, name) for name in FINAL_FIELDS}
+
+
 # KEYS record, jobs, active, idempotency; ARGV id, created_at, idempotency value ('' = none), ttl, field, value, ...
 _CREATE = """
 if ARGV[3] ~= '' then
@@ -95,8 +117,11 @@ redis.call('HSET', KEYS[1], 'epoch', epoch, 'trainer', ARGV[1])
 return epoch
 """
 
-# KEYS lease; ARGV holder, lease_ms
+# KEYS lease, record; ARGV holder, lease_ms, epoch. A wiped or rebuilt record has another epoch: the claim is void.
 _RENEW = """
+if redis.call('HGET', KEYS[2], 'epoch') ~= ARGV[3] then return 0 end
+local status = redis.call('HGET', KEYS[2], 'status')
+if status == 'succeeded' or status == 'failed' or status == 'cancelled' then return 0 end
 local holder = redis.call('GET', KEYS[1])
 if holder and holder ~= ARGV[1] then return 0 end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
@@ -195,8 +220,11 @@ class JobStore:
             LeaseLostError: another process holds it.
         """
         holder = f"{instance}:{scope.epoch}"
-        if int(await self._renew(keys=[keys.lease(scope.job_id)], args=[holder, int(lease_s * 1000)])) == 0:
-            raise LeaseLostError(f"job {scope.job_id}: the lease of epoch {scope.epoch} went to another trainer")
+        renewed = await self._renew(
+            keys=[keys.lease(scope.job_id), keys.job(scope.job_id)], args=[holder, int(lease_s * 1000), scope.epoch]
+        )
+        if int(renewed) == 0:
+            raise LeaseLostError(f"job {scope.job_id}: the claim of epoch {scope.epoch} is no longer valid")
 
     async def update(
         self, scope: Scope, *, allowed: tuple[str, ...] = (), release: bool = False, **fields: Any
@@ -265,13 +293,23 @@ class JobStore:
         append_jsonl(self.artifacts.job(scope.job_id).metrics, [point])
 
     async def metrics(self, job_id: str, *, step_from: int = 0, step_to: int | None = None) -> list[dict[str, Any]]:
-        """Metric points by step; of repeated steps the newest."""
+        """Metric points by step; of repeated steps the newest.
+
+        Read from the newest back to `step_from`, so that who follows a job does not read all of it every time.
+        """
         points: dict[int, dict[str, Any]] = {}
-        listed: Any = await self._redis.xrange(keys.metrics(job_id))
-        for _, fields in listed:
-            point = json.loads(fields[b"point"])
-            if point["step"] >= step_from and (step_to is None or point["step"] <= step_to):
-                points[point["step"]] = point
+        before, is_done = "+", False
+        while not is_done:
+            listed: Any = await self._redis.xrevrange(keys.metrics(job_id), max=before, count=METRICS_PAGE)
+            is_done = len(listed) < METRICS_PAGE
+            for entry_id, fields in listed:
+                before = f"({_text(entry_id)}"
+                point = json.loads(fields[b"point"])
+                if point["step"] < step_from:  # older points are of earlier steps, or of steps that were undone
+                    is_done = True
+                    break
+                if step_to is None or point["step"] <= step_to:
+                    points.setdefault(point["step"], point)
         return [points[step] for step in sorted(points)]
 
 
