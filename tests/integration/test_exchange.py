@@ -1,0 +1,128 @@
+"""The trainer's end of the queue when things go wrong between server and client. On a real server."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import structlog
+from redis.exceptions import ConnectionError as RedisConnectionError
+
+from stillhouse.core.queue import keys
+from stillhouse.core.queue.client import connect, connect_blocking
+from stillhouse.core.queue.registry import Registry
+from stillhouse.core.queue.streams import Entry, Scope, WorkQueue
+from stillhouse.core.tasks import cancel_all
+from stillhouse.core.tensors import floats_tensor, ids_tensor
+from stillhouse.trainer.exchange import Exchange
+from stillhouse.v1 import rollout_pb2
+from tests.waiting import wait_until
+
+JOB = Scope("job_exchange", 3)
+
+
+class LosingQueue(WorkQueue):
+    """Loses the answer of a claim: the server has delivered, the client never hears of it."""
+
+    def __init__(self, redis: Any, blocking: Any) -> None:
+        super().__init__(redis, blocking)
+        self.losses = 1
+
+    async def claim(self, *args: Any, **kwargs: Any) -> list[Entry]:
+        entries = await super().claim(*args, **kwargs)
+        if entries and self.losses:
+            self.losses -= 1
+            raise RedisConnectionError("connection reset by peer")
+        return entries
+
+
+@pytest.fixture
+async def parts(redis_url: str) -> AsyncIterator[Any]:
+    redis, blocking = connect(redis_url), connect_blocking(redis_url)
+    await redis.hset(keys.job(JOB.job_id), "epoch", str(JOB.epoch))  # type: ignore[misc]
+    queue = LosingQueue(redis, blocking)
+    exchange = Exchange(
+        JOB,
+        queue=queue,
+        redis=redis,
+        registry=Registry(redis),
+        peers=None,  # type: ignore[arg-type]
+        consumer="trainer-0",
+        tasks={"main": rollout_pb2.TeacherTask(model_sha256="a" * 64)},
+        log=structlog.get_logger(),
+    )
+    yield SimpleNamespace(redis=redis, queue=queue, exchange=exchange)
+    await redis.aclose()
+    await blocking.aclose()
+
+
+def group(number: int) -> rollout_pb2.PromptGroup:
+    return rollout_pb2.PromptGroup(group=number, group_id=str(number), sample_indices=[0], seeds=[1], teacher="main")
+
+
+def score(number: int) -> bytes:
+    rollout = rollout_pb2.Rollout(sample_id=f"{number}/0", group=number, completion_ids=ids_tensor([1, 2]))
+    sampled = rollout_pb2.SampledScore(teacher_logprobs=floats_tensor([-1.0, -2.0]))
+    return rollout_pb2.Score(rollout=rollout, sampled=sampled).SerializeToString()
+
+
+async def test_a_lost_answer_loses_no_score(parts: Any) -> None:
+    await parts.exchange.open()
+    futures = [await parts.exchange.plan(group(number)) for number in range(3)]
+    taking = asyncio.create_task(parts.exchange.run())
+    for number in range(3):
+        await parts.queue.add(JOB, keys.scored(JOB.job_id, JOB.epoch), f"score:{number}/0:0", score(number))
+    groups = await asyncio.wait_for(asyncio.gather(*futures), 20)
+    assert parts.queue.losses == 0, "the answer was lost, so the test tested something"
+    assert [g.samples[0].sample_id for g in groups] == ["0/0", "1/0", "2/0"]
+    await parts.exchange.done([sample for g in groups for sample in g.samples])
+    assert await parts.queue.length(keys.scored(JOB.job_id, JOB.epoch)) == 0
+    await cancel_all([taking])
+
+
+async def test_opening_an_epoch_takes_away_what_a_killed_trainer_left(parts: Any) -> None:
+    old = Scope(JOB.job_id, 1)
+    await parts.redis.hset(keys.job(JOB.job_id), "epoch", "1")
+    stream = keys.rollouts(old.job_id, old.epoch, "main")
+    await parts.queue.open_stream(old, stream, keys.TEACHERS_GROUP)
+    await parts.queue.add(old, stream, "rollout:0/0:0", b"late")
+    await parts.redis.sadd(keys.TEACHERS, "a" * 64)
+    await parts.redis.hset(keys.teacher("a" * 64), stream, b"task")
+    await parts.redis.hset(keys.teacher("a" * 64), keys.rollouts("job_other", 1, "main"), b"task")
+    await parts.redis.hset(keys.job(JOB.job_id), "epoch", str(JOB.epoch))
+
+    await parts.exchange.open()
+    fields = {field.decode() for field in await parts.redis.hkeys(keys.teacher("a" * 64))}
+    assert fields == {keys.rollouts(JOB.job_id, JOB.epoch, "main"), keys.rollouts("job_other", 1, "main")}
+    assert await parts.redis.keys(f"{keys.job(JOB.job_id)}:1:*") == []
+
+    await parts.exchange.close()
+    left = {key.decode() for key in await parts.redis.keys(f"{keys.job(JOB.job_id)}:*")}
+    assert left == set()
+
+
+async def test_a_put_back_rollout_is_a_new_attempt_and_ends_once(parts: Any) -> None:
+    """A hidden score whose teacher is gone goes back for scoring."""
+    await parts.exchange.open()
+    future = await parts.exchange.plan(group(7))
+    taking = asyncio.create_task(parts.exchange.run())
+    rollout = rollout_pb2.Rollout(sample_id="7/0", group=7, teacher="main", completion_ids=ids_tensor([1, 2]))
+    lost = rollout_pb2.Score(rollout=rollout, hidden=rollout_pb2.HiddenScore())
+    lost.hidden.blob.instance = "teacher-that-died"
+    scored = keys.scored(JOB.job_id, JOB.epoch)
+    await parts.queue.add(JOB, scored, "score:7/0:0", lost.SerializeToString())
+
+    stream = keys.rollouts(JOB.job_id, JOB.epoch, "main")
+
+    async def is_back() -> bool:
+        return await parts.queue.length(stream) == 1
+
+    await wait_until(is_back, timeout_s=20, what="the rollout to be put back")
+    (entry,) = await parts.queue.claim([stream], keys.TEACHERS_GROUP, "teacher-1", 1, 100)
+    assert rollout_pb2.Rollout.FromString(entry.payload).attempt == 1
+    await parts.queue.hand_over(JOB, entry, scored, "score:7/0:1", score(7))
+    assert not (await asyncio.wait_for(future, 20)).samples[0].is_failed
+    await cancel_all([taking])
