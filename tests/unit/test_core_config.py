@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from redis.asyncio.connection import parse_url
 
 from stillhouse.core.config import load_settings
 from stillhouse.core.errors import ConfigError
@@ -51,6 +52,15 @@ def test_secrets_come_from_files(tmp_path: Path) -> None:
     assert settings.redis_url == "redis://:p4ss@127.0.0.1:6379/0"
     assert settings.internal_token == "a-token-of-the-deployment"
     settings.check_internal_token()
+
+
+def test_a_password_may_hold_any_character(tmp_path: Path) -> None:
+    (tmp_path / "password").write_text("p@ss/w:rd#%\n")
+    settings = load_settings(
+        {"STILLHOUSE_HOME": str(tmp_path), "STILLHOUSE_REDIS_PASSWORD_FILE": str(tmp_path / "password")}
+    )
+    options = parse_url(settings.redis_url)
+    assert (options["password"], options["host"], options["port"]) == ("p@ss/w:rd#%", "127.0.0.1", 6379)
 
 
 def test_a_service_does_not_start_without_a_credential(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from stillhouse.core.errors import NotFoundError, SpecError
+from stillhouse.core.errors import ConfigError, NotFoundError, SpecError
 from stillhouse.core.models import ModelRegistry, inspect_model, verify_files
 from tests.tiny import TOKENIZER_SIZE, make_tiny_model
 
@@ -76,6 +76,13 @@ def test_the_registry_is_read_afresh_and_lists_what_it_has(folder: Path, tmp_pat
     assert reader.get("tiny").path == str(folder)
     with pytest.raises(NotFoundError, match="registered: tiny"):
         reader.get("tiney")
+
+
+@pytest.mark.parametrize("text", ["models: {", "- a", "models: [a]", "models: {a: 1}", "models: {a: {name: a}}"])
+def test_a_damaged_registry_names_its_file(tmp_path: Path, text: str) -> None:
+    (tmp_path / "models.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"models\.yaml"):
+        ModelRegistry(tmp_path / "models.yaml").all()
 
 
 def test_changed_files_are_noticed(folder: Path) -> None:

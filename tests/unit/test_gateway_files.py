@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from stillhouse.core.blobs import write_json
+from stillhouse.gateway import files
 from stillhouse.gateway.checkpoints import READ_BYTES, TarStream
 from tests.gateway_kit import Gateway, make_spec, open_gateway, problem
 
@@ -135,3 +136,10 @@ def test_a_tar_is_made_in_small_blocks_of_a_known_size_even_if_the_folder_goes(t
         assert {name: stream.read() for name, stream in members.items() if stream} == {
             f"top/{name}": data for name, data in content.items()
         }
+
+
+async def test_a_file_with_too_many_rows_is_refused(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "MAX_ROWS", 3)
+    assert (await gateway.http.post("/v1/files", content=rows(3), headers=JSONL)).status_code == 201
+    body = problem(await gateway.http.post("/v1/files", content=rows(4), headers=JSONL), 422)
+    assert "line 4: a file holds at most 3 rows" in body["detail"]

@@ -273,3 +273,31 @@ async def test_redis_down_is_503_with_retry_after(tmp_path: Path) -> None:
             assert int(answer.headers["retry-after"]) > 0
         assert gateway.ctx.artifacts.job_ids() == [], "what was refused left nothing behind"
         assert (await gateway.http.get("/healthz")).status_code == 200
+
+
+async def test_an_answer_that_takes_too_long_is_not_blamed_on_the_queue_server(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def hang(*_: Any, **__: Any) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(deadline, "REQUEST_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(gateway.ctx.jobs, "list", hang)
+    body = problem(await gateway.http.get("/v1/jobs"), 503)
+    assert "took longer than 0.05 s" in body["detail"]
+    assert "queue server" not in body["detail"]
+
+
+async def test_metrics_are_read_back_in_pages_and_the_last_of_a_step_wins(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stillhouse.core.queue.jobs.METRICS_PAGE", 4)
+    scope = await claimed(gateway)
+    jobs = gateway.ctx.jobs
+    for epoch, steps in ((1, range(1, 11)), (2, range(6, 14))):
+        for step in steps:
+            await jobs.metric(Scope(scope.job_id, epoch), step, {"loss": 0.0})
+    for step_from, step_to in ((0, None), (1, 13), (8, None), (7, 9), (13, None), (14, None), (0, 5)):
+        points = await jobs.metrics(scope.job_id, step_from=step_from, step_to=step_to)
+        expected = range(max(step_from, 1), (13 if step_to is None else step_to) + 1)
+        assert [(point["step"], point["epoch"]) for point in points] == [(n, 1 if n < 6 else 2) for n in expected]

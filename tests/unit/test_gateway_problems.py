@@ -9,8 +9,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from prometheus_client import generate_latest
+from redis.exceptions import OutOfMemoryError, ResponseError
+from structlog.testing import capture_logs
 
 from stillhouse.core.queue.jobs import STATUSES
+from stillhouse.core.telemetry import METRICS
+from stillhouse.gateway.problems import problem_response
 from stillhouse.gateway.schemas import Status
 from tests.gateway_kit import Gateway, add_model, make_spec, open_gateway, problem
 
@@ -47,7 +52,8 @@ WRONG_FIELDS = [
     ("stages.0.data.rows.0", {"prompt": "x", "teacher": "nobody"}, "stages.0.data.rows.0", "unknown teacher 'nobody'"),
     ("stages.0.data.file", "file_00000000", "stages.0.data", "exactly one of"),
     ("teachers", {"a b": {"model": "big"}}, "teachers.a b", "must match"),
-    ("teachers", {}, "teachers", "at least 1"),
+    ("teachers", {}, "teachers", "name at least one teacher"),
+    ("stages.0.sampling.stop_token_ids", [-1], "stages.0.sampling.stop_token_ids.0", ">= 0"),
     ("student.dtype", "float64", "student.dtype", "'float32' or 'bfloat16'"),
     ("learning_rate", 1, "learning_rate", "unknown key"),
     ("student", {"model": "nope"}, "student.model", "registered: big, small"),
@@ -198,6 +204,12 @@ BAD_FILES = [
     (b'{"prompt": "a"}\n\n{"promt": "b"}\n', "line 3: promt: unknown key 'promt'; did you mean 'prompt'?"),
     (b'{"prompt": "a"}\nnot json', "line 2: "),
     (b'{"messages": [{"role": "assistant", "content": "x"}]}', "line 1: the last message must be the user's"),
+    (b'{"messages": [{"role": "user", "content": " "}]}', "line 1: the last message of 'messages' is empty"),
+    (b'{"prompt": "a", "teacher_prompt": [{"role": "user", "content": ""}]}', "of 'teacher_prompt' is empty"),
+    (
+        b'{"prompt": "a", "teacher_prompt": [{"role": "system", "content": "x"}]}',
+        "must be the user's, got role 'system'",
+    ),
     (b'[{"prompt": "a"}]', "line 1: "),
     (b"\xff\xff\n", "line 1: "),
     (b"", "no rows"),
@@ -219,6 +231,8 @@ async def test_wrong_queries(gateway: Gateway) -> None:
         ("/v1/jobs?statu=queued", "statu"),
         ("/v1/jobs?status=done", "status"),
         ("/v1/jobs?order=up", "order"),
+        ("/v1/jobs?after=x:lease", "after"),
+        ("/v1/jobs/job_0123456789/events?after=١", "after"),
         ("/v1/jobs/..%2fx", "job_id"),
         ("/v1/jobs/job_0123456789/events?after=x", "after"),
         ("/v1/jobs/job_0123456789/metrics?step_from=-1", "step_from"),
@@ -262,6 +276,25 @@ async def test_a_crash_says_nothing_about_itself(gateway: Gateway) -> None:
     body = problem(await gateway.http.get("/v1/models"), 500)
     assert "secret-detail" not in json.dumps(body)
     assert body["code"] == "internal"
+
+
+async def test_a_broken_file_of_keys_is_logged(gateway: Gateway) -> None:
+    gateway.ctx.settings.keys_path().write_text("{")
+    with capture_logs() as logs:
+        problem(await gateway.http.get("/v1/jobs"), 500)
+    assert "request failed" in [entry["event"] for entry in logs]
+
+
+async def test_an_invented_method_gets_no_time_series_of_its_own(gateway: Gateway) -> None:
+    await gateway.http.request("BREW", "/v1/jobs")
+    metrics = generate_latest(METRICS).decode()
+    assert "BREW" not in metrics
+    assert 'method="other"' in metrics
+
+
+def test_a_refused_command_is_our_mistake_and_a_full_server_is_not() -> None:
+    for error, status in ((ResponseError("ERR syntax"), 500), (OutOfMemoryError("OOM"), 503)):
+        assert problem_response(error, "/v1/jobs", "r").status_code == status
 
 
 def test_the_status_type_is_the_list_of_statuses() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from stillhouse.core.blobs import read_json, write_json
 from stillhouse.core.errors import LeaseLostError
 from stillhouse.core.queue import keys
+from stillhouse.core.queue.jobs import IDEMPOTENCY_TTL_S
 from stillhouse.core.queue.streams import Scope
 from stillhouse.core.telemetry import METRICS
 from stillhouse.gateway.sweeper import Sweeper
@@ -81,7 +83,13 @@ async def test_a_new_claim_starts_the_clock_again(gateway: Gateway) -> None:
 async def test_a_cancelled_job_without_trainer_ends_and_fences_the_old_one(gateway: Gateway) -> None:
     scope = await led(gateway, "running")
     await gateway.http.post(f"/v1/jobs/{scope.job_id}/cancel")
+    prompts = keys.prompts(scope.job_id, scope.epoch)
+    await gateway.ctx.queue.open_stream(scope, prompts, keys.SAMPLERS_GROUP)
+    index = keys.teacher("0" * 64)
+    await gateway.ctx.redis.sadd(keys.TEACHERS, "0" * 64)
+    await gateway.ctx.redis.hset(index, keys.rollouts(scope.job_id, scope.epoch, "main"), b"task")
     await swept_until(gateway, Sweeper(gateway.ctx), scope.job_id, "cancelled")
+    assert not await gateway.ctx.redis.exists(prompts, index), "nothing of its epochs stays behind"
     assert read_json(gateway.ctx.artifacts.job(scope.job_id).root / "final.json")["status"] == "cancelled"
     with pytest.raises(LeaseLostError):
         await gateway.ctx.jobs.update(scope, status="running")
@@ -111,11 +119,29 @@ async def test_a_job_that_was_written_but_never_recorded_does_not_become_a_secon
     job = (await gateway.submit(key="k")).json()["id"]
     root = gateway.ctx.artifacts.root / "jobs"
     twin = "job_00000000000000000000"  # its request died between job.json and the record; the client sent it again
-    shutil.copytree(root / job, root / twin)
-    write_json(root / twin / "job.json", {**read_json(root / twin / "job.json"), "id": twin})
+    write_json(root / twin / "job.json", {**read_json(root / job / "job.json"), "id": twin})
     await Sweeper(gateway.ctx).sweep()
     assert gateway.ctx.artifacts.job_ids() == [job]
+    assert not (root / twin).exists()
     assert [record.id for record in await gateway.ctx.jobs.list()] == [job]
+
+
+@pytest.mark.parametrize("why", ["it has a history", "its key is forgotten", "the key is of nobody"])
+async def test_a_job_whose_key_another_one_has_is_never_deleted(gateway: Gateway, why: str) -> None:
+    job = (await gateway.submit(key="k")).json()["id"]
+    root = gateway.ctx.artifacts.root / "jobs"
+    lost = "job_00000000000000000000"
+    document = {**read_json(root / job / "job.json"), "id": lost}
+    if why == "its key is forgotten":
+        document["created_at"] = time.time() - IDEMPOTENCY_TTL_S - 1
+    write_json(root / lost / "job.json", document)
+    if why == "it has a history":
+        (root / lost / "events.jsonl").write_text("")
+    if why == "the key is of nobody":
+        shutil.rmtree(root / job)
+    await Sweeper(gateway.ctx).sweep()
+    assert (root / lost / "job.json").is_file()
+    assert {record.id for record in await gateway.ctx.jobs.list()} == {job, lost}
 
 
 async def test_a_damaged_job_does_not_stop_the_sweep(gateway: Gateway) -> None:

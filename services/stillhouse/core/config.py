@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
+from urllib.parse import quote
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -176,4 +177,4 @@ def _read_secret(path: Path) -> str:
 
 def _with_password(url: str, password: str) -> str:
     scheme, _, rest = url.partition("://")
-    return url if "@" in rest else f"{scheme}://:{password}@{rest}"
+    return url if "@" in rest else f"{scheme}://:{quote(password, safe='')}@{rest}"

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, Final
 
 import yaml
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from stillhouse.core.blobs import sha256_bytes, sha256_file, write_atomic
-from stillhouse.core.errors import NotFoundError, SpecError
+from stillhouse.core.errors import ConfigError, NotFoundError, SpecError
 from stillhouse.core.spec import Closed, Name
 
 MAX_HEADER_BYTES: Final = 8 << 20
@@ -128,15 +128,18 @@ class ModelRegistry:
         self._entries: dict[str, ModelEntry] = {}
 
     def all(self) -> dict[str, ModelEntry]:
-        """Registered models by name."""
+        """Registered models by name.
+
+        Raises:
+            ConfigError: the file is damaged; names it and the entry.
+        """
         try:
             stat = self.path.stat()
         except FileNotFoundError:
             return {}
         stamp = (stat.st_mtime_ns, stat.st_size)
         if stamp != self._stamp:
-            loaded = yaml.safe_load(self.path.read_text()) or {}
-            self._entries = {name: ModelEntry.model_validate(entry) for name, entry in loaded.get("models", {}).items()}
+            self._entries = _read_entries(self.path)
             self._stamp = stamp
         return dict(self._entries)
 
@@ -192,6 +195,27 @@ def verify_files(entry: ModelEntry) -> None:
 def _identity_files(folder: Path) -> list[Path]:
     names = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
     return [folder / name for name in names if (folder / name).is_file()] + sorted(folder.glob("*.safetensors"))
+
+
+def _read_entries(path: Path) -> dict[str, ModelEntry]:
+    try:
+        loaded = yaml.safe_load(path.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    models = (loaded.get("models") or {}) if isinstance(loaded, dict) else None
+    if not isinstance(models, dict):
+        raise ConfigError(f"{path} must hold `models:` with one entry per name; write it with `stillhouse models add`")
+    entries = {}
+    for name, entry in models.items():
+        try:
+            entries[name] = ModelEntry.model_validate(entry)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in ("models", name, *first["loc"]))
+            raise ConfigError(
+                f"{path}: {where}: {first['msg']}; register the model again with `stillhouse models add`"
+            ) from None
+    return entries
 
 
 def _refuse_foreign_files(folder: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}$")]
 """1-64 letters, digits, dots, dashes or underscores; also used in queue keys, hence no colon or slash."""
@@ -58,8 +58,8 @@ class Row(Closed):
             raise ValueError("give exactly one of 'prompt' and 'messages'")
         if self.prompt is not None and not self.prompt.strip():
             raise ValueError("the prompt is empty")
-        if self.messages is not None and self.messages[-1].role != "user":
-            raise ValueError(f"the last message must be the user's, got role '{self.messages[-1].role}'")
+        _check_last("messages", self.messages)
+        _check_last("teacher_prompt", self.teacher_prompt)
         return self
 
     def conversation(self) -> list[dict[str, str]]:
@@ -67,6 +67,15 @@ class Row(Closed):
         if self.messages is not None:
             return [m.model_dump() for m in self.messages]
         return [{"role": "user", "content": self.prompt or ""}]
+
+
+def _check_last(name: str, messages: tuple[Message, ...] | None) -> None:
+    if messages is None:
+        return
+    if messages[-1].role != "user":
+        raise ValueError(f"the last message must be the user's, got role '{messages[-1].role}' in '{name}'")
+    if not messages[-1].content.strip():
+        raise ValueError(f"the last message of '{name}' is empty")
 
 
 class StudentSpec(Closed):
@@ -121,7 +130,7 @@ class SamplingSpec(Closed):
     """Nucleus sampling; below 1 samples no longer come from the policy whose log-probabilities are recorded."""
     top_k: int = Field(default=0, ge=0, le=1_000_000)
     """Sample among the k likeliest tokens only; 0 = off."""
-    stop_token_ids: tuple[int, ...] = Field(default=(), max_length=64)
+    stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(), max_length=64)
     """Token ids that end a completion, besides the model's own end-of-sequence tokens."""
 
 
@@ -271,6 +280,13 @@ class JobSpec(Closed):
         default_factory=dict, max_length=16
     )
     """Up to 16 pairs of your own."""
+
+    @field_validator("teachers", mode="before")
+    @classmethod
+    def _has_teacher(cls, teachers: Any) -> Any:
+        if teachers == {}:
+            raise ValueError("name at least one teacher")
+        return teachers
 
     @model_validator(mode="after")
     def _consistent(self) -> JobSpec:

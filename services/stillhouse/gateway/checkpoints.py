@@ -76,7 +76,7 @@ def checkpoint_folder(job_id: str, artifacts: JobArtifacts, checkpoint: str) -> 
         NotFoundError: there is no such checkpoint (any more).
     """
     # the pattern keeps ids from becoming paths elsewhere
-    match = re.fullmatch(r"ckpt_(\d{1,9})-([a-z0-9-]{1,80})", checkpoint)
+    match = re.fullmatch(r"ckpt_([0-9]{1,9})-([a-z0-9-]{1,80})", checkpoint)
     folder = None
     if checkpoint == EXPORT_ID:
         folder = artifacts.export

@@ -28,6 +28,10 @@ MAX_LINE_BYTES: Final = 4 << 20
 """Longest line: more text than any model reads, and what one upload may hold in memory."""
 
 
+MAX_ROWS: Final = 200_000
+"""Most rows of a file: pre-flight and trainer hold them all in memory, about 2 KiB each."""
+
+
 class Upload:
     """An upload in progress: feed it blocks, then finish or abort.
 
@@ -100,6 +104,8 @@ class Upload:
         except ValidationError as error:
             raise self._error(_reason(error), self._line) from None
         self.num_rows += 1
+        if self.num_rows > MAX_ROWS:
+            raise self._error(f"a file holds at most {MAX_ROWS} rows; train on the rest in another job", self._line)
 
     @staticmethod
     def _error(reason: str, line: int) -> SpecError:

@@ -11,6 +11,7 @@ import json
 import re
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
@@ -25,6 +26,8 @@ from stillhouse.gateway.validation import preflight
 CANCELLABLE: Final = ("queued", "validating", "starting", "running", "stalled")
 FINAL: Final = "final.json"
 """Beside job.json: how the job ended. Its presence means that nothing is left to do."""
+_PREFLIGHTS: Final = ThreadPoolExecutor(max_workers=1, thread_name_prefix="preflight")
+"""One at a time: each holds all rows of a job's files in memory and counts tokens on all cores."""
 _FINAL_FIELDS: Final = (
     "status",
     "status_reason",
@@ -70,7 +73,8 @@ async def submit(ctx: Context, submission: Submission) -> tuple[JobRecord, bool]
         earlier: Any = await ctx.redis.get(keys.idempotency(token))
         if earlier is not None:
             return await _replay(ctx, earlier.decode(), submission), True
-    await asyncio.to_thread(preflight, submission.spec, ctx.models, ctx.artifacts)
+    loop = asyncio.get_running_loop()
+    await loop.run_in_executor(_PREFLIGHTS, preflight, submission.spec, ctx.models, ctx.artifacts)
     record = JobRecord(
         id=new_id("job"),
         status="queued",

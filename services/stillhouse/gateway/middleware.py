@@ -28,6 +28,8 @@ DRAIN_BYTES: Final = 8 << 20
 """Bytes read and dropped after a refused body, so that the client gets to read the answer instead of a reset."""
 UPLOAD_PATH: Final = "/v1/files"
 """Streams its body to disk under a limit of its own."""
+METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+"""Methods with a label of their own in the metrics; a client can send any word."""
 
 
 class Edge:
@@ -64,7 +66,10 @@ class Edge:
             except (StillhouseError, HTTPException) as error:
                 if status:
                     raise
-                await problem_response(error, scope["path"], request_id)(scope, receive, send_tagged)
+                response = problem_response(error, scope["path"], request_id)
+                if response.status_code == 500:
+                    self._log.error("request failed", path=scope["path"], exc_info=error)
+                await response(scope, receive, send_tagged)
             except Exception as error:  # the outermost task of a request
                 self._log.exception("request crashed", path=scope["path"])
                 if status:
@@ -76,7 +81,8 @@ class Edge:
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
         # the route's template, not the path: ids in a label would make one time series per job
         route = getattr(scope.get("route"), "path", "none")
-        HTTP_SECONDS.labels(scope["method"], route, str(status)).observe(seconds)
+        method = scope["method"] if scope["method"] in METHODS else "other"
+        HTTP_SECONDS.labels(method, route, str(status)).observe(seconds)
         if scope["path"] not in OPEN_PATHS or status >= 500:
             self._log.info(
                 "request",

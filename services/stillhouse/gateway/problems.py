@@ -15,7 +15,7 @@ from typing import Any, Final
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
-from redis.exceptions import RedisError
+from redis.exceptions import OutOfMemoryError, ReadOnlyError, RedisError, ResponseError
 from starlette.exceptions import HTTPException
 
 from stillhouse.core.errors import HTTP_STATUS, MalformedError, SpecError, StillhouseError, lookup
@@ -24,7 +24,7 @@ from stillhouse.core.explain import Finding, explain
 MEDIA_TYPE: Final = "application/problem+json"
 RETRY_AFTER_S: Final = 2
 """Told to callers on 429 and 503: a restart of the queue server or of a replica takes about as long."""
-_CODES: Final = {400: "malformed", 404: "not_found", 405: "method_not_allowed", 408: "deadline"}
+_CODES: Final = {400: "malformed", 404: "not_found", 405: "method_not_allowed", 408: "deadline", 503: "unavailable"}
 
 
 class Problem(BaseModel):
@@ -80,6 +80,8 @@ def problem_response(error: BaseException, path: str, request_id: str) -> JSONRe
         status, headers = error.status_code, error.headers or {}
         code = _CODES.get(status, "invalid_request")
         detail = f"there is no {path}; see /docs for what there is" if status == 404 else str(error.detail)
+    elif _is_refusal(error):
+        status, code, detail = 500, "internal", ""
     elif isinstance(error, (RedisError, asyncio.TimeoutError)):
         status, code, detail = 503, "unavailable", "the queue server does not answer; try again"
     else:
@@ -87,6 +89,11 @@ def problem_response(error: BaseException, path: str, request_id: str) -> JSONRe
     if status == 500:
         code, detail, param = "internal", "unexpected error; the log has the details under this request_id", None
     return _render(status, code, detail, param, findings, path, request_id, headers)
+
+
+def _is_refusal(error: BaseException) -> bool:
+    """The queue server answered and calls the command wrong: trying again cannot help."""
+    return isinstance(error, ResponseError) and not isinstance(error, (OutOfMemoryError, ReadOnlyError))
 
 
 def _render(

@@ -9,7 +9,6 @@ Everything here may be repeated or done by two replicas at once: changes go thro
 from __future__ import annotations
 
 import asyncio
-import shutil
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -20,7 +19,8 @@ from redis.exceptions import RedisError
 from stillhouse.core.blobs import read_json
 from stillhouse.core.errors import ConflictError, CorruptError, NotFoundError, StillhouseError
 from stillhouse.core.queue import keys
-from stillhouse.core.queue.jobs import JobRecord
+from stillhouse.core.queue.epochs import close_epochs
+from stillhouse.core.queue.jobs import IDEMPOTENCY_TTL_S, JobRecord
 from stillhouse.core.queue.streams import Scope
 from stillhouse.core.service import Context
 from stillhouse.core.telemetry import QUEUE_ENTRIES
@@ -145,7 +145,7 @@ class Sweeper:
             status_message="cancelled; no trainer was there to stop it",
             finished_at=round(time.time(), 3),
         )
-        await self._ctx.queue.close_epoch(Scope(record.id, record.epoch))
+        await close_epochs(self._ctx.redis, self._ctx.queue, record.id, through=epoch)
         await jobs.event(record.id, "job.status", "cancelled", status="cancelled")
         await asyncio.to_thread(write_final, self._ctx, await jobs.get(record.id))
 
@@ -174,16 +174,33 @@ class Sweeper:
         if final is not None:
             record = replace(record, **final_fields(final))
         token, body_sha256 = document["idempotency"]
+        if time.time() - record.created_at > IDEMPOTENCY_TTL_S:
+            token = ""  # forgotten by now; a later job may have used it again
         made = await self._ctx.jobs.create(record, idempotency_key=token, body_sha256=body_sha256)
-        if made and not made.startswith(f"{job_id}:"):
-            # its request died before the record existed, and the client's retry made another job
-            await asyncio.to_thread(shutil.rmtree, self._ctx.artifacts.job(job_id).root, ignore_errors=True)
-            return
+        other_id = made.partition(":")[0]
+        if made and other_id != job_id:
+            if await asyncio.to_thread(self._remove_twin, job_id, other_id, token):
+                return
+            await self._ctx.jobs.create(record)
         if record.is_terminal:
             await self._ctx.redis.zrem(keys.JOBS_ACTIVE, job_id)
         else:
             await self._ctx.jobs.event(job_id, "job.rebuilt", "the queue server had lost this job's record")
         self._ctx.log.warning("job record rebuilt", job_id=job_id, status=record.status)
+
+    def _remove_twin(self, job_id: str, other_id: str, token: str) -> bool:
+        """Delete a job.json whose request died before the record existed, when the client's retry made another job.
+
+        Whatever has more than its job.json was a job once and stays.
+        """
+        twin, other = self._ctx.artifacts.job(job_id), self._ctx.artifacts.job(other_id)
+        if [path.name for path in twin.root.iterdir()] != [twin.job_json.name]:
+            return False
+        if not other.job_json.is_file() or read_json(other.job_json)["idempotency"][0] != token:
+            return False
+        twin.job_json.unlink()
+        twin.root.rmdir()  # refuses a folder that was filled meanwhile
+        return True
 
     async def _measure(self, active: list[JobRecord]) -> None:
         entries: Counter[str] = Counter(prompts=0, rollouts=0, scored=0)

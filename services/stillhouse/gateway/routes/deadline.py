@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
-from fastapi import Request, Response
+from fastapi import HTTPException, Request, Response
 from fastapi.routing import APIRoute
 
 REQUEST_TIMEOUT_S: Final = 20.0
@@ -20,7 +20,13 @@ class DeadlineRoute(APIRoute):
         handler = super().get_route_handler()
 
         async def limited(request: Request) -> Response:
-            async with asyncio.timeout(REQUEST_TIMEOUT_S):
-                return await handler(request)
+            deadline = asyncio.timeout(REQUEST_TIMEOUT_S)
+            try:
+                async with deadline:
+                    return await handler(request)
+            except TimeoutError:
+                if not deadline.expired():
+                    raise
+                raise HTTPException(503, f"the answer took longer than {REQUEST_TIMEOUT_S:g} s; try again") from None
 
         return limited

@@ -23,7 +23,7 @@ from stillhouse.gateway.views import event_view, metric_view
 
 router = APIRouter(prefix="/v1/jobs/{job_id}", tags=["history"], route_class=DeadlineRoute)
 Ctx = Annotated[Context, Depends(get_context)]
-EventId = Annotated[str, Field(pattern=r"^(\d{1,16}(-\d{1,10})?)?$")]
+EventId = Annotated[str, Field(pattern=r"^([0-9]{1,16}(-[0-9]{1,10})?)?$")]
 
 
 class EventsQuery(BaseModel):

@@ -30,7 +30,7 @@ class ListQuery(BaseModel):
 
     limit: int = Field(default=20, ge=1, le=100)
     """Jobs in the answer, at most."""
-    after: str = Field(default="", max_length=64)
+    after: str = Field(default="", pattern=r"^(job_[a-z0-9]{8,40})?$")
     """Last id of the page before."""
     status: Status | None = None
     """Only jobs with this status."""
