@@ -60,7 +60,7 @@ def test_a_password_may_hold_any_character(tmp_path: Path) -> None:
         {"STILLHOUSE_HOME": str(tmp_path), "STILLHOUSE_REDIS_PASSWORD_FILE": str(tmp_path / "password")}
     )
     options = parse_url(settings.redis_url)
-    assert (options["password"], options["host"], options["port"]) == ("p@ss/w:rd#%", "127.0.0.1", 6379)
+    assert (options.get("password"), options.get("host"), options.get("port")) == ("p@ss/w:rd#%", "127.0.0.1", 6379)
 
 
 def test_a_service_does_not_start_without_a_credential(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import csv
 import io
 import json
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -301,3 +302,19 @@ async def test_metrics_are_read_back_in_pages_and_the_last_of_a_step_wins(
         points = await jobs.metrics(scope.job_id, step_from=step_from, step_to=step_to)
         expected = range(max(step_from, 1), (13 if step_to is None else step_to) + 1)
         assert [(point["step"], point["epoch"]) for point in points] == [(n, 1 if n < 6 else 2) for n in expected]
+
+
+async def test_pre_flights_run_one_at_a_time(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    running, most = 0, 0
+
+    def slow(*_: Any) -> None:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        threading.Event().wait(0.02)  # gives up the interpreter, so that another one could start
+        running -= 1
+
+    monkeypatch.setattr("stillhouse.gateway.jobs.preflight", slow)
+    answers = await asyncio.gather(*(gateway.submit(make_spec(seed=seed)) for seed in range(4)))
+    assert [answer.status_code for answer in answers] == [201] * 4
+    assert most == 1
