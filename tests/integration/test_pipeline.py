@@ -6,6 +6,7 @@ A random teacher and a random student are far apart (some nats), so a right grad
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,23 @@ async def test_a_takeover_replays_the_journal_and_samples_nothing_twice(deployme
     assert rewound[0]["data"]["to"] >= 8
     steps = [point["step"] for point in await deployment.ctx.jobs.metrics(job_id)]
     assert steps == list(range(1, 13))
+
+
+async def test_a_wiped_queue_server_costs_no_committed_or_journalled_step(deployment: Cluster) -> None:
+    job_id = await deployment.submit(
+        job_spec(stages__0__schedule={"steps": 12, "prompts_per_step": 3}, checkpoint={"every_steps": 2})
+    )
+    await at_step(deployment, job_id, 5)
+    record = await deployment.ctx.jobs.get(job_id)
+    await deployment.ctx.redis.flushall()
+    # what the gateway's sweeper does: the record again, from job.json, without epoch or step
+    await deployment.ctx.jobs.create(replace(record, epoch=0, step=0, status="queued", weights=None))
+    record = await deployment.ended(job_id)
+    assert (record.status, record.step) == ("succeeded", 12), record.error
+    assert record.epoch >= 2, "the epoch comes from the artifacts, so the void claim's work is fenced"
+    artifacts = deployment.ctx.artifacts.job(job_id)
+    in_epochs = [[e for e in range(1, record.epoch + 1) if artifacts.journal(e, step).exists()] for step in range(12)]
+    assert all(len(epochs) == 1 for epochs in in_epochs), "no step was sampled twice"
 
 
 async def test_a_draining_trainer_commits_and_hands_the_job_on(deployment: Cluster) -> None:
