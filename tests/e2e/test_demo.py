@@ -40,7 +40,12 @@ def test_the_demo_makes_a_better_student_although_services_die(tmp_path: Path) -
     killed: list[str] = []
     killer = threading.Thread(target=kill_midway, args=(stillhouse, killed), daemon=True)
     killer.start()
-    assert demo.wait(timeout=1200) == 0
+    try:
+        assert demo.wait(timeout=1200) == 0
+    finally:
+        demo.terminate()
+        demo.wait()
+        stillhouse("down")  # it ends what an interrupted demo leaves
     assert killed == ["sampler-0", "teacher-0"]
 
     report: dict[str, Any] = json.loads((out / "report.json").read_text())

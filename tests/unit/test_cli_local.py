@@ -43,6 +43,32 @@ def test_models_are_added_listed_replaced_and_forgotten(
     assert folder.is_dir(), "its files stay"
 
 
+def test_models_of_another_machine_are_listed_over_rest(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from stillhouse.client.client import Listing
+
+    row = {"id": "far", "architecture": "A", "num_parameters": 7, "num_layers": 2, "size_bytes": 9}
+    monkeypatch.setattr(Listing, "list", lambda _: [{**row, "tokenizer_sha256": "t" * 64, "sha256": "s" * 64}])
+    monkeypatch.setenv("STILLHOUSE_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("STILLHOUSE_API_KEY", "k")
+    models.show(as_json=False)
+    assert "far" in capsys.readouterr().out
+    with pytest.raises(CliError, match="STILLHOUSE_URL"):
+        models.add("m", "/nowhere", "")
+
+
+def test_torn_lines_of_a_history_are_skipped_and_spoil_no_others(tmp_path: Path) -> None:
+    from stillhouse.core.blobs import append_jsonl, read_jsonl
+
+    path = tmp_path / "events.jsonl"
+    append_jsonl(path, [{"n": 1}])
+    with path.open("ab") as stream:
+        stream.write(b'{"n": 2, "tex')
+    append_jsonl(path, [{"n": 3}, {"n": 4}])
+    assert [line["n"] for line in read_jsonl(path)] == [1, 3, 4]
+
+
 def test_doctor_finds_changed_models_and_names_the_command(home: Path, tmp_path: Path) -> None:
     folder = make_tiny_model(tmp_path / "tiny")
     models.add("small", str(folder), "")
@@ -66,7 +92,7 @@ def test_doctor_fails_when_something_needed_is_missing(
     assert caught.value.exit_code == 1
     shown = capsys.readouterr().out
     assert "MISSING" in shown
-    assert "pip install 'stillhouse[local]'" in shown
+    assert "pip install -e '.[local]'" in shown
 
 
 def test_doctor_is_content_here(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -79,6 +79,8 @@ def test_every_command_teaches_with_an_example() -> None:
         (["models", "ls"], {"STILLHOUSE_PROT": "1"}, 2, ["error: unknown environment variable STILLHOUSE_PROT"]),
         (["submit", "/nowhere.yaml"], {}, 2, ["error: cannot read /nowhere.yaml: No such file or directory"]),
         (["healthcheck", "127.0.0.1:1"], {}, 1, ["error: 127.0.0.1:1 does not answer: UNAVAILABLE"]),
+        (["watch", "job_1"], {"STILLHOUSE_URL": "http://127.0.0.1:1", "STILLHOUSE_API_KEY": "k"}, 4, ["cannot watch"]),
+        (["models", "rm", "m"], {"STILLHOUSE_URL": "http://127.0.0.1:1"}, 2, ["run it on the gateway's machine"]),
         (["up", "--port", "99999"], {}, 2, ["--port"]),
         (["frobnicate"], {}, 2, ["No such command"]),
     ],

@@ -230,6 +230,59 @@ def test_down_spares_strangers_with_a_recycled_pid(tmp_path: Path) -> None:
         stranger.wait()
 
 
+def test_looking_at_the_lock_disturbs_nobody(tmp_path: Path) -> None:
+    import fcntl
+
+    deployment = Deployment(tmp_path / "home")
+    deployment.prepare()
+    with deployment.lock():
+        assert deployment.supervisor_pid() == os.getpid()
+    assert deployment.lock_file.read_text() == "", "no number of one that has gone"
+    with deployment.lock_file.open() as other:
+        fcntl.flock(other, fcntl.LOCK_SH)  # another command looks
+        assert deployment.supervisor_pid() is None
+
+
+def test_down_signals_no_stranger_that_the_lock_file_names(tmp_path: Path) -> None:
+    import fcntl
+
+    deployment = Deployment(tmp_path / "home")
+    deployment.prepare()
+    stranger = subprocess.Popen([sys.executable, "-c", SLEEP])
+    try:
+        for pid in (0, stranger.pid):
+            deployment.lock_file.write_text(str(pid))
+            with deployment.lock_file.open() as holder:
+                fcntl.flock(holder, fcntl.LOCK_EX)
+                with pytest.raises(CliError, match=rf"not by the process it names \(pid {pid or '.'}"):
+                    down.down(deployment)
+        assert stranger.poll() is None
+        with pytest.raises(ValueError, match="no single process"):
+            process.send([0], signal.SIGTERM)
+    finally:
+        stranger.kill()
+        stranger.wait()
+
+
+def test_a_full_disk_does_not_end_the_supervisor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from stillhouse.cli.supervisor import Supervisor
+
+    def full(self: Deployment, state: dict[str, Any]) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Deployment, "write_state", full)
+    reports: list[str] = []
+    Supervisor(Deployment(tmp_path), report=reports.append, drain_s=1).save()
+    assert "No space left on device" in reports[0]
+
+
+def test_the_slower_of_two_ups_says_that_one_runs(tmp_path: Path) -> None:
+    loser = subprocess.Popen([sys.executable, "-c", f"raise SystemExit({EXIT_RUNNING})"])
+    with pytest.raises(CliError, match="already running") as caught:
+        up._wait_detached(Deployment(tmp_path), loser)
+    assert caught.value.exit_code == EXIT_RUNNING
+
+
 def test_up_twice_names_pid_and_home(drivers: Callable[..., Driver]) -> None:
     driver = drivers([("sampler-0", "sampler", SLEEP)])
     with pytest.raises(CliError) as caught:

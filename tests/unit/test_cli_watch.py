@@ -98,7 +98,7 @@ def test_exit_code_is_the_result(ends: str, code: int) -> None:
 
 def test_a_restarting_gateway_is_waited_for() -> None:
     lines: list[str] = []
-    jobs = FakeJobs(outages=[0, 2])
+    jobs = FakeJobs(outages=[1, 3])
     assert run(jobs, views.LineView(lines.append)) == 0
     assert lines.count("the gateway does not answer; trying again") == lines.count("the gateway is back") == 2
     assert [line.split()[1] for line in lines if line.startswith("step ")] == ["1/4", "2/4", "3/4", "4/4"]
@@ -111,6 +111,26 @@ def test_an_unknown_job_is_not_waited_for() -> None:
 
     with pytest.raises(NotFoundError):
         run(Nothing(), views.LineView(lambda _: None))
+
+
+def test_a_job_that_was_there_is_waited_for_but_not_forever() -> None:
+    jobs, times = FakeJobs(), iter((0.0, 599.0, 601.0))
+    follower = Follower(jobs, "job_1", clock=lambda: next(times))
+    follower.poll()
+
+    def gone(job_id: str) -> dict[str, Any]:
+        raise NotFoundError(f"no job '{job_id}'")
+
+    jobs.get = gone
+    for _ in range(2):
+        assert follower.poll().offline_since == 0.0
+    with pytest.raises(UnavailableError, match=r"10 minutes.*no job 'job_1'"):
+        follower.poll()
+
+
+def test_a_gateway_that_never_answered_is_not_waited_for() -> None:
+    with pytest.raises(UnavailableError):
+        run(FakeJobs(outages=[0]), views.LineView(lambda _: None))
 
 
 def test_only_new_metrics_are_asked_for_until_a_takeover_repeats_steps() -> None:

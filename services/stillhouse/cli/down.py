@@ -9,7 +9,7 @@ from typing import Final
 
 from stillhouse.cli import process
 from stillhouse.cli.console import CliError, duration, say
-from stillhouse.cli.deployment import Deployment
+from stillhouse.cli.deployment import LOCK_PATIENCE_S, Deployment
 from stillhouse.cli.supervisor import STOP_ORDER
 
 SLACK_S: Final = 10.0
@@ -28,7 +28,7 @@ def down(deployment: Deployment) -> None:
     """
     started = time.monotonic()
     drain_s = float(deployment.read_state().get("drain_s", DEFAULT_DRAIN_S))
-    pid = deployment.supervisor_pid()
+    pid = _supervisor(deployment)
     if pid is None:
         left = remove_leftovers(deployment, drain_s)
         if left:
@@ -46,6 +46,28 @@ def down(deployment: Deployment) -> None:
     left = remove_leftovers(deployment, drain_s)
     extra = f"; {len(left)} had to be removed after it" if left else ""
     say(f"stopped in {duration(time.monotonic() - started)}{extra}")
+
+
+def _supervisor(deployment: Deployment) -> int | None:
+    """Pid of the supervisor, verified: a signal must hit no stranger. None if there is none.
+
+    The open lock file proves it, and not the environment as in `process.ours`: a supervisor in the foreground knows
+    its home by an option or the default.
+
+    Raises:
+        CliError: the lock is held, but not by the process whose number it shows.
+    """
+    deadline = time.monotonic() + LOCK_PATIENCE_S  # one that starts or ends right now settles within milliseconds
+    while (pid := deployment.supervisor_pid()) is not None:
+        if process.holds(pid, deployment.lock_file):
+            return pid
+        if time.monotonic() > deadline:
+            raise CliError(
+                f"{deployment.lock_file} is locked, but not by the process it names (pid {pid or '?'})",
+                fix=f"`fuser {deployment.lock_file}` names the holder",
+            )
+        time.sleep(0.02)
+    return None
 
 
 def remove_leftovers(deployment: Deployment, drain_s: float) -> list[int]:

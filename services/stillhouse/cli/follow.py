@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
-from stillhouse.core.errors import UnavailableError
+from stillhouse.core.errors import NotFoundError, UnavailableError
 
 POLL_S: Final = 1.0
 """A step takes seconds; a person does not see more than one picture a second."""
@@ -20,6 +20,8 @@ EXIT_CODES: Final = {"succeeded": 0, "failed": 1, "cancelled": 2}
 """The exit code of a watched job is its result."""
 RETRY_STATUS: Final = frozenset({0, 429, 500, 502, 503, 504})
 """HTTP answers that a restart or a moment's patience may cure; 0 = no answer."""
+GIVE_UP_S: Final = 600.0
+"""Without any answer for so long the watch ends: no restart takes ten minutes."""
 MAX_WARNINGS: Final = 3
 """Warnings shown: the newest."""
 
@@ -104,10 +106,11 @@ class Follower:
         self._last_event: str | None = None
 
     def poll(self) -> Picture:
-        """Ask for news; a gateway that does not answer leaves the old picture, with `offline_since` set.
+        """Ask for news; a gateway that stops to answer leaves the old picture, with `offline_since` set.
 
         Raises:
-            StillhouseError: an answer that patience does not cure, such as 401 or 404.
+            StillhouseError: the first question failed (a wrong address or id), an answer that patience does not cure
+                such as 401, or no answer for GIVE_UP_S.
         """
         picture = self.picture
         try:
@@ -117,9 +120,13 @@ class Follower:
             picture.job = job  # last: a terminal status ends the watch, so everything else is complete by then
             picture.offline_since = None
         except Exception as error:
-            if not is_transient(error):
+            if not picture.job or not (is_transient(error) or _is_missing(error)):
                 raise
-            picture.offline_since = picture.offline_since or self._clock()
+            now = self._clock()
+            if picture.offline_since is None:
+                picture.offline_since = now
+            if now - picture.offline_since > GIVE_UP_S:
+                raise UnavailableError(f"no answer for {GIVE_UP_S / 60:g} minutes; at last: {error}") from error
         return picture
 
     def _add_points(self, job: dict[str, Any]) -> None:
@@ -159,3 +166,8 @@ def is_transient(error: Exception) -> bool:
     if status is not None:
         return status in RETRY_STATUS
     return isinstance(error, UnavailableError | ConnectionError | TimeoutError)
+
+
+def _is_missing(error: Exception) -> bool:
+    """404. A job that was there is not gone: the gateway restarts with an empty queue server or another disk."""
+    return isinstance(error, NotFoundError) or getattr(error, "status", None) == 404

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import grpc
 from grpc_health.v1 import health_pb2
 
 from stillhouse.cli.console import CliError
 from stillhouse.core.config import load_settings
 from stillhouse.core.errors import ConfigError
+
+_OPTIONS: Final = [("grpc.enable_http_proxy", 0)]
+"""Services are called directly, whatever http_proxy says."""
 
 
 def check(address: str, service: str, timeout_s: float) -> str:
@@ -28,7 +33,8 @@ def check(address: str, service: str, timeout_s: float) -> str:
             code = error.code()  # type: ignore[attr-defined]  # grpc's stubs do not say that its errors are calls
             if code == grpc.StatusCode.NOT_FOUND:
                 raise CliError(
-                    f"{address} does not know the service '{service}'", fix="use its full name: stillhouse.v1.Sampler"
+                    f"{address} does not know the service '{service}'",
+                    fix="use its full name: stillhouse.v1.SamplerService",
                 ) from None
             raise CliError(f"{address} does not answer: {code.name}") from None
     status = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
@@ -41,7 +47,7 @@ def _channel(address: str) -> grpc.Channel:
     settings = load_settings()
     files = (settings.tls_key, settings.tls_cert, settings.tls_ca)
     if not any(files):
-        return grpc.insecure_channel(address)
+        return grpc.insecure_channel(address, options=_OPTIONS)
     if settings.tls_key is None or settings.tls_cert is None or settings.tls_ca is None:
         raise ConfigError("mutual TLS needs all of STILLHOUSE_TLS_CERT, STILLHOUSE_TLS_KEY and STILLHOUSE_TLS_CA")
     return grpc.secure_channel(
@@ -51,4 +57,5 @@ def _channel(address: str) -> grpc.Channel:
             private_key=settings.tls_key.read_bytes(),
             certificate_chain=settings.tls_cert.read_bytes(),
         ),
+        options=_OPTIONS,
     )

@@ -10,6 +10,7 @@ from typing import Any
 from stillhouse.cli import follow, jobfile
 from stillhouse.cli.console import (
     EXIT_INTERRUPTED,
+    EXIT_UNWATCHED,
     EXIT_USAGE,
     CliError,
     console,
@@ -22,6 +23,7 @@ from stillhouse.cli.console import (
     size,
 )
 from stillhouse.client.client import Client
+from stillhouse.core.errors import StillhouseError
 
 
 def submit(path: Path, *, name: str, is_watched: bool) -> None:
@@ -43,7 +45,11 @@ def submit(path: Path, *, name: str, is_watched: bool) -> None:
 
 
 def watch(job_id: str, *, as_json: bool) -> None:
-    """Follow a job; ends the process with the job's exit code unless it succeeded."""
+    """Follow a job; ends the process with the job's exit code unless it succeeded.
+
+    Raises:
+        CliError: it cannot be watched; an exit code of its own, since 1 would say that the job failed.
+    """
     from stillhouse.cli.views import JsonView, LineView, LiveView
 
     try:
@@ -60,6 +66,12 @@ def watch(job_id: str, *, as_json: bool) -> None:
     except KeyboardInterrupt:
         print(f"\nthe job goes on; come back with: stillhouse watch {job_id}", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
+    except StillhouseError as error:
+        raise CliError(
+            f"cannot watch {job_id}: {error.message}",
+            fix=f"`stillhouse ps` shows what runs here; a job goes on unwatched: stillhouse watch {job_id}",
+            exit_code=EXIT_UNWATCHED,
+        ) from error
     if code:
         sys.exit(code)
 

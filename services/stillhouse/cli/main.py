@@ -2,7 +2,7 @@
 
 Modules behind the commands are imported inside them: `stillhouse --help` needs typer and nothing of ours. Exit codes:
 0 done; 1 failed (also: the watched job failed); 2 wrong input (also: the watched job was cancelled); 3 `up` found a
-running deployment; 130 Ctrl-C.
+running deployment; 4 the job could not be watched; 130 Ctrl-C.
 """
 
 from __future__ import annotations

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from stillhouse.cli.console import EXIT_USAGE, CliError, count, print_json, print_table, say, size
 from stillhouse.cli.deployment import Deployment
 from stillhouse.core.config import load_settings
-from stillhouse.core.models import ModelEntry, ModelRegistry, inspect_model
+from stillhouse.core.models import ModelRegistry, inspect_model
 
 HUB_FILES: Final = ("*.safetensors", "*.json", "*.jinja")
 """What is fetched from a hub: weights and texts, never a format that can carry code."""
@@ -17,7 +18,17 @@ HUB_ID: Final = re.compile(r"^[\w.-]+/[\w.-]+(@[\w./-]+)?$")
 
 
 def registry() -> ModelRegistry:
-    """The registry of this machine's deployment."""
+    """The registry of this machine's deployment.
+
+    Raises:
+        CliError: STILLHOUSE_URL points elsewhere; that gateway reads a registry of its own.
+    """
+    if url := _remote():
+        raise CliError(
+            f"STILLHOUSE_URL is {url}: models are added to and removed from the registry beside the gateway",
+            fix="run it on the gateway's machine, or unset STILLHOUSE_URL",
+            exit_code=EXIT_USAGE,
+        )
     return ModelRegistry(load_settings().models_path())
 
 
@@ -35,24 +46,30 @@ def add(name: str, path: str, source: str) -> None:
         f"vocabulary {entry.vocab_size}, {size(entry.size_bytes)}, sha256 {entry.sha256[:12]}"
     )
     if not entry.has_chat_template:
-        say("note: it has no chat template; prompts are given to it as plain text")
+        say("note: it has no chat template, and a student needs one: add chat_template.jinja to its folder")
     twins = [other.name for other in target.all().values() if other.tokenizer_sha256 == entry.tokenizer_sha256]
     if len(twins) == 1 and len(target.all()) > 1:
         say("note: no other registered model has the same tokenizer; student and teachers of a job must share it")
 
 
 def show(*, as_json: bool) -> None:
-    """Print the registry."""
-    entries = registry().all()
+    """Print the registry; that of the gateway if STILLHOUSE_URL names one."""
+    if _remote():
+        from stillhouse.client.client import Client
+
+        with Client() as client:
+            found = client.models.list()
+    else:
+        found = [entry.model_dump(mode="json") for _, entry in sorted(registry().all().items())]
     if as_json:
-        print_json([entries[name].model_dump(mode="json") for name in sorted(entries)])
+        print_json(found)
         return
-    if not entries:
+    if not found:
         say("no models yet; add one with `stillhouse models add NAME PATH`")
         return
     print_table(
         ("name", "architecture", ">parameters", ">layers", ">size", "tokenizer", "sha256", "source"),
-        [_row(entries[name]) for name in sorted(entries)],
+        [_row(model) for model in found],
     )
 
 
@@ -62,16 +79,21 @@ def remove(name: str) -> None:
     say(f"removed {name}; its files stay in {entry.path}")
 
 
-def _row(entry: ModelEntry) -> tuple[str, ...]:
+def _remote() -> str:
+    """The gateway that the user's shell names; empty = the deployment of this machine."""
+    return os.environ.get("STILLHOUSE_URL", "")
+
+
+def _row(model: dict[str, Any]) -> tuple[str, ...]:
     return (
-        entry.name,
-        entry.architecture,
-        count(entry.num_parameters),
-        str(entry.num_layers),
-        size(entry.size_bytes),
-        entry.tokenizer_sha256[:8],
-        entry.sha256[:12],
-        entry.source,
+        model.get("name") or model["id"],  # on disk and over REST
+        model["architecture"],
+        count(model["num_parameters"]),
+        str(model["num_layers"]),
+        size(model["size_bytes"]),
+        model["tokenizer_sha256"][:8],
+        model["sha256"][:12],
+        model.get("source", ""),
     )
 
 

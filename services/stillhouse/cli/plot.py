@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from stillhouse.cli.console import CliError
+from stillhouse.cli.console import INSTALL_FIX, CliError
 from stillhouse.cli.follow import Picture
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def plot(job: dict[str, Any], points: list[dict[str, Any]], target: Path) -> Non
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise CliError("`stillhouse plot` needs matplotlib", fix="pip install 'stillhouse[local]'") from None
+        raise CliError("`stillhouse plot` needs matplotlib", fix=INSTALL_FIX) from None
     if not points:
         raise CliError(f"job {job['id']} has no finished step yet", fix=f"stillhouse watch {job['id']}")
     picture = Picture(job=job, points={int(point["step"]): _numbers(point["values"]) for point in points})

@@ -100,8 +100,11 @@ class Child:
         """Exit code if it has died since the last look (negative = signal), and the rest of its group killed."""
         if self._popen is None:
             return None
-        # WNOWAIT keeps the zombie, and with it the pid, until the group is dealt with: no chance to hit a stranger
-        if os.waitid(os.P_PID, self._popen.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        if hasattr(os, "waitid"):
+            # WNOWAIT keeps the zombie, and with it the pid, until the group is dealt with: no chance to hit a stranger
+            if os.waitid(os.P_PID, self._popen.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+                return None
+        elif self._popen.poll() is None:  # macOS before Python 3.13: the group outlives its leader, or is empty
             return None
         self.signal(signal.SIGKILL)
         code = self._popen.wait()
@@ -181,6 +184,19 @@ def ours(groups: Iterable[int], home: Path) -> list[int]:
     return sorted(found)
 
 
+def holds(pid: int, path: Path) -> bool:
+    """The process has this file open; where the kernel does not tell, its command line decides."""
+    if pid <= 0 or not is_alive(pid):
+        return False
+    if sys.platform != "linux":
+        return _mentions_us(pid)
+    for link in Path(f"/proc/{pid}/fd").glob("*"):
+        with suppress(OSError):  # closed meanwhile
+            if os.readlink(link) == str(path):
+                return True
+    return False
+
+
 def memory_bytes(pid: int) -> int | None:
     """Resident memory of a process; None if unknown."""
     for line in _read(Path(f"/proc/{pid}/status")).splitlines():
@@ -198,8 +214,14 @@ def wait_gone(pids: Callable[[], list[int]], timeout_s: float) -> list[int]:
 
 
 def send(pids: Iterable[int], number: int) -> None:
-    """Signal processes, those already gone excepted."""
+    """Signal processes, those already gone excepted.
+
+    Raises:
+        ValueError: a pid is not positive; to the kernel that means our own group or everyone.
+    """
     for pid in pids:
+        if pid <= 0:
+            raise ValueError(f"pid {pid} is no single process")
         try:
             os.kill(pid, number)
         except ProcessLookupError:

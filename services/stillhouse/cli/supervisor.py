@@ -162,23 +162,22 @@ class Supervisor:
         self.save()
 
     def save(self) -> None:
-        """Write state.json."""
-        self._deployment.write_state(
+        """Write state.json; a full disk is reported and no reason to let go of the processes."""
+        services = [
             {
-                **self.facts,
-                "services": [
-                    {
-                        "name": child.spec.name,
-                        "role": child.spec.role,
-                        "pid": child.pid,
-                        "state": child.state,
-                        "restarts": child.restarts,
-                        "started_at": round(child.started_at, 3),
-                    }
-                    for child in self.children
-                ],
+                "name": child.spec.name,
+                "role": child.spec.role,
+                "pid": child.pid,
+                "state": child.state,
+                "restarts": child.restarts,
+                "started_at": round(child.started_at, 3),
             }
-        )
+            for child in self.children
+        ]
+        try:
+            self._deployment.write_state({**self.facts, "services": services})
+        except OSError as error:
+            self._report(f"cannot write {self._deployment.state_file}: {error.strerror}")
 
     def _gives_up(self, child: Child) -> CliError:
         tail = self._deployment.log_tail(child.spec.name)

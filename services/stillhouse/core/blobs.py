@@ -117,18 +117,28 @@ def read_json(path: Path) -> Any:
 def append_jsonl(path: Path, values: list[dict[str, Any]]) -> None:
     """Append lines to a history file in one write. Not fsynced: it may lose its last second, truth lies elsewhere."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as stream:
-        stream.write(b"".join(json.dumps(value, separators=(",", ":")).encode() + b"\n" for value in values))
+    lines = b"".join(json.dumps(value, separators=(",", ":")).encode() + b"\n" for value in values)
+    with path.open("a+b") as stream:
+        end = stream.seek(0, os.SEEK_END)
+        # a writer that died in the middle of a line must not spoil ours
+        is_torn = end > 0 and os.pread(stream.fileno(), 1, end - 1) != b"\n"
+        stream.write(b"\n" + lines if is_torn else lines)
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """Complete lines of a history file; a torn last line is skipped."""
+    """Complete lines of a history file; torn ones are skipped."""
     if not path.is_file():
         return
     with path.open("rb") as stream:
         for line in stream:
-            if line.endswith(b"\n"):
-                yield json.loads(line)
+            if not line.endswith(b"\n"):
+                continue
+            try:
+                value = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(value, dict):
+                yield value
 
 
 @dataclass

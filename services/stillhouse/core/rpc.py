@@ -60,6 +60,8 @@ _SERVER_OPTIONS: Final[list[tuple[str, Any]]] = [
 ]
 _CLIENT_OPTIONS: Final[list[tuple[str, Any]]] = [
     *_OPTIONS,
+    # services call each other directly, whatever http_proxy says
+    ("grpc.enable_http_proxy", 0),
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     # a restarted service should be reached within a second, not after gRPC's default of up to two minutes
