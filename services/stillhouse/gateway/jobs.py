@@ -12,13 +12,13 @@ import re
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from stillhouse.core.blobs import fsync_dir, new_id, read_json, sha256_bytes, write_json
 from stillhouse.core.errors import ConflictError, NotFoundError, SpecError
 from stillhouse.core.queue import keys
-from stillhouse.core.queue.jobs import JobRecord
+from stillhouse.core.queue.jobs import FINAL_FIELDS, JobRecord, final_document
 from stillhouse.core.service import Context
 from stillhouse.core.spec import JobSpec
 from stillhouse.gateway.validation import preflight
@@ -28,18 +28,6 @@ FINAL: Final = "final.json"
 """Beside job.json: how the job ended. Its presence means that nothing is left to do."""
 _PREFLIGHTS: Final = ThreadPoolExecutor(max_workers=1, thread_name_prefix="preflight")
 """One at a time: each holds all rows of a job's files in memory and counts tokens on all cores."""
-_FINAL_FIELDS: Final = (
-    "status",
-    "status_reason",
-    "status_message",
-    "finished_at",
-    "epoch",
-    "step",
-    "committed_step",
-    "error",
-    "result",
-    "usage",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,10 +153,9 @@ def write_final(ctx: Context, record: JobRecord) -> None:
     """Note beside the artifacts how a job ended, unless its trainer did."""
     folder = ctx.artifacts.job(record.id).root
     if folder.is_dir() and not (folder / FINAL).exists():
-        fields = asdict(record)
-        write_json(folder / FINAL, {name: fields[name] for name in _FINAL_FIELDS})
+        write_json(folder / FINAL, final_document(record))
 
 
 def final_fields(document: dict[str, Any]) -> dict[str, Any]:
     """What a final.json says about the record."""
-    return {name: document[name] for name in _FINAL_FIELDS if document.get(name) is not None}
+    return {name: document[name] for name in FINAL_FIELDS if document.get(name) is not None}
