@@ -59,6 +59,7 @@ def test_the_demo_makes_a_better_student_although_services_die(tmp_path: Path) -
 
     export = Path(report["export_dir"])
     assert "smollm2-135m-instruct" in (export / "README.md").read_text()
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(export), AutoTokenizer.from_pretrained(export)
+    model: Any = AutoModelForCausalLM.from_pretrained(export)
+    tokenizer = AutoTokenizer.from_pretrained(export)
     ids = tokenizer("Why is the sky blue?", return_tensors="pt")
     assert model.generate(**ids, max_new_tokens=4, do_sample=False).shape[1] > ids["input_ids"].shape[1]

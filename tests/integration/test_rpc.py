@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import grpc.aio
@@ -147,7 +147,7 @@ async def test_what_is_not_implemented_says_so(served: Any, peers: rpc.Peers) ->
 async def test_health_tells_liveness_from_readiness_without_a_credential(served: Any) -> None:
     _, server, address, _ = served
     async with grpc.aio.insecure_channel(address) as channel:
-        stub = health_pb2_grpc.HealthStub(channel)
+        stub: Any = health_pb2_grpc.HealthStub(channel)
 
         async def status(service: str) -> Any:
             return (await stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=5)).status
@@ -160,7 +160,7 @@ async def test_health_tells_liveness_from_readiness_without_a_credential(served:
 
 async def test_reflection_lists_the_service(served: Any) -> None:
     async with grpc.aio.insecure_channel(served[2]) as channel:
-        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+        stub: Any = reflection_pb2_grpc.ServerReflectionStub(cast(Any, channel))
         call = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
         answer = await anext(aiter(call))
         assert NAME in [service.name for service in answer.list_services_response.service]
