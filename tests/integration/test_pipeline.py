@@ -106,31 +106,37 @@ async def test_sampler_and_trainer_agree_at_equal_weights_at_every_step(deployme
     assert await metrics(deployment, job_id, "staleness/max") == [0.0] * 6
 
 
-async def test_staleness_is_bounded_although_a_sampler_misses_every_hint(
-    deployment: Cluster, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("deaf", [{"sampler-1"}, {"sampler-0", "sampler-1"}], ids=["one of two", "both"])
+async def test_staleness_is_bounded_although_samplers_miss_every_hint(
+    deployment: Cluster, monkeypatch: pytest.MonkeyPatch, deaf: set[str]
 ) -> None:
     original = SamplerServicer.SyncWeights
+    missed: set[str] = set()
 
-    async def deaf(self: Any, request: Any, context: Any) -> Any:
-        if getattr(self, "deaf", False):
+    async def sync_weights(self: Any, request: Any, context: Any) -> Any:
+        if self._ctx.instance in deaf:
+            missed.add(self._ctx.instance)
             raise UnavailableError("this sampler hears nothing")
         return await original(self, request, context)
 
-    monkeypatch.setattr(SamplerServicer, "SyncWeights", deaf)
-    monkeypatch.setattr(SamplerServicer, "deaf", True, raising=False)
+    monkeypatch.setattr(SamplerServicer, "SyncWeights", sync_weights)
+    # a service registers its methods when it starts: both start after the patch
+    await deployment.stop("sampler-0")
+    await deployment.start("sampler", "sampler-0")
     await deployment.start("sampler", "sampler-1")
     job_id = await deployment.submit(
         job_spec(stages__0__schedule={"steps": 12, "prompts_per_step": 4, "max_staleness": 1}, samplers={"min": 2})
     )
     assert (await deployment.ended(job_id)).status == "succeeded"
-    staleness = await metrics(deployment, job_id, "staleness/max")
-    assert max(staleness) <= 1
-    journalled = [
-        score.rollout
+    assert missed == deaf
+    assert max(await metrics(deployment, job_id, "staleness/max")) <= 1
+    rollouts = [
+        (step, score.rollout)
         for step in range(12)
         for score in read_step(deployment.ctx.artifacts.job(job_id).journal(1, step)).scores
     ]
-    assert {rollout.sampler for rollout in journalled} <= {"sampler-0", "sampler-1"}
+    assert all(step - span.policy_version <= 1 for step, rollout in rollouts for span in rollout.spans)
+    assert {rollout.sampler for _, rollout in rollouts} == {"sampler-0", "sampler-1"}
 
 
 async def test_every_sample_is_trained_exactly_once(deployment: Cluster) -> None:
