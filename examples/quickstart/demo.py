@@ -114,8 +114,8 @@ def show(report: dict[str, Any], before: dict[str, Any], after: dict[str, Any]) 
         table.add_column(column, ratio=1, overflow="fold")
     for old, new in zip(before["samples"], after["samples"], strict=True):
         texts = (old["prompt"], old["student"], new["student"], new["teacher"])
-        # a model may write brackets, which rich would take for markup
-        table.add_row(*(Text(text.strip()) for text in texts))
+        # Text: a model may write brackets, which rich would take for markup
+        table.add_row(*(Text(text.strip() or "(nothing but line breaks)") for text in texts))
     console.print(table)
 
 
