@@ -15,7 +15,6 @@ from stillhouse.core.errors import NotFoundError, UnavailableError
 
 POLL_S: Final = 1.0
 """A step takes seconds; a person does not see more than one picture a second."""
-TERMINAL: Final = frozenset({"succeeded", "failed", "cancelled"})
 EXIT_CODES: Final = {"succeeded": 0, "failed": 1, "cancelled": 2}
 """The exit code of a watched job is its result."""
 RETRY_STATUS: Final = frozenset({0, 429, 500, 502, 503, 504})
@@ -60,7 +59,7 @@ class Picture:
 
     @property
     def is_terminal(self) -> bool:
-        return self.status in TERMINAL
+        return self.status in EXIT_CODES
 
     @property
     def progress(self) -> dict[str, Any]:

@@ -41,7 +41,7 @@ async def fetch_weights(
     Raises:
         WeightsError: a tensor does not match its checksum, or the set its name.
         NotFoundError: not held (yet).
-        EpochClosedError: the trainer leads another job or epoch.
+        ConflictError: the trainer leads another job or epoch.
     """
     request = trainer_pb2.FetchWeightsRequest(job_id=scope.job_id, epoch=scope.epoch)
     if exact_version is not None:

@@ -14,6 +14,7 @@ from stillhouse.core.errors import NotFoundError
 from stillhouse.core.queue.streams import Scope
 from stillhouse.core.rpc import Server
 from stillhouse.core.service import Context
+from stillhouse.core.worker import pause
 from stillhouse.trainer.lead import Lead
 from stillhouse.trainer.service import TrainerServicer
 from stillhouse.v1 import trainer_pb2_grpc
@@ -53,7 +54,7 @@ class TrainerApp:
                 self._ctx.log.warning("queue server does not answer", error=str(error))
                 lead = None
             if lead is None:
-                await _wait(self._ctx.stop, POLL_S)
+                await pause(self._ctx.stop, POLL_S)
                 continue
             self._lead = lead
             try:
@@ -86,13 +87,6 @@ class TrainerApp:
             scope, release=True, status="failed", status_reason="invalid_request", error=error, finished_at=time.time()
         )
         await self._ctx.jobs.event(scope.job_id, "job.status", "job failed", level="warning", status="failed")
-
-
-async def _wait(event: asyncio.Event, timeout_s: float) -> None:
-    try:
-        await asyncio.wait_for(event.wait(), timeout_s)
-    except TimeoutError:
-        return
 
 
 def build(ctx: Context) -> TrainerApp:

@@ -52,11 +52,6 @@ class Claims:
             # nothing is lost: the claims run out and another worker takes them
             self._log.warning("claims not handed back", num_entries=len(self._held), error=str(error))
 
-    @property
-    def held(self) -> list[Entry]:
-        """Entries taken and not finished."""
-        return list(self._held.values())
-
     async def take(self, streams: Sequence[str], group: str, count: int, block_ms: int = BLOCK_MS) -> list[Entry]:
         """Up to `count` new entries; waits up to `block_ms` for the first."""
         return self._hold(await self._queue.claim(streams, group, self._consumer, count, max(block_ms, NO_WAIT_MS)))

@@ -6,6 +6,8 @@ not. redis-py 8 would otherwise turn a blocking read on an empty stream into ten
 
 from __future__ import annotations
 
+from typing import Any
+
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff, NoBackoff
@@ -40,3 +42,8 @@ def connect_blocking(url: str) -> Redis:
         socket_connect_timeout=COMMAND_TIMEOUT_S,
         retry=Retry(NoBackoff(), 0),
     )
+
+
+def text(value: Any) -> str:
+    """What the server answers, as text."""
+    return value.decode() if isinstance(value, bytes) else str(value)

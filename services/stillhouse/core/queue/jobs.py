@@ -20,6 +20,7 @@ from redis.asyncio import Redis
 from stillhouse.core.blobs import Artifacts, append_jsonl
 from stillhouse.core.errors import ConflictError, LeaseLostError, NotFoundError
 from stillhouse.core.queue import keys
+from stillhouse.core.queue.client import text
 from stillhouse.core.queue.streams import Scope
 
 TERMINAL: Final = frozenset({"succeeded", "failed", "cancelled"})
@@ -178,7 +179,7 @@ class JobStore:
                 *fields,
             ],
         )
-        return _text(answer)
+        return text(answer)
 
     async def get(self, job_id: str) -> JobRecord:
         """The record.
@@ -189,11 +190,11 @@ class JobStore:
         raw: Any = await self._redis.hgetall(keys.job(job_id))
         if not raw:
             raise NotFoundError(f"no job '{job_id}'")
-        return _record({_text(key): _text(value) for key, value in raw.items()})
+        return _record({text(key): text(value) for key, value in raw.items()})
 
     async def list(self, *, limit: int = 20, after: str = "", newest_first: bool = True) -> list[JobRecord]:
         """A page of jobs by creation time; `after` is the last id of the page before."""
-        ids = [_text(item) for item in await self._redis.zrange(keys.JOBS, 0, -1, desc=newest_first)]
+        ids = [text(item) for item in await self._redis.zrange(keys.JOBS, 0, -1, desc=newest_first)]
         start = ids.index(after) + 1 if after in ids else 0
         records = []
         for job_id in ids[start : start + limit]:
@@ -202,7 +203,7 @@ class JobStore:
 
     async def active_ids(self) -> list[str]:
         """Jobs that are not finished, oldest first."""
-        return [_text(item) for item in await self._redis.zrange(keys.JOBS_ACTIVE, 0, -1)]
+        return [text(item) for item in await self._redis.zrange(keys.JOBS_ACTIVE, 0, -1)]
 
     async def claim(self, job_id: str, instance: str, lease_s: float, artifact_epoch: int) -> int:
         """Take the lease of a job; returns the new epoch, or 0 if it is led by another or finished."""
@@ -235,7 +236,7 @@ class JobStore:
             LeaseLostError: a newer claim exists.
             ConflictError: the status is not one of `allowed`.
         """
-        answer = _text(
+        answer = text(
             await self._update(
                 keys=[keys.job(scope.job_id), keys.lease(scope.job_id), keys.JOBS_ACTIVE],
                 args=[scope.epoch, scope.job_id, _set(allowed), "1" if release else "", *_flatten(fields)],
@@ -255,7 +256,7 @@ class JobStore:
             NotFoundError: no such job.
             ConflictError: says which status it has and which would allow it.
         """
-        answer = _text(
+        answer = text(
             await self._request(
                 keys=[keys.job(job_id), keys.JOBS_ACTIVE],
                 args=[job_id, _set(allowed), "" if only_epoch is None else only_epoch, *_flatten(fields)],
@@ -271,7 +272,7 @@ class JobStore:
     async def event(self, job_id: str, kind: str, message: str, *, level: str = "info", **data: Any) -> None:
         """Tell readers that something happened."""
         event = {"type": kind, "level": level, "message": message, "data": data, "created_at": round(time.time(), 3)}
-        event_id = _text(
+        event_id = text(
             await self._redis.xadd(
                 keys.events(job_id), {"event": json.dumps(event)}, maxlen=EVENTS_MAXLEN, approximate=True
             )
@@ -282,7 +283,7 @@ class JobStore:
         """Events after the one with id `after`, oldest first."""
         low = f"({after}" if after else "-"
         listed: Any = await self._redis.xrange(keys.events(job_id), min=low, count=limit)
-        return [{"id": _text(entry_id), **json.loads(fields[b"event"])} for entry_id, fields in listed]
+        return [{"id": text(entry_id), **json.loads(fields[b"event"])} for entry_id, fields in listed]
 
     async def metric(self, scope: Scope, step: int, values: Mapping[str, float]) -> None:
         """Record the metrics of a step. After a takeover a step may come again: keyed (epoch, step), last wins."""
@@ -303,7 +304,7 @@ class JobStore:
             listed: Any = await self._redis.xrevrange(keys.metrics(job_id), max=before, count=METRICS_PAGE)
             is_done = len(listed) < METRICS_PAGE
             for entry_id, fields in listed:
-                before = f"({_text(entry_id)}"
+                before = f"({text(entry_id)}"
                 point = json.loads(fields[b"point"])
                 if point["step"] < step_from:  # older points are of earlier steps, or of steps that were undone
                     is_done = True
@@ -349,7 +350,3 @@ def _record(raw: Mapping[str, str]) -> JobRecord:
 
 def _set(statuses: tuple[str, ...]) -> str:
     return f",{','.join(statuses)}," if statuses else ""
-
-
-def _text(value: Any) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)

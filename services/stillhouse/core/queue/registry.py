@@ -13,6 +13,7 @@ from redis.asyncio import Redis
 
 from stillhouse.core.errors import UnavailableError
 from stillhouse.core.queue import keys
+from stillhouse.core.queue.client import text
 from stillhouse.core.queue.streams import Scope
 
 HEARTBEAT_S: Final = 2.0
@@ -95,7 +96,7 @@ class Registry:
         found = []
         listed: Any = await self._redis.zrange(keys.SERVICES, 0, -1, withscores=True)
         for member, seen_at in listed:
-            name = _text(member)
+            name = text(member)
             member_role, _, instance = name.partition(":")
             if role and member_role != role:
                 continue
@@ -104,7 +105,7 @@ class Registry:
                 if time.time() - seen_at > 10 * EXPIRY_S:
                     await self._redis.zrem(keys.SERVICES, name)
                 continue
-            found.append(_info({_text(key): _text(value) for key, value in raw.items()}, seen_at))
+            found.append(_info({text(key): text(value) for key, value in raw.items()}, seen_at))
         return sorted(found, key=lambda info: (info.role, info.instance))
 
     async def find(self, role: str, instance: str) -> ServiceInfo:
@@ -116,7 +117,7 @@ class Registry:
         raw: Any = await self._redis.hgetall(keys.service(role, instance))
         if not raw:
             raise UnavailableError(f"{role} '{instance}' is gone: no heartbeat for {EXPIRY_S:g} s")
-        return _info({_text(key): _text(value) for key, value in raw.items()}, time.time())
+        return _info({text(key): text(value) for key, value in raw.items()}, time.time())
 
     async def lease_sampler(self, instance: str, scope: Scope, lease_s: float) -> bool:
         """Take or renew a sampler for a job; False if another job has it."""
@@ -134,7 +135,7 @@ class Registry:
         holder = await self._redis.get(keys.sampler(instance))
         if holder is None:
             return None
-        job_id, _, epoch = _text(holder).rpartition(":")
+        job_id, _, epoch = text(holder).rpartition(":")
         return Scope(job_id, int(epoch))
 
 
@@ -152,7 +153,3 @@ def _info(raw: dict[str, str], seen_at: float) -> ServiceInfo:
         job_id=raw.get("job_id", ""),
         extra={key.removeprefix("x_"): value for key, value in raw.items() if key.startswith("x_")},
     )
-
-
-def _text(value: Any) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)

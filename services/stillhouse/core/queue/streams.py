@@ -9,7 +9,8 @@ Life of an entry:  added -> claimed (pending) -> handed over | failed        mov
 * A holder renews its claims (`renew`); who is silent for `lease_s` loses them to whoever asks next (`reclaim`).
 * Work streams are never trimmed. Entries leave by acknowledge-and-delete only, so XLEN is the work outstanding.
 
-Every operation may be repeated: a command that is retried after a lost reply does no harm.
+Every operation may be repeated after a lost reply, except `claim`: what it delivered stays pending for its consumer,
+who finds it again by `reclaim`.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from redis.exceptions import ResponseError
 
 from stillhouse.core.errors import TooLargeError
 from stillhouse.core.queue import keys
-from stillhouse.core.queue.client import BLOCK_MS
+from stillhouse.core.queue.client import BLOCK_MS, text
 
 PAYLOAD: Final = "p"
 """Field of an entry that holds the serialized message."""
 MAX_ENTRY_BYTES: Final = 1 << 20
 """Largest entry: bulk goes from service to service, never through the queue."""
 MAX_DELIVERIES: Final = 5
-"""Deliveries of an entry before it is given up: four crashes in a row on the same sample are the sample's fault."""
+"""Deliveries of an entry before it is given up: five crashes in a row on the same sample are its own fault."""
 HAND_BACK_CONSUMER: Final = "handback"
 HAND_BACK_IDLE_MS: Final = 86_400_000
 """Idle time given to entries that are handed back: a day, so that any reclaim finds them at once."""
@@ -224,7 +225,7 @@ class WorkQueue:
                 return []
             raise
         return [
-            Entry(_text(stream), group, _text(entry_id), fields[PAYLOAD.encode()])
+            Entry(text(stream), group, text(entry_id), fields[PAYLOAD.encode()])
             for stream, entries in _pairs(answer)
             for entry_id, fields in entries
         ]
@@ -241,11 +242,11 @@ class WorkQueue:
                 if "NOGROUP" in str(error):
                     return found
                 raise
-            cursor = _text(answer[0])
+            cursor = text(answer[0])
             for entry_id, fields in answer[1]:
                 pending: Any = await self._redis.xpending_range(stream, group, entry_id, entry_id, 1)
                 deliveries = int(pending[0]["times_delivered"]) if pending else 1
-                found.append(Entry(stream, group, _text(entry_id), fields[PAYLOAD.encode()], deliveries))
+                found.append(Entry(stream, group, text(entry_id), fields[PAYLOAD.encode()], deliveries))
             if cursor == "0-0":
                 break
         return found
@@ -350,8 +351,4 @@ def _pairs(answer: Any) -> Iterable[tuple[Any, Any]]:
 
 
 def _outcome(answer: Any) -> Outcome:
-    return Outcome(_text(answer))
-
-
-def _text(value: Any) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)
+    return Outcome(text(answer))
