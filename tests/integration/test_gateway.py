@@ -121,9 +121,9 @@ async def test_a_job_from_upload_to_download(gateway: Process, ctx: Context, tmp
         await ctx.jobs.metric(scope, 1, {"loss": 0.5})
         artifacts = ctx.artifacts.job(job["id"])
         write_json(artifacts.evaluations / "0.json", {"step": 0})
-        artifacts.export.mkdir()
+        artifacts.export(scope.epoch).mkdir(parents=True)
         content = os.urandom(9 << 20)
-        (artifacts.export / "model.safetensors").write_bytes(content)
+        (artifacts.export(scope.epoch) / "model.safetensors").write_bytes(content)
         await succeed(ctx, scope)
         seen: list[str] = []
         done = await client.jobs.wait(job["id"], on_event=lambda event: seen.append(event["message"]), timeout_s=20)

@@ -77,8 +77,8 @@ async def test_a_job_makes_a_better_student(deployment: Cluster, loss: dict[str,
     kl = record.result["evaluation"]["reverse_kl"]
     assert kl["after"] < 0.8 * kl["before"]
     artifacts = deployment.ctx.artifacts.job(job_id)
-    assert AutoModelForCausalLM.from_pretrained(artifacts.export).num_parameters() > 0
-    assert "Held-out KL" in (artifacts.export / "README.md").read_text()
+    assert AutoModelForCausalLM.from_pretrained(artifacts.export(record.epoch)).num_parameters() > 0
+    assert "Held-out KL" in (artifacts.export(record.epoch) / "README.md").read_text()
     assert await deployment.ctx.queue.length(keys.scored(job_id, record.epoch)) == 0
 
 

@@ -87,8 +87,8 @@ async def with_checkpoints(gateway: Gateway) -> str:
         facts = {"step": step, "epoch": epoch, "policy_version": step, "created_at": 1.0, "size_bytes": 99}
         write_json(folder / "manifest.json", facts)
     (artifacts.manifests(2) / "tmp.00000011.aaaa").mkdir()
-    artifacts.export.mkdir()
-    (artifacts.export / "config.json").write_text("{}")
+    artifacts.export(0).mkdir(parents=True)  # epoch 0: no trainer claimed the job
+    (artifacts.export(0) / "config.json").write_text("{}")
     return job
 
 

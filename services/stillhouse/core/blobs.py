@@ -9,7 +9,9 @@ Layout below the artifacts folder:
                   epochs/{epoch}/opened.json    which manifest this claim opened from; created exclusively
                                  steps/{step}.journal     what the step trained on, fsynced before training
                                  manifests/{step}-{sha8}/ manifest.json, weights, optimizer, random states
-                  export/                       the finished student
+                                 export/                  the finished student, if this claim ended the job
+                                 closed.json              how the claim ended, if its trainer lived to say it
+                  final.json                    how the job ended
 
 Nothing here knows about models or queues.
 """
@@ -30,6 +32,7 @@ from typing import Any
 import xxhash
 
 from stillhouse.core.errors import CorruptError, NotFoundError
+from stillhouse.core.failpoints import failpoint
 
 HASH_BLOCK_BYTES = 1 << 22
 """Read size while hashing: large enough that Python's overhead vanishes, small enough to stay in cache."""
@@ -86,8 +89,11 @@ def write_atomic(path: Path, data: bytes, *, mode: int = 0o644) -> None:
         with os.fdopen(fd, "wb") as stream:
             stream.write(data)
             stream.flush()
+            failpoint("disk.written", path.name)
             os.fsync(stream.fileno())
+        failpoint("disk.synced", path.name)
         temp.rename(path)
+        failpoint("disk.renamed", path.name)
     except BaseException:
         temp.unlink(missing_ok=True)
         raise
@@ -112,6 +118,32 @@ def read_json(path: Path) -> Any:
         raise NotFoundError(f"{path} does not exist") from None
     except ValueError as error:
         raise CorruptError(f"{path} is not valid JSON: {error}") from None
+
+
+SEAL = "sha256"
+"""Key of a sealed document's own hash."""
+
+
+def sealed(document: dict[str, Any]) -> dict[str, Any]:
+    """The document with the hash of everything else in it, for files that nothing else names by hash."""
+    return {**document, SEAL: _seal(document)}
+
+
+def unsealed(path: Path) -> dict[str, Any]:
+    """A sealed document, verified.
+
+    Raises:
+        NotFoundError: there is none.
+        CorruptError: it does not parse, or its hash does not match.
+    """
+    document = read_json(path)
+    if not isinstance(document, dict) or document.pop(SEAL, None) != _seal(document):
+        raise CorruptError(f"{path} does not match its own hash")
+    return document
+
+
+def _seal(document: dict[str, Any]) -> str:
+    return sha256_bytes(json.dumps(document, sort_keys=True).encode())
 
 
 def append_jsonl(path: Path, values: list[dict[str, Any]]) -> None:
@@ -163,13 +195,16 @@ def staged_dir(target: Path) -> Iterator[Staged]:
     staged.path.mkdir()
     try:
         yield staged
+        failpoint("disk.written", staged.target.name)
         for path in sorted(staged.path.rglob("*")):
             if path.is_file():
                 fsync_file(path)
         fsync_dir(staged.path)
         if staged.target.exists():
             raise FileExistsError(f"{staged.target} is already committed")
+        failpoint("disk.synced", staged.target.name)
         staged.path.rename(staged.target)
+        failpoint("disk.renamed", staged.target.name)
     except BaseException:
         shutil.rmtree(staged.path, ignore_errors=True)
         raise
@@ -205,7 +240,6 @@ class JobArtifacts:
         self.metrics = root / "metrics.jsonl"
         self.evaluations = root / "evaluations"
         self.epochs = root / "epochs"
-        self.export = root / "export"
 
     def epoch(self, epoch: int) -> Path:
         """Folder of one claim of the job."""
@@ -220,6 +254,10 @@ class JobArtifacts:
     def journal(self, epoch: int, step: int) -> Path:
         """Step journal: the samples that step `step` trains on."""
         return self.epoch(epoch) / "steps" / f"{step:08d}.journal"
+
+    def export(self, epoch: int) -> Path:
+        """The finished student, written by the claim that ended the job. Of its epoch, so that no zombie's is taken."""
+        return self.epoch(epoch) / "export"
 
     def manifests(self, epoch: int) -> Path:
         """Folder of the checkpoints committed in an epoch."""

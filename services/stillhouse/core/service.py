@@ -25,6 +25,7 @@ from stillhouse.core import telemetry
 from stillhouse.core.blobs import Artifacts
 from stillhouse.core.config import Settings, load_settings
 from stillhouse.core.errors import DeadlineError, StillhouseError, UnavailableError
+from stillhouse.core.failpoints import install_from_environment
 from stillhouse.core.models import ModelRegistry
 from stillhouse.core.queue.client import connect, connect_blocking
 from stillhouse.core.queue.jobs import JobStore
@@ -112,6 +113,7 @@ def main(role: str, build: Callable[[Context], App]) -> None:
         sys.exit(f"stillhouse {role}: {error.message}")
     if settings.supervised:
         die_with_parent()
+    install_from_environment(role, log)
     try:
         asyncio.run(_run_process(settings, role, instance, log, build))
     except StillhouseError as error:
@@ -213,6 +215,7 @@ async def heartbeat_forever(
             metrics_address=metrics_address,
             state=state,
             job_id=job_id,
+            extra={"threads": str(ctx.settings.threads), "engine": ctx.settings.engine},
         )
         try:
             await ctx.registry.beat(info)

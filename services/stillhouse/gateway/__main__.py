@@ -21,6 +21,7 @@ from redis.exceptions import RedisError
 from stillhouse.core import telemetry
 from stillhouse.core.config import Settings, load_settings
 from stillhouse.core.errors import ConfigError, StillhouseError
+from stillhouse.core.failpoints import install_from_environment
 from stillhouse.core.service import VERSION, Context, die_with_parent, heartbeat_forever, open_context
 from stillhouse.gateway.app import create_app
 from stillhouse.gateway.sweeper import Sweeper
@@ -54,6 +55,7 @@ def main() -> None:
         sys.exit(f"stillhouse {ROLE}: {error.message}")
     if settings.supervised:
         die_with_parent()
+    install_from_environment(ROLE, log)
     try:
         asyncio.run(serve(settings, instance, log, listener))
     except Exception:  # the one place of the process that catches everything

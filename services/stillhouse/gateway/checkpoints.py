@@ -52,7 +52,8 @@ def list_checkpoints(job_id: str, artifacts: JobArtifacts, record: JobRecord) ->
 
 
 def _export(job_id: str, artifacts: JobArtifacts, record: JobRecord) -> list[Checkpoint]:
-    if not artifacts.export.is_dir():
+    folder = artifacts.export(record.epoch)
+    if not folder.is_dir():
         return []
     return [
         Checkpoint(
@@ -62,14 +63,14 @@ def _export(job_id: str, artifacts: JobArtifacts, record: JobRecord) -> list[Che
             step=record.step,
             epoch=record.epoch,
             policy_version=int((record.weights or {}).get("policy_version", record.step)),
-            created_at=timestamp(artifacts.export.stat().st_mtime),
-            size_bytes=sum(path.stat().st_size for path in _files(artifacts.export)),
+            created_at=timestamp(folder.stat().st_mtime),
+            size_bytes=sum(path.stat().st_size for path in _files(folder)),
             sha256="",
         )
     ]
 
 
-def checkpoint_folder(job_id: str, artifacts: JobArtifacts, checkpoint: str) -> Path:
+def checkpoint_folder(job_id: str, artifacts: JobArtifacts, record: JobRecord, checkpoint: str) -> Path:
     """Where a checkpoint lies.
 
     Raises:
@@ -79,7 +80,7 @@ def checkpoint_folder(job_id: str, artifacts: JobArtifacts, checkpoint: str) -> 
     match = re.fullmatch(r"ckpt_([0-9]{1,9})-([a-z0-9-]{1,80})", checkpoint)
     folder = None
     if checkpoint == EXPORT_ID:
-        folder = artifacts.export
+        folder = artifacts.export(record.epoch)
     elif match:
         folder = artifacts.manifests(int(match[1])) / match[2]
         folder = folder if (folder / "manifest.json").is_file() else None

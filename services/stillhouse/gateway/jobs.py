@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from stillhouse.core.blobs import fsync_dir, new_id, read_json, sha256_bytes, write_json
 from stillhouse.core.errors import ConflictError, NotFoundError, SpecError
+from stillhouse.core.failpoints import failpoint
 from stillhouse.core.queue import keys
 from stillhouse.core.queue.jobs import FINAL_FIELDS, JobRecord, final_document
 from stillhouse.core.service import Context
@@ -80,7 +81,9 @@ async def submit(ctx: Context, submission: Submission) -> tuple[JobRecord, bool]
         "idempotency": [token, body_sha256],
     }
     await asyncio.to_thread(_write_job_json, ctx, record.id, document)
+    failpoint("gateway.job_json_written")
     made = await ctx.jobs.create(record, idempotency_key=token, body_sha256=body_sha256)
+    failpoint("gateway.record_written")
     if made and made != f"{record.id}:{body_sha256}":  # a request with the same key was faster
         await asyncio.to_thread(shutil.rmtree, ctx.artifacts.job(record.id).root, ignore_errors=True)
         return await _replay(ctx, made, submission), True
@@ -142,6 +145,7 @@ async def cancel(ctx: Context, job_id: str) -> JobRecord:
             status_reason="user",
             status_message="waiting for the trainer to stop",
         )
+        failpoint("gateway.cancel_requested")
     record = await ctx.jobs.get(job_id)
     await ctx.jobs.event(job_id, "job.status", f"{record.status} on request", status=record.status)
     if record.is_terminal:

@@ -142,8 +142,6 @@ def check_supported(case: Case) -> Iterator[Finding]:
         )
     if spec.init_from is not None:
         yield Finding("init_from", "starting from a checkpoint is not supported yet", "remove it")
-    if spec.deterministic:
-        yield Finding("deterministic", "deterministic runs are not supported yet", "remove it or set it to false")
     for source in case.sources():
         for key in ("completion", "verifier"):
             index = next((i for i, row in enumerate(source.rows) if getattr(row, key) is not None), None)

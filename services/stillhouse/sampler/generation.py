@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 
+from stillhouse.core.failpoints import failpoint
 from stillhouse.core.telemetry import SAMPLED_TOKENS
 from stillhouse.core.worker import ComputeThread
 from stillhouse.sampler.engines.base import Completion, Engine, SampleRequest, failed
@@ -66,6 +67,7 @@ class Generator:
             loop.call_soon_threadsafe(ended.put_nowait, completion)
 
         def should_abort(key: str) -> bool:
+            failpoint("sampler.generating")
             return is_abandoned or key in self._aborted or is_halted()
 
         run = asyncio.ensure_future(self._compute.run(engine.generate, requests, on_finished, should_abort))

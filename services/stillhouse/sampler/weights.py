@@ -12,6 +12,7 @@ import numpy as np
 
 from stillhouse.core.blobs import xxh3
 from stillhouse.core.errors import WeightsError, WireError
+from stillhouse.core.failpoints import failpoint
 from stillhouse.core.queue.streams import Scope
 from stillhouse.core.rpc import Peer, collect
 from stillhouse.core.tensors import from_bytes
@@ -62,6 +63,7 @@ async def fetch_weights(
 
 async def _chunks(parts: AsyncIterator[Any]) -> AsyncIterator[Any]:
     async for part in parts:
+        failpoint("sampler.pulling")
         yield part.chunk
 
 

@@ -17,6 +17,7 @@ from typing import Final
 from google.protobuf.message import DecodeError
 
 from stillhouse.core.errors import StillhouseError, TooLargeError, WireError
+from stillhouse.core.failpoints import failpoint
 from stillhouse.core.queue import keys
 from stillhouse.core.queue.claims import QUEUE_ERRORS, Claims
 from stillhouse.core.queue.client import BLOCK_MS
@@ -146,6 +147,7 @@ class SamplerWorker:
             entries = entries or await claims.take([stream], keys.SAMPLERS_GROUP, 1, block_ms)
             if not entries:
                 break
+            failpoint("sampler.claimed")
             work = await self._open(scope, claims, entries[0])
             if work is None:
                 continue
@@ -232,6 +234,8 @@ class SamplerWorker:
                     break
             except QUEUE_ERRORS:
                 continue  # the hand-over will notice if it lasts
+        if self._ctx.stop.is_set():
+            failpoint("sampler.draining")
         halted.set()
 
     async def _write(self, scope: Scope, claims: Claims, batch: Sequence[_Work], halted: asyncio.Event) -> None:
@@ -255,6 +259,7 @@ class SamplerWorker:
     ) -> None:
         """Hand a sample over, as rollout or as failure."""
         scope, name = source.scope, completion.key
+        failpoint("sampler.sampled")
         if completion.finish_reason == "failed":
             outcome = await self._fail(scope, claims, work, index, completion.reason, completion.message)
         else:
@@ -265,6 +270,7 @@ class SamplerWorker:
                 outcome = await self._ctx.queue.hand_over(
                     scope, work.entry, target, rollout_mark(name), payload, last=is_last
                 )
+                failpoint("sampler.handed_over")
                 self._settle(claims, work, index, outcome)
             except TooLargeError as error:
                 outcome = await self._fail(scope, claims, work, index, "too_large", error.message)

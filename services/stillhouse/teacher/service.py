@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator
 from typing import Any, Final
 
 from stillhouse.core.errors import SpecError, UnimplementedError, WireError
+from stillhouse.core.failpoints import failpoint
 from stillhouse.core.queue.streams import Scope
 from stillhouse.core.rpc import chunks
 from stillhouse.core.service import VERSION, Context
@@ -78,6 +79,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
         self, request: pb.FetchScoreRequest, context: Any
     ) -> AsyncGenerator[pb.FetchScoreResponse, None]:
         for offset, data in self._blobs.read(request.blob):
+            failpoint("teacher.serving")
             yield pb.FetchScoreResponse(chunk=tensor_pb2.Chunk(offset=offset, data=data))
         if request.release:
             self._blobs.release(request.blob.key)

@@ -10,6 +10,7 @@ from typing import Any, Final
 from google.protobuf.message import DecodeError
 
 from stillhouse.core.errors import NotFoundError, StillhouseError, TooLargeError, WireError
+from stillhouse.core.failpoints import failpoint
 from stillhouse.core.queue import keys
 from stillhouse.core.queue.claims import NO_WAIT_MS, Claims
 from stillhouse.core.queue.client import BLOCK_MS
@@ -121,6 +122,8 @@ class TeacherWorker:
         """Score about one batch of the streams; False if they were empty."""
         async with Claims(self._ctx.queue, self._ctx.instance, self._ctx.settings.lease_s, self._ctx.log) as claims:
             works = await self._claim(claims, tasks, block_ms)
+            if works:
+                failpoint("teacher.claimed")
             for stream, task in tasks.items():
                 mine = [work for work in works if work.entry.stream == stream]
                 if mine and not self._ctx.stop.is_set():
@@ -183,9 +186,12 @@ class TeacherWorker:
         budget = 0 if await self._is_deterministic(scope) else self._ctx.settings.teacher_batch_tokens
         for batch in plan_batches(lengths, budget):
             if self._ctx.stop.is_set():
+                failpoint("teacher.draining")
                 return
+            failpoint("teacher.scoring")
             chosen = [works[index] for index in batch]
             results, score_s = await self._scorer.score(resident, [work.item for work in chosen])
+            failpoint("teacher.scored")
             for work, result in zip(chosen, results, strict=True):
                 outcome = await self._end(claims, task, work, result, resident, score_s)
                 if outcome is Outcome.CLOSED:
@@ -248,6 +254,7 @@ class TeacherWorker:
             payload,
             dead=dead,
         )
+        failpoint("teacher.handed_over")
         claims.finish(entry)
         SCORED_ROLLOUTS.labels("failed" if dead else outcome.value.lower()).inc()
         return outcome

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import time
+from collections.abc import Callable
 from typing import Final
 
 from pydantic import ValidationError
@@ -17,6 +18,7 @@ from stillhouse.core.service import Context
 from stillhouse.core.worker import pause
 from stillhouse.trainer.lead import Lead
 from stillhouse.trainer.service import TrainerServicer
+from stillhouse.trainer.train import LearnerThread
 from stillhouse.v1 import trainer_pb2_grpc
 
 POLL_S: Final = 0.5
@@ -26,8 +28,9 @@ POLL_S: Final = 0.5
 class TrainerApp:
     """`App` of the trainer."""
 
-    def __init__(self, ctx: Context) -> None:
+    def __init__(self, ctx: Context, make_learner: Callable[[], LearnerThread] = LearnerThread) -> None:
         self._ctx = ctx
+        self._make_learner = make_learner
         self._lead: Lead | None = None
 
     def register(self, server: Server) -> None:
@@ -76,7 +79,7 @@ class TrainerApp:
             if epoch:
                 self._ctx.log.info("job claimed", job_id=job_id, epoch=epoch)
                 try:
-                    return Lead(self._ctx, record, Scope(job_id, epoch))
+                    return Lead(self._ctx, record, Scope(job_id, epoch), self._make_learner)
                 except ValidationError as error:  # written by another version
                     await self._refuse(Scope(job_id, epoch), str(error))
         return None

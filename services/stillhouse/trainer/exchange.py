@@ -25,6 +25,7 @@ from stillhouse.core.errors import (
     StillhouseError,
     WireError,
 )
+from stillhouse.core.failpoints import failpoint
 from stillhouse.core.queue import keys
 from stillhouse.core.queue.epochs import close_epochs
 from stillhouse.core.queue.registry import Registry
@@ -157,6 +158,7 @@ class Exchange:
         mark = f"plan:{group.group_id}:0"
         if await self._queue.add(self._scope, self._prompts, mark, group.SerializeToString()) is Outcome.CLOSED:
             raise _closed(self._scope)
+        failpoint("trainer.planned")
         return future
 
     async def rescore(self, group: int, scores: Sequence[rollout_pb2.Score]) -> asyncio.Future[ScoredGroup]:
@@ -223,6 +225,7 @@ class Exchange:
         return [entry for entry in entries if entry.id not in self._taken]
 
     async def _arrive(self, entry: Entry) -> None:
+        failpoint("trainer.score_taken")
         score = rollout_pb2.Score.FromString(entry.payload)
         sample = ScoredSample(score, entry)
         pending = self._by_sample.get(sample.sample_id)

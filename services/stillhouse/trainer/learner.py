@@ -9,6 +9,7 @@ Letters: R trained completion tokens of a micro-batch, D width.
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stillhouse.core.errors import NonFiniteError, WireError
+from stillhouse.core.errors import NonFiniteError, WeightsError, WireError
+from stillhouse.core.failpoints import failpoint
 from stillhouse.core.spec import OptimizerSpec, StageSpec, TeacherSpec
 from stillhouse.trainer import checkpoint
 from stillhouse.trainer.batch import TeacherHead, TrainSample
@@ -43,6 +45,9 @@ class Learner:
     ) -> None:
         if threads:
             torch.set_num_threads(threads)
+        # nothing here draws from them; seeded, two runs of a job commit the same states
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
         torch.manual_seed(seed)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = dtype
@@ -87,6 +92,7 @@ class Learner:
                 if len(batch.ids):
                     result = self._loss(batch, samples, heads)
                     result.loss.backward()
+                    failpoint("trainer.mid_backward")
                     self._collect_gradients()
                     measures.add(batch, result)
             norm = self._gradient_norm()
@@ -94,7 +100,12 @@ class Learner:
             self._clear_gradients()
             raise
         lr = self._update()
-        return {**measures.summary(self.policy_version - 1), "grad/norm": norm, "lr": lr}
+        return {**measures.summary(self.policy_version - 1), "grad/norm": norm, "lr": lr, "step/skipped": 0.0}
+
+    def skip(self) -> dict[str, float]:
+        """Count a step whose gradient was not finite: the schedule goes on, weights and optimizer stay."""
+        self.policy_version += 1
+        return {"step/skipped": 1.0}
 
     @torch.no_grad()
     def evaluate(
@@ -263,9 +274,19 @@ class Learner:
             group["lr"] = lr
         self._optimizer.step()
         self._clear_gradients()
+        self._check_weights()
         self._follow_masters()
         self.policy_version += 1
         return lr
+
+    def _check_weights(self) -> None:
+        """Refuse to go on with weights that are no numbers: they would be published and committed."""
+        bad = [name for name, master in self._masters.items() if not bool(torch.isfinite(master).all())]
+        if bad:
+            raise WeightsError(
+                f"step {self.policy_version}: the update made {len(bad)} tensors non-finite, the first is {bad[0]}; "
+                "the last checkpoint is as it was; lower the learning rate"
+            )
 
     @torch.no_grad()
     def _follow_masters(self) -> None:

@@ -1,26 +1,42 @@
 """Checkpoints as manifests, epochs, and the one recovery rule.
 
 A claim of a job opens a new epoch: it creates `epochs/{epoch}/` exclusively, with `opened.json` saying which manifest
-it starts from and which step journals it replays. It opens from the highest epoch's newest manifest that verifies, or,
-if that epoch has none, from what that epoch opened from. So there is one lineage: what a zombie of an older epoch
-writes later is on none. Queues are never read.
+it starts from and which step journals it replays. It opens from the newest manifest that verifies in the past of the
+highest epoch: that epoch's own manifests, then those that it rests on, back to the start of the job. The journals that
+follow are replayed up to the first that is missing or damaged. So there is one lineage: what a zombie of an older
+epoch writes later is on none. Queues are never read.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from stillhouse.core.blobs import JobArtifacts, fsync_dir, read_json, sha256_bytes, sha256_file, staged_dir, write_json
+from stillhouse.core.blobs import (
+    JobArtifacts,
+    fsync_dir,
+    read_json,
+    sealed,
+    sha256_bytes,
+    sha256_file,
+    staged_dir,
+    unsealed,
+    write_json,
+)
 from stillhouse.core.errors import CorruptError, LeaseLostError, NotFoundError
+from stillhouse.core.failpoints import failpoint
+from stillhouse.trainer.journal import read_step
 
 SCHEMA_VERSION: Final = 1
 MANIFEST: Final = "manifest.json"
+OPENED: Final = "opened.json"
+CLOSED: Final = "closed.json"
+FORGIVEN: Final = ("draining", "queue_lost", "lease_lost")
+"""Ends of a claim that are not the job's fault."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +48,11 @@ class ManifestRef:
     """Folder name, `{step}-{sha8}`."""
     sha256: str
     """sha256 of manifest.json."""
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps behind it."""
+        return int(self.name.partition("-")[0])
 
     def folder(self, artifacts: JobArtifacts) -> Path:
         return artifacts.manifests(self.epoch) / self.name
@@ -73,10 +94,11 @@ def commit(
     """
     folder = artifacts.manifests(epoch)
     for ref in _refs(artifacts, epoch):
-        if int(ref.name.split("-")[0]) == step:
+        if ref.step == step:
             return ref
     with staged_dir(folder / f"{step:08d}") as staged:
         write_state(staged.path)
+        failpoint("trainer.committing")
         files = {
             str(path.relative_to(staged.path)): {"sha256": sha256_file(path), "size_bytes": path.stat().st_size}
             for path in sorted(staged.path.rglob("*"))
@@ -120,9 +142,17 @@ def verify(artifacts: JobArtifacts, ref: ManifestRef) -> dict[str, Any]:
 
 
 def open_epoch(
-    artifacts: JobArtifacts, epoch: int, trainer: str, on_corrupt: Callable[[str], None] = lambda _: None
+    artifacts: JobArtifacts,
+    epoch: int,
+    trainer: str,
+    on_damage: Callable[[str], None] = lambda _: None,
+    *,
+    lag: int = 0,
 ) -> Opening:
     """Create the folder of a new epoch and decide what it starts from (see the module's text).
+
+    `lag` > 0 asks for a base that lies so many steps before the first step to sample: a deterministic run needs the
+    weights of those versions again, and gets them by the replay.
 
     Raises:
         LeaseLostError: the folder exists: another claim had the same or a higher epoch.
@@ -130,63 +160,124 @@ def open_epoch(
     previous = artifacts.highest_epoch()
     if previous >= epoch:
         raise LeaseLostError(f"epoch {previous} is open already, cannot open {epoch}")
-    opening = _opening(artifacts, previous, epoch, on_corrupt)
+    opening = _opening(artifacts, previous, epoch, on_damage, lag)
     folder = artifacts.epoch(epoch)
     artifacts.epochs.mkdir(parents=True, exist_ok=True)
     try:
         folder.mkdir()
     except FileExistsError:
         raise LeaseLostError(f"epoch {epoch} was opened by another claim at the same moment") from None
-    write_json(
-        folder / "opened.json",
-        {
-            "epoch": epoch,
-            "trainer": trainer,
-            "opened_at": time.time(),
-            "opened_from": opening.base.as_json() if opening.base else None,
-            "replay": [[ref.epoch, ref.step] for ref in opening.replay],
-        },
-    )
+    failpoint("trainer.epoch_made")
+    document = {
+        "schema_version": SCHEMA_VERSION,
+        "epoch": epoch,
+        "trainer": trainer,
+        "opened_at": time.time(),
+        "opened_from": opening.base.as_json() if opening.base else None,
+        "replay": [[ref.epoch, ref.step] for ref in opening.replay],
+    }
+    write_json(folder / OPENED, sealed(document))
     fsync_dir(artifacts.epochs)
+    failpoint("trainer.epoch_opened")
     return opening
 
 
-def _opening(artifacts: JobArtifacts, previous: int, epoch: int, on_corrupt: Callable[[str], None]) -> Opening:
-    if previous == 0:
-        return Opening(epoch, None)
-    opened = _read_opened(artifacts, previous)
-    if opened is None:  # it died between mkdir and opened.json, before any work: as if it never was
-        return _opening(artifacts, previous - 1, epoch, on_corrupt)
-    base, first_step = _base(artifacts, previous, opened, on_corrupt)
-    steps = {step: JournalRef(source, step) for source, step in opened["replay"] if step >= first_step}
-    steps.update(
-        {step: JournalRef(previous, step) for step in _journalled_steps(artifacts, previous) if step >= first_step}
-    )
-    replay: list[JournalRef] = []
-    while first_step + len(replay) in steps:
-        replay.append(steps[first_step + len(replay)])
-    return Opening(epoch, base, replay)
+def close_epoch(artifacts: JobArtifacts, epoch: int, reason: str, message: str = "") -> None:
+    """Note in the epoch's folder how its claim ended, if the trainer lived to say it."""
+    write_json(artifacts.epoch(epoch) / CLOSED, {"reason": reason, "message": message, "closed_at": time.time()})
 
 
-def _base(
-    artifacts: JobArtifacts, previous: int, opened: dict[str, Any], on_corrupt: Callable[[str], None]
-) -> tuple[ManifestRef | None, int]:
-    """(manifest to start from, first step after it)."""
-    for ref in sorted(_refs(artifacts, previous), key=lambda ref: ref.name, reverse=True):
-        try:
-            return ref, int(verify(artifacts, ref)["step"])
-        except CorruptError as error:
-            on_corrupt(str(error))
-    if opened["opened_from"] is None:
-        return None, 0
-    ref = ManifestRef(**opened["opened_from"])
-    return ref, int(verify(artifacts, ref)["step"])
+def fruitless_claims(artifacts: JobArtifacts) -> tuple[int, str]:
+    """(claims in a row, up to now, that trained no step and blame nobody else; what the last of them said)."""
+    number, message = 0, ""
+    for epoch in range(artifacts.highest_epoch(), 0, -1):
+        closed = _read(artifacts.epoch(epoch) / CLOSED) or {}
+        if closed.get("reason") in FORGIVEN or _journalled_steps(artifacts, epoch) or any(_refs(artifacts, epoch)):
+            break
+        message = message or str(closed.get("message", ""))
+        number += 1
+    return number, message
 
 
-def _read_opened(artifacts: JobArtifacts, epoch: int) -> dict[str, Any] | None:
+def _opening(artifacts: JobArtifacts, previous: int, epoch: int, on_damage: Callable[[str], None], lag: int) -> Opening:
+    for candidate in range(previous, 0, -1):
+        past = _past(artifacts, candidate, on_damage)
+        if past is None:  # it died before any work: as if it never was
+            continue
+        for ref in reversed(past.manifests):
+            try:
+                first_step = int(verify(artifacts, ref)["step"])
+            except CorruptError as error:
+                on_damage(str(error))
+                continue
+            replay = _readable(artifacts, past.journals, first_step, on_damage)
+            if len(replay) >= lag:
+                return Opening(epoch, ref, replay)
+        if past.is_whole:
+            return Opening(epoch, None, _readable(artifacts, past.journals, 0, on_damage))
+    return Opening(epoch, None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Past:
+    """What an epoch's weights rest on: its own work and that of the epochs it was opened from."""
+
+    journals: dict[int, JournalRef]
+    """By step."""
+    manifests: list[ManifestRef]
+    """Oldest first."""
+    is_whole: bool
+    """It reaches back to the start of the job; else an opened.json on the way is damaged."""
+
+
+def _past(artifacts: JobArtifacts, epoch: int, on_damage: Callable[[str], None]) -> _Past | None:
+    """The past of an epoch; None if it did no work."""
+    own_journals = {step: JournalRef(epoch, step) for step in _journalled_steps(artifacts, epoch)}
+    own_manifests = sorted(_refs(artifacts, epoch), key=lambda ref: ref.name)
     try:
-        return read_json(artifacts.epoch(epoch) / "opened.json")
+        opened = unsealed(artifacts.epoch(epoch) / OPENED)
     except NotFoundError:
+        return None
+    except CorruptError as error:
+        on_damage(str(error))
+        return _Past(own_journals, own_manifests, is_whole=False)
+    earlier = _Past({}, [], is_whole=True)
+    if opened["opened_from"] is not None:
+        base = ManifestRef(**opened["opened_from"])
+        earlier = _past(artifacts, base.epoch, on_damage) or _Past({}, [], is_whole=False)
+        earlier = _until(earlier, base)
+    replayed = {step: JournalRef(source, step) for source, step in opened["replay"]}
+    return _Past({**earlier.journals, **replayed, **own_journals}, earlier.manifests + own_manifests, earlier.is_whole)
+
+
+def _until(past: _Past, base: ManifestRef) -> _Past:
+    """The part of a past that lies behind one of its manifests: what its epoch did later is on another lineage."""
+    return _Past(
+        {step: ref for step, ref in past.journals.items() if step < base.step},
+        [ref for ref in past.manifests if ref.step < base.step] + [base],
+        past.is_whole,
+    )
+
+
+def _readable(
+    artifacts: JobArtifacts, journals: dict[int, JournalRef], first_step: int, on_damage: Callable[[str], None]
+) -> list[JournalRef]:
+    """The unbroken run of journals from `first_step` on that verify."""
+    replay: list[JournalRef] = []
+    while ref := journals.get(first_step + len(replay)):
+        try:
+            read_step(artifacts.journal(ref.epoch, ref.step))
+        except (CorruptError, NotFoundError) as error:
+            on_damage(str(error))
+            break
+        replay.append(ref)
+    return replay
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        return read_json(path)
+    except (NotFoundError, CorruptError):
         return None
 
 
@@ -211,20 +302,6 @@ def list_manifests(artifacts: JobArtifacts) -> list[ManifestRef]:
     """All committed checkpoints, oldest first."""
     refs = [ref for epoch in range(1, artifacts.highest_epoch() + 1) for ref in _refs(artifacts, epoch)]
     return sorted(refs, key=lambda ref: (ref.epoch, ref.name))
-
-
-def retain(artifacts: JobArtifacts, keep_last: int, base: ManifestRef | None) -> int:
-    """Delete all but the newest checkpoints; never the one that this epoch opened from. Returns how many went.
-
-    Two are kept at least: the newest may turn out to be damaged on disk.
-    """
-    keep = set(list_manifests(artifacts)[-max(keep_last, 2) :])
-    if base is not None:
-        keep.add(base)
-    gone = [ref for ref in list_manifests(artifacts) if ref not in keep]
-    for ref in gone:
-        shutil.rmtree(ref.folder(artifacts), ignore_errors=True)
-    return len(gone)
 
 
 def spec_sha256(spec: dict[str, Any]) -> str:

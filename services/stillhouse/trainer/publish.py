@@ -15,6 +15,7 @@ import numpy as np
 
 from stillhouse.core.blobs import xxh3
 from stillhouse.core.errors import ConflictError, NotFoundError, UnimplementedError
+from stillhouse.core.failpoints import failpoint
 from stillhouse.core.queue.jobs import JobStore
 from stillhouse.core.queue.streams import Scope
 from stillhouse.core.rpc import chunks
@@ -77,19 +78,24 @@ class Publisher:
 
     async def publish(self, policy_version: int, arrays: list[tuple[str, np.ndarray, str]]) -> weights_pb2.WeightsRef:
         """Name and hold the weights; returns once the reference is durable."""
-        index = await asyncio.to_thread(make_index, self._scope, policy_version, arrays)
-        self._held[policy_version] = Held(index, [array for _, array, _ in arrays])
-        for version in sorted(self._held)[: -self._hold]:
-            del self._held[version]
-        ref = index.ref
+        ref = await self.hold(policy_version, arrays)
         reference: dict[str, Any] = {
             "epoch": ref.epoch,
             "policy_version": ref.policy_version,
             "sha256": ref.sha256,
         }
         await self._jobs.update(self._scope, weights=reference)
+        failpoint("trainer.published")
         self._samplers.hint(ref)
         return ref
+
+    async def hold(self, policy_version: int, arrays: list[tuple[str, np.ndarray, str]]) -> weights_pb2.WeightsRef:
+        """Name the weights and keep them for `FetchWeights`, telling nobody."""
+        index = await asyncio.to_thread(make_index, self._scope, policy_version, arrays)
+        self._held[policy_version] = Held(index, [array for _, array, _ in arrays])
+        for version in sorted(self._held)[: -self._hold]:
+            del self._held[version]
+        return index.ref
 
     def find(self, request: trainer_pb2.FetchWeightsRequest) -> Held:
         """The version a sampler asks for.

@@ -7,10 +7,11 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from stillhouse.core.blobs import JobArtifacts
-from stillhouse.core.errors import JobFailedError
+from stillhouse.core.errors import JobFailedError, NonFiniteError
+from stillhouse.core.failpoints import failpoint
 from stillhouse.core.queue.jobs import JobStore
 from stillhouse.core.queue.streams import Scope
 from stillhouse.core.spec import FullVocabularyLoss, JobSpec, StageSpec
@@ -19,14 +20,19 @@ from stillhouse.trainer import manifests
 from stillhouse.trainer.batch import TeacherHead, TrainSample
 from stillhouse.trainer.evaluate import HeldOut
 from stillhouse.trainer.exchange import Exchange, ScoredGroup, ScoredSample
-from stillhouse.trainer.journal import StepJournal, read_step
+from stillhouse.trainer.journal import JournalledStep, StepJournal, read_step
+from stillhouse.trainer.ledger import Ledger
 from stillhouse.trainer.manifests import ManifestRef, Opening
 from stillhouse.trainer.progress import Progress
 from stillhouse.trainer.prompts import Prompt, PromptOrder, make_group, sample_seed
 from stillhouse.trainer.publish import Publisher
+from stillhouse.trainer.retention import retain
 from stillhouse.trainer.samplers import SamplerPool
 from stillhouse.trainer.train import LearnerThread, micro_batch_plans, plan_from_journal, to_sample
 from stillhouse.v1 import rollout_pb2
+
+MAX_NON_FINITE: Final = 3
+"""Steps in a row without a finite gradient after which the job fails: one may be a bad sample, three are divergence."""
 
 
 @dataclass
@@ -48,12 +54,16 @@ class Run:
     heads: Mapping[str, TeacherHead]
     stop_ids: Sequence[int]
     threads: int
+    ledger: Ledger
+    """What the learner consumed."""
     held_out: HeldOut | None = None
     step_done: int = 0
     """Optimizer steps in the learner."""
     _batch: tuple[list[TrainSample], list[list[int]]] = field(default_factory=lambda: ([], []))
     _metrics: dict[str, float] = field(default_factory=dict)
     _busy: dict[str, float] = field(default_factory=dict)
+    _non_finite: int = 0
+    """Steps in a row whose gradient was not finite."""
     _last_commit: ManifestRef | None = None
     _last_commit_at: float = field(default_factory=time.monotonic)
 
@@ -80,10 +90,13 @@ class Run:
         """Plan a group of `size` samples whose seeds follow from `seed_id`."""
         seeds = [sample_seed(self.spec.seed, seed_id, index) for index in range(size)]
         message = make_group(prompt, job_id=self.scope.job_id, epoch=self.scope.epoch, seeds=seeds, **fields)
+        if self.spec.deterministic:  # the oldest version allowed, and no other: chosen by schedule, not by time
+            message.exact_policy_version_plus_one = message.min_policy_version + 1
         return await self.exchange.plan(message)
 
     async def done(self, groups: Sequence[ScoredGroup]) -> None:
         await self.exchange.done([sample for group in groups for sample in group.samples])
+        failpoint("trainer.acknowledged")
 
     # -- Journal -----------------------------------------------------------------------------------------------------
 
@@ -101,6 +114,7 @@ class Run:
                 next_group=next_group,
                 micro_batches=micro_batch_plans(samples, plan),
             )
+        failpoint("trainer.journalled")
         self._batch = (samples, plan)
         self._busy = self._busy_seconds(scored)
 
@@ -138,36 +152,63 @@ class Run:
 
     async def step(self, step: int, groups: Sequence[ScoredGroup]) -> None:
         samples, plan = self._batch
+        self._metrics = await self._train(step, samples, plan)
+        failpoint("trainer.stepped")
+
+    async def _train(self, step: int, samples: list[TrainSample], plan: list[list[int]]) -> dict[str, float]:
+        """One optimizer step, or none if its gradient is not finite; the samples are consumed either way."""
+        is_skipped = False
         with self.progress.timed("train"):
-            self._metrics = await self.learner.step(samples, self.heads, plan)
+            try:
+                metrics = await self.learner.step(samples, self.heads, plan)
+                self._non_finite = 0
+            except NonFiniteError as error:
+                self._non_finite += 1
+                if self._non_finite >= MAX_NON_FINITE:
+                    raise
+                is_skipped = True
+                metrics = await self.learner.skip()
+                await self.jobs.event(
+                    self.scope.job_id, "step.skipped", f"no update: {error.message}", level="warning", step=step
+                )
+        self.ledger.add(step, [(s.sample_id, s.completion_ids) for s in samples], is_skipped=is_skipped)
         self.step_done = step + 1
+        return metrics
 
     async def replay(self) -> None:
         """Train the journalled steps that no manifest covers again: the same samples, none sampled anew."""
         for ref in self.opening.replay:
-            journalled = read_step(self.artifacts.journal(ref.epoch, ref.step))
-            scored = await self._scored_again(
-                ref.step, [s for s in journalled.scores if s.WhichOneof("result") != "failed"]
-            )
+            journalled = await asyncio.to_thread(read_step, self.artifacts.journal(ref.epoch, ref.step))
+            scored = await self._scored_again(journalled)
             samples = self._samples(scored)
-            plan = plan_from_journal(samples, journalled.header.micro_batches)
-            with self.progress.timed("train"):
-                metrics = await self.learner.step(samples, self.heads, plan)
-            self.step_done = ref.step + 1
+            if self.spec.deterministic:  # the next groups want the weights of the versions before
+                await self.publisher.hold(ref.step, await self.learner.state_arrays())
+            metrics = await self._train(ref.step, samples, plan_from_journal(samples, journalled.header.micro_batches))
+            failpoint("trainer.replayed")
             await self.progress.step_done(self.step_done, metrics, self._busy_seconds(scored))
 
-    async def _scored_again(self, step: int, scores: list[rollout_pb2.Score]) -> list[ScoredSample]:
-        """Journalled scores as samples; hidden states are not journalled, so those are scored again."""
+    async def _scored_again(self, journalled: JournalledStep) -> list[ScoredSample]:
+        """The samples of a journal. Hidden states are not in it, so those are scored again.
+
+        If that fails for some, the step gets a new journal in this epoch which says so: the ledger stays true.
+        """
+        header, scores = journalled.header, journalled.scores
         hidden = [score for score in scores if score.WhichOneof("result") == "hidden"]
         fresh: dict[str, ScoredSample] = {}
         if hidden:
-            group = await (await self.exchange.rescore(step, hidden))
+            group = await (await self.exchange.rescore(header.step, hidden))
             await self.exchange.done(group.samples)
-            fresh = {sample.sample_id: sample for sample in group.scored}
+            fresh = {sample.sample_id: sample for sample in group.samples}
         samples = [fresh.get(score.rollout.sample_id) or ScoredSample(score) for score in scores]
-        return [
-            sample for sample in samples if sample.score.WhichOneof("result") != "hidden" or sample.hidden is not None
-        ]
+        if any(sample.is_failed for sample in fresh.values()):
+            await StepJournal(self.artifacts, self.scope).write(
+                header.step,
+                [sample.score for sample in samples],
+                groups=header.groups,
+                next_group=header.next_group,
+                micro_batches=header.micro_batches,
+            )
+        return [sample for sample in samples if not sample.is_failed]
 
     # -- Weights -----------------------------------------------------------------------------------------------------
 
@@ -191,7 +232,7 @@ class Run:
         """Commit the learner's present state, once per step."""
         step = self.step_done
         base = self._last_commit or self.opening.base
-        if step == 0 or (base is not None and int(base.name.split("-")[0]) == step):
+        if step == 0 or (base is not None and base.step == step):
             return
         facts = {
             "job_id": self.scope.job_id,
@@ -200,17 +241,19 @@ class Run:
             "parent": base.as_json() if base else None,
             "spec_sha256": manifests.spec_sha256(self.spec.model_dump(mode="json")),
             "usage": self.progress.usage,
+            "ledger": self.ledger.as_json(),
             "threads": self.threads,
         }
         ref = await self.learner.save(
             lambda save: manifests.commit(self.artifacts, self.scope.epoch, step, facts, save)
         )
+        failpoint("trainer.committed")
         self._last_commit, self._last_commit_at = ref, time.monotonic()
         await self.jobs.update(self.scope, committed_step=step)
         await self.jobs.event(
             self.scope.job_id, "checkpoint.saved", f"checkpoint at step {step}", step=step, name=ref.name
         )
-        await asyncio.to_thread(manifests.retain, self.artifacts, self.spec.checkpoint.keep_last, self.opening.base)
+        await asyncio.to_thread(retain, self.artifacts, self.spec.checkpoint.keep_last, self.opening.base)
 
     # -- Evaluator ---------------------------------------------------------------------------------------------------
 
@@ -255,4 +298,4 @@ class Run:
 
     async def export(self, source_dir: Path, card: dict[str, Any]) -> None:
         """Write the finished student beside the artifacts, in place of an older export."""
-        await self.learner.export(source_dir, self.artifacts.export, card)
+        await self.learner.export(source_dir, self.artifacts.export(self.scope.epoch), card)

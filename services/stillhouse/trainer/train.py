@@ -116,6 +116,10 @@ class LearnerThread:
         """One optimizer step; returns its metrics."""
         return await self.call(lambda: self._learner.step(samples, heads, plan))
 
+    async def skip(self) -> dict[str, float]:
+        """Count a step without an update; returns its metrics."""
+        return await self.call(lambda: self._learner.skip())
+
     async def evaluate(self, samples: Sequence[TrainSample], heads: Mapping[str, TeacherHead]) -> list[dict[str, Any]]:
         """Exact reverse KL per sample at temperature 1, in float32."""
         return await self.call(lambda: self._learner.evaluate(samples, heads, temperature=1.0))

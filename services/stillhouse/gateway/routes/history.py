@@ -127,8 +127,8 @@ async def get_checkpoints(ctx: Ctx, job_id: JobId) -> Page[Checkpoint]:
 )
 async def download_checkpoint(ctx: Ctx, job_id: JobId, checkpoint_id: str) -> StreamingResponse:
     """A checkpoint as a tar, streamed; Content-Length tells whether it came whole."""
-    await ctx.jobs.get(job_id)
-    folder = checkpoint_folder(job_id, ctx.artifacts.job(job_id), checkpoint_id)
+    record = await ctx.jobs.get(job_id)
+    folder = checkpoint_folder(job_id, ctx.artifacts.job(job_id), record, checkpoint_id)
     name = f"{job_id}-{checkpoint_id.removeprefix('ckpt_')}"
     tar = await asyncio.to_thread(TarStream, folder, name)
     headers = {"Content-Length": str(tar.size), "Content-Disposition": f'attachment; filename="{name}.tar"'}

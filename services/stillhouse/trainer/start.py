@@ -1,0 +1,222 @@
+"""From a claimed job to a `Run`: prompts rendered and checked, student restored, teachers loaded, journals replayed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stillhouse.core.blobs import JobArtifacts
+from stillhouse.core.errors import PreflightError
+from stillhouse.core.models import ModelEntry, verify_files
+from stillhouse.core.queue.jobs import JobRecord
+from stillhouse.core.queue.streams import Scope
+from stillhouse.core.service import Context
+from stillhouse.core.spec import DataSpec, FullVocabularyLoss, JobSpec
+from stillhouse.trainer import manifests
+from stillhouse.trainer.batch import TeacherHead
+from stillhouse.trainer.evaluate import HeldOut
+from stillhouse.trainer.exchange import Exchange
+from stillhouse.trainer.heads import ensure_loaded, fetch_head, make_task
+from stillhouse.trainer.ledger import Ledger
+from stillhouse.trainer.loop import Interrupt
+from stillhouse.trainer.manifests import Opening
+from stillhouse.trainer.progress import Progress
+from stillhouse.trainer.prompts import Prompt, PromptOrder, Renderer, check_lengths, load_rows, prepare
+from stillhouse.trainer.publish import Publisher
+from stillhouse.trainer.run import Run
+from stillhouse.trainer.samplers import SamplerPool
+from stillhouse.trainer.tokens import stop_token_ids
+from stillhouse.trainer.train import LearnerThread
+
+
+@dataclass
+class Start:
+    """Everything a claim has before its run exists."""
+
+    ctx: Context
+    scope: Scope
+    spec: JobSpec
+    record: JobRecord
+    """As it was when the job was claimed."""
+    artifacts: JobArtifacts
+    interrupt: Interrupt
+    progress: Progress
+    samplers: SamplerPool
+    learner: LearnerThread
+    log: Any
+    run_beside: Callable[[Coroutine[Any, Any, None], str], None]
+    """Runs something until the claim ends; its error ends the claim."""
+    exchange: Exchange | None = None
+
+    async def run(self, opening: Opening, set_status: Callable[[str], Awaitable[None]]) -> Run:
+        """Validate the job and bring everything to the state that `opening` names."""
+        await set_status("validating")
+        if self.spec.deterministic:
+            await self._check_services()
+        student = self.ctx.models.get(self.spec.student.model)
+        teachers = {name: self.ctx.models.get(spec.model) for name, spec in self.spec.teachers.items()}
+        await asyncio.to_thread(verify_files, student)
+        renderer = await asyncio.to_thread(Renderer, Path(student.path))
+        prompts, held_out = await self._load_prompts(renderer, student, teachers)
+        self.exchange = await self._open_exchange(teachers)
+        self.run_beside(self.exchange.run(), "take scores")
+
+        await set_status("starting")
+        await self.progress.show("loading the student")
+        threads = self.ctx.settings.threads
+        await self.interrupt.race(self.learner.load(Path(student.path), self.spec, threads))
+        first_step, ledger = await self._restore(opening)
+        await self.progress.show("loading teachers")
+        heads = await self.interrupt.race(self._load_teachers(teachers, held_out))
+        stage = self.spec.stages[0]
+        run = Run(
+            scope=self.scope,
+            spec=self.spec,
+            jobs=self.ctx.jobs,
+            artifacts=self.artifacts,
+            opening=opening,
+            exchange=self.exchange,
+            samplers=self.samplers,
+            learner=self.learner,
+            publisher=Publisher(self.scope, self.ctx.jobs, self.samplers, stage.schedule.max_staleness + 1),
+            progress=self.progress,
+            order=PromptOrder(prompts, self.spec.seed, stage.data.shuffle),
+            prompts=prompts,
+            heads=heads,
+            stop_ids=stop_token_ids(student),
+            threads=threads,
+            step_done=first_step,
+            ledger=ledger,
+        )
+        run.held_out = self._held_out(run, held_out, renderer, teachers)
+        if opening.replay:
+            await self.progress.show(f"replaying {len(opening.replay)} steps")
+            await self.interrupt.race(run.replay())
+        await self._tell_rewound(run.step_done)
+        return run
+
+    async def _check_services(self) -> None:
+        """The last bits of every sum depend on engine and threads: all services must agree before the first sample."""
+        threads = self.ctx.settings.threads
+        if threads == 0:
+            raise PreflightError(
+                "a deterministic job needs a fixed number of threads; set STILLHOUSE_THREADS "
+                "(`stillhouse up --threads`) to the same number in sampler, teacher and trainer"
+            )
+        for info in [*await self.ctx.registry.services("sampler"), *await self.ctx.registry.services("teacher")]:
+            found = (info.extra.get("engine", ""), info.extra.get("threads", ""))
+            if found != ("transformers", str(threads)):
+                raise PreflightError(
+                    f"a deterministic job needs the engine transformers with {threads} threads everywhere, as in this "
+                    f"trainer; {info.role} '{info.instance}' has engine {found[0]} with {found[1]} threads"
+                )
+
+    async def _load_prompts(
+        self, renderer: Renderer, student: ModelEntry, teachers: dict[str, ModelEntry]
+    ) -> tuple[list[Prompt], list[Prompt]]:
+        """Training and held-out prompts, rendered and checked against the models' lengths."""
+        stage, evaluation = self.spec.stages[0], self.spec.evaluation
+        for name, entry in teachers.items():
+            if entry.tokenizer_sha256 != student.tokenizer_sha256:
+                raise PreflightError(
+                    f"teacher '{name}' ({entry.name}) and student ({student.name}) have different tokenizers; "
+                    "their tokens cannot be compared"
+                )
+        limits = {"student": student.max_sequence_length}
+        limits.update({name: entry.max_sequence_length for name, entry in teachers.items()})
+
+        def load(data: DataSpec, max_tokens: int) -> list[Prompt]:
+            path = self.ctx.artifacts.file(data.file) if data.file else None
+            prompts = prepare(load_rows(data, path), self.spec.teachers, renderer)
+            if not prompts:
+                raise PreflightError("no prompts: the data has no rows")
+            check_lengths(prompts, max_tokens, limits)
+            return prompts
+
+        prompts = await asyncio.to_thread(load, stage.data, stage.sampling.max_tokens)
+        held_out: list[Prompt] = []
+        if evaluation.data is not None:
+            held_out = await asyncio.to_thread(load, evaluation.data, evaluation.max_tokens)
+        return prompts, held_out
+
+    async def _open_exchange(self, teachers: dict[str, ModelEntry]) -> Exchange:
+        ctx = self.ctx
+        exchange = Exchange(
+            self.scope,
+            queue=ctx.queue,
+            redis=ctx.redis,
+            registry=ctx.registry,
+            peers=ctx.peers,
+            consumer=ctx.instance,
+            tasks={
+                name: make_task(self.scope, name, spec, teachers[name]) for name, spec in self.spec.teachers.items()
+            },
+            log=self.log,
+        )
+        await exchange.open()
+        return exchange
+
+    async def _load_teachers(
+        self, teachers: dict[str, ModelEntry], held_out: Sequence[Prompt]
+    ) -> dict[str, TeacherHead]:
+        """Every teacher loaded somewhere; the heads of those whose hidden states come to the learner."""
+        needs_heads = isinstance(self.spec.stages[0].loss, FullVocabularyLoss) or bool(held_out)
+        heads: dict[str, TeacherHead] = {}
+        for name, spec in self.spec.teachers.items():
+            task = make_task(self.scope, name, spec, teachers[name])
+            if needs_heads:
+                heads[name] = await fetch_head(self.ctx.registry, self.ctx.peers, task)
+            else:
+                await ensure_loaded(self.ctx.registry, self.ctx.peers, task)
+        return heads
+
+    def _held_out(
+        self, run: Run, prompts: Sequence[Prompt], renderer: Renderer, teachers: dict[str, ModelEntry]
+    ) -> HeldOut | None:
+        if not prompts:
+            return None
+        return HeldOut(
+            self.spec.evaluation,
+            prompts,
+            plan=run.plan,
+            done=run.exchange.done,
+            race=self.interrupt.race,
+            learner=self.learner,
+            heads=run.heads,
+            teacher_models={name: entry.name for name, entry in teachers.items()},
+            samplers=self.samplers,
+            renderer=renderer,
+            stop_ids=run.stop_ids,
+            artifacts=self.artifacts,
+        )
+
+    async def _restore(self, opening: Opening) -> tuple[int, Ledger]:
+        """Bring the learner to the state the epoch opens from; returns its step and what is behind it."""
+        if opening.base is None:
+            return 0, Ledger()
+        manifest = await asyncio.to_thread(manifests.verify, self.artifacts, opening.base)
+        self._check_threads(manifest)
+        await self.learner.restore(opening.base.folder(self.artifacts))
+        self.progress.restore(manifest["usage"])
+        return int(manifest["step"]), Ledger(**manifest["ledger"])
+
+    def _check_threads(self, manifest: Mapping[str, Any]) -> None:
+        """Another number of threads sums in another order: the last bits would differ."""
+        if self.spec.deterministic and manifest["threads"] != self.ctx.settings.threads:
+            raise PreflightError(
+                f"the job is deterministic and was trained with {manifest['threads']} threads, this trainer has "
+                f"{self.ctx.settings.threads}; set STILLHOUSE_THREADS={manifest['threads']}"
+            )
+
+    async def _tell_rewound(self, step: int) -> None:
+        if self.scope.epoch > 1:
+            await self.ctx.jobs.event(
+                self.scope.job_id,
+                "job.rewound",
+                f"taken over by {self.ctx.instance}: continues at step {step}",
+                level="warning",
+                **{"from": self.record.step, "to": step, "epoch": self.scope.epoch},
+            )
