@@ -14,15 +14,22 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from stillhouse.cli import down, process, up, valkey
+from stillhouse.cli import down, liveness, process, up, valkey
 from stillhouse.cli.console import EXIT_RUNNING, EXIT_USAGE, CliError
 from stillhouse.cli.deployment import Deployment
 from stillhouse.core.config import Settings
 
+BEAT = """
+import os, sys, time
+while True:
+    with open(os.path.join(os.environ["STILLHOUSE_HOME"], "beat"), "w") as beat: beat.write(str(time.monotonic()))
+    time.sleep(0.02)
+"""
 SLEEP = "import time\nwhile True: time.sleep(0.05)"
 # starts a child of its own in the same group, as an engine with workers does
 PARENT = (
@@ -31,6 +38,7 @@ PARENT = (
 DRIVER = """
 import json, os, sys
 from stillhouse.cli.deployment import Deployment
+from stillhouse.cli.liveness import Liveness
 from stillhouse.cli.process import ProcessSpec
 from stillhouse.cli.supervisor import Supervisor
 deployment = Deployment(sys.argv[1])
@@ -38,6 +46,9 @@ deployment.prepare()
 with deployment.lock():
     supervisor = Supervisor(deployment, report=lambda text: print(text, file=sys.stderr, flush=True),
                             drain_s=float(sys.argv[2]), facts={"pid": os.getpid(), "drain_s": float(sys.argv[2])})
+    beat = deployment.home / "beat"
+    look = lambda: {"sampler-0": beat.read_text() if beat.exists() else None, "teacher-0": os.urandom(8)}
+    supervisor.watch(Liveness(look, float(sys.argv[4]), look_s=0.1))
     supervisor.handle_signals()
     stand_ins = json.loads(sys.argv[3])
     supervisor.start([ProcessSpec(name, role, (sys.executable, "-c", code)) for name, role, code in stand_ins])
@@ -60,12 +71,14 @@ def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = 15.0)
 class Driver:
     """A supervisor of stand-ins, in a process of its own."""
 
-    def __init__(self, home: Path, specs: list[tuple[str, str, str]], drain_s: float = 5.0) -> None:
+    def __init__(
+        self, home: Path, specs: list[tuple[str, str, str]], drain_s: float = 5.0, hang_s: float = 0.0
+    ) -> None:
         self.deployment = Deployment(home)
         self.log = home.parent / "driver.log"
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", DRIVER, str(home), str(drain_s), json.dumps(specs)],
+                [sys.executable, "-c", DRIVER, str(home), str(drain_s), json.dumps(specs), str(hang_s)],
                 env={**os.environ, "STILLHOUSE_HOME": str(home)},
                 stderr=log,
             )
@@ -100,8 +113,8 @@ def with_home(home: Path, *, but: int = 0) -> list[int]:
 def drivers(tmp_path: Path) -> Iterator[Callable[..., Driver]]:
     started: list[Driver] = []
 
-    def start(specs: list[tuple[str, str, str]], drain_s: float = 5.0) -> Driver:
-        started.append(Driver(tmp_path / "home", specs, drain_s))
+    def start(specs: list[tuple[str, str, str]], drain_s: float = 5.0, hang_s: float = 0.0) -> Driver:
+        started.append(Driver(tmp_path / "home", specs, drain_s, hang_s))
         return started[-1]
 
     yield start
@@ -124,6 +137,89 @@ def test_a_killed_process_comes_back_and_the_pauses_grow(drivers: Callable[..., 
     assert [line.rpartition("restart in ")[2] for line in log.splitlines()] == ["0.2 s", "0.4 s", "0.8 s"]
     assert "sampler-0 was killed by SIGKILL" in log
     assert driver.pid("teacher-0") == teacher, "the others go on"
+
+
+def test_a_frozen_process_is_killed_and_comes_back(drivers: Callable[..., Driver]) -> None:
+    driver = drivers([("sampler-0", "sampler", BEAT), ("teacher-0", "teacher", SLEEP)], hang_s=1.0)
+    frozen, teacher = driver.pid("sampler-0"), driver.pid("teacher-0")
+    wait_until((driver.deployment.home / "beat").exists, "its first sign of life")
+    os.kill(frozen, signal.SIGSTOP)
+    wait_until(lambda: driver.service("sampler-0")["restarts"] == 1, "the restart")
+    assert not process.is_alive(frozen)
+    assert "sampler-0 gave no sign of life for 1 s and was killed; restart in 0.2 s" in driver.log.read_text()
+    assert driver.pid("teacher-0") == teacher, "the others go on"
+
+
+class Witness:
+    """A liveness with signs and a clock of its own; `look` is what the next look sees."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, hang_s: float = 15.0) -> None:
+        self.now = 1000.0
+        self.seen: dict[str, Any] | None = {}
+        self.children: list[Any] = [
+            SimpleNamespace(spec=SimpleNamespace(name=name, role=name.partition("-")[0]), pid=pid)
+            for pid, name in enumerate(("valkey", "sampler-0", "trainer-0"), 1)
+        ]
+        self._liveness = liveness.Liveness(lambda: self.seen, hang_s)
+        monkeypatch.setattr(liveness.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(liveness.threading, "Thread", OnTheSpot)
+
+    def look(self, seen: dict[str, Any] | None, after_s: float = 2.0) -> list[str]:
+        """Names of the children that are silent for too long."""
+        self.now += after_s
+        self.seen = seen
+        return [child.spec.name for child, _ in self._liveness.silent(self.children)]
+
+
+class OnTheSpot:
+    """A thread that has ended when it starts."""
+
+    def __init__(self, target: Callable[[], None], **_: Any) -> None:
+        self.start = target
+
+    def is_alive(self) -> bool:
+        return False
+
+
+def all_well(look: int) -> dict[str, Any]:
+    return {"valkey": look, "sampler-0": look, "trainer-0": look}
+
+
+def test_only_the_silent_one_is_guilty_and_after_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    witness = Witness(monkeypatch)
+    assert witness.look(all_well(0)) == []
+    verdicts = [witness.look({**all_well(look), "sampler-0": 0}) for look in range(1, 9)]
+    assert verdicts == [[]] * 7 + [["sampler-0"]], "silent for 16 s, looked at every 2 s"
+
+
+def test_a_supervisor_that_slept_accuses_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    witness = Witness(monkeypatch)
+    witness.look(all_well(0))
+    assert witness.look(all_well(0), after_s=3600) == [], "the others slept with it"
+    assert witness.look(all_well(1)) == []
+
+
+def test_a_silent_queue_server_is_the_only_one_to_blame(monkeypatch: pytest.MonkeyPatch) -> None:
+    witness = Witness(monkeypatch)
+    witness.look(all_well(0))
+    assert [witness.look(None) for _ in range(8)] == [[]] * 7 + [["valkey"]]
+    witness.children[0].pid = 77
+    back = [witness.look({**all_well(0), "valkey": look}) for look in range(7)]
+    assert back == [[]] * 7, "the services have as long as ever to find it again"
+
+
+def test_a_starting_process_has_more_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    witness = Witness(monkeypatch)
+    witness.look(all_well(0))
+    witness.children[1].pid = 77
+    starting = [witness.look({"valkey": look, "trainer-0": look}) for look in range(1, 100)]
+    assert starting.index(["sampler-0"]) == liveness.START_S / liveness.LOOK_S
+
+
+def test_no_limit_no_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    witness = Witness(monkeypatch, hang_s=0)
+    witness.look(all_well(0))
+    assert [witness.look({}) for _ in range(100)] == [[]] * 100
 
 
 def test_a_crash_takes_the_rest_of_its_group_along(drivers: Callable[..., Driver]) -> None:

@@ -39,17 +39,21 @@ def up(
     threads: Annotated[
         int, typer.Option(min=0, max=1024, help="Compute threads per process; 0 = the cores shared out.")
     ] = 0,
+    hang: Annotated[
+        float, typer.Option(min=0.0, hidden=True, help="Restart what is silent for so many seconds; 0 = never.")
+    ] = 15.0,
     home: Home = None,
 ) -> None:
     """Start the queue server and all services on this machine.
 
-    Ctrl-C stops them; with --detach, `stillhouse down` does. What dies is started again. Logs are in HOME/logs.
+    Ctrl-C stops them; with --detach, `stillhouse down` does. What dies or freezes is started again. Logs: HOME/logs.
 
     Example:  stillhouse up --detach --samplers 2
     """
     from stillhouse.cli import up as implementation
 
-    implementation.up(_deployment(home), implementation.UpOptions(port, samplers, teachers, threads), detach=detach)
+    options = implementation.UpOptions(port, samplers, teachers, threads, hang)
+    implementation.up(_deployment(home), options, detach=detach)
 
 
 def down(home: Home = None) -> None:

@@ -56,6 +56,8 @@ class Child:
         self.started_at = 0.0
         self.restart_at: float | None = None
         """Monotonic time of the next start; None = not planned."""
+        self.killed_because = ""
+        """What is to be said about its death, if we killed it."""
         self._deployment = deployment
         self._healthy_s = healthy_s
         self._delay_s = BACKOFF_MIN_S
@@ -89,11 +91,12 @@ class Child:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                preexec_fn=_die_with(os.getpid()),  # safe: the supervisor has no threads
+                # safe beside the thread that looks for signs of life: it takes no lock
+                preexec_fn=_die_with(os.getpid()),
             )
         finally:
             os.close(log)
-        self.restart_at = None
+        self.restart_at, self.killed_because = None, ""
         self.started_at, self._started = time.time(), time.monotonic()
 
     def collect(self) -> int | None:
@@ -127,6 +130,11 @@ class Child:
             return
         with suppress(ProcessLookupError, PermissionError):  # the group is empty; macOS says EPERM for one of zombies
             os.killpg(self._popen.pid, number)
+
+    def kill(self, because: str) -> None:
+        """End it and its group at once."""
+        self.killed_because = because
+        self.signal(signal.SIGKILL)
 
     def terminate(self) -> None:
         """Ask it to stop, and plan no restart. Its own children are its own business."""

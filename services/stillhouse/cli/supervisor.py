@@ -1,7 +1,10 @@
 """Keeps the processes of a local deployment alive and stops them in order.
 
-One thread, one loop, no events: every TICK_S it collects what died and starts what is due. It knows nothing about
-services; up.py says what to run and when all of it counts as ready.
+One loop, no events: every TICK_S it collects what died, kills what has shown no sign of life for `hang_s` (liveness.py;
+SIGKILL works on a stopped process, too) and starts what is due. It knows nothing about services; up.py says what to run
+and when all of it counts as ready.
+
+Tests that freeze processes and wake them again switch the killing off: `stillhouse up --hang 0`.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from typing import Any, Final
 
 from stillhouse.cli.console import CliError
 from stillhouse.cli.deployment import Deployment
+from stillhouse.cli.liveness import Liveness
 from stillhouse.cli.process import HEALTHY_S, Child, ProcessSpec
 
 TICK_S: Final = 0.1
@@ -26,7 +30,7 @@ MAX_EARLY_DEATHS: Final = 3
 class Supervisor:
     """Children of one deployment.
 
-    consumes:     deaths of children, `request_stop`
+    consumes:     deaths and silence of children, `request_stop`
     waits for:    the next tick, TICK_S
     produces:     restarts, state.json
     unblocked by: time alone; nothing here blocks
@@ -48,12 +52,17 @@ class Supervisor:
         self._report = report
         self._drain_s = drain_s
         self._healthy_s = healthy_s
+        self._liveness: Liveness | None = None
         self._stop_requests = 0
 
     def handle_signals(self) -> None:
         """SIGTERM, SIGINT and SIGHUP ask for the stop; a second one ends the patience with those that drain."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda *_: self.request_stop())
+
+    def watch(self, liveness: Liveness) -> None:
+        """From now on, kill children that `liveness` takes for frozen; the next look at them starts them again."""
+        self._liveness = liveness
 
     def request_stop(self) -> None:
         """Leave `run` or `wait_until` at the next tick."""
@@ -79,13 +88,15 @@ class Supervisor:
         self.save()
 
     def tick(self) -> None:
-        """Collect the dead, start what is due."""
+        """Kill the frozen, collect the dead, start what is due."""
         changed = False
+        for child, silent_s in self._liveness.silent(self.children) if self._liveness else ():
+            child.kill(f"gave no sign of life for {silent_s:.0f} s and was killed")
         for child in self.children:
             code = child.collect()
             if code is not None:
                 delay = child.plan_restart()
-                self._report(f"{child.spec.name} {_ending(code)}; restart in {delay:g} s")
+                self._report(f"{child.spec.name} {child.killed_because or _ending(code)}; restart in {delay:g} s")
                 changed = True
             if child.restart_at is not None and time.monotonic() >= child.restart_at:
                 self._restart(child)
@@ -160,6 +171,10 @@ class Supervisor:
                         child.signal(signal.SIGKILL)
             time.sleep(TICK_S / 5)
         self.save()
+
+    def pid_of(self, name: str) -> int | None:
+        """The pid of a child; None while it does not run."""
+        return next((child.pid for child in self.children if child.spec.name == name), None)
 
     def save(self) -> None:
         """Write state.json; a full disk is reported and no reason to let go of the processes."""

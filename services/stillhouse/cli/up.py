@@ -24,6 +24,7 @@ from stillhouse.cli import valkey
 from stillhouse.cli.console import EXIT_RUNNING, EXIT_USAGE, INSTALL_FIX, CliError, say
 from stillhouse.cli.deployment import DEFAULT_HOME, PRIVATE_FILE, Deployment
 from stillhouse.cli.down import remove_leftovers
+from stillhouse.cli.liveness import HANG_S, Liveness, look_at
 from stillhouse.cli.process import ProcessSpec
 from stillhouse.cli.registry import live_services
 from stillhouse.cli.supervisor import Supervisor
@@ -54,6 +55,8 @@ class UpOptions:
     teachers: int = 1
     threads: int = 0
     """Compute threads per process; 0 = the cores shared out evenly."""
+    hang: float = HANG_S
+    """A process without a sign of life for so many seconds is killed and started again; 0 = never."""
 
 
 def up(deployment: Deployment, options: UpOptions, *, detach: bool) -> None:
@@ -103,7 +106,7 @@ def _check_port(host: str, port: int) -> None:
 
 def _run_detached(deployment: Deployment, options: UpOptions) -> None:
     command = [sys.executable, "-m", "stillhouse.cli.main", "up", "--home", str(deployment.home)]
-    for name in ("port", "samplers", "teachers", "threads"):
+    for name in ("port", "samplers", "teachers", "threads", "hang"):
         command += [f"--{name}", str(getattr(options, name))]
     log = deployment.open_log("supervisor")
     try:
@@ -168,6 +171,7 @@ def _run(deployment: Deployment, settings: Settings, options: UpOptions) -> None
                 "started_at": round(time.time(), 3),
             },
         )
+        supervisor.watch(Liveness(look_at(deployment, valkey_port, supervisor.pid_of), options.hang))
         supervisor.handle_signals()
         try:
             if _start(supervisor, deployment, plan(deployment, settings, options, port, valkey_port), url):

@@ -80,6 +80,15 @@ def process(deployment: Deployment) -> ProcessSpec:
 
 def answers(deployment: Deployment, port: int) -> bool:
     """It accepts our password and answers PING."""
+    return _ping(deployment, port) == b"+OK\r\n+PONG\r\n"
+
+
+def is_alive(deployment: Deployment, port: int) -> bool:
+    """It says anything at all, be it that it is still loading its log."""
+    return bool(_ping(deployment, port))
+
+
+def _ping(deployment: Deployment, port: int) -> bytes:
     password = deployment.valkey_password.read_text().strip()
     try:
         with socket.create_connection(("127.0.0.1", port), timeout=PING_TIMEOUT_S) as connection:
@@ -88,11 +97,11 @@ def answers(deployment: Deployment, port: int) -> bool:
             while not answer.endswith(b"\r\n") or answer.count(b"\r\n") < 2:
                 part = connection.recv(256)
                 if not part:
-                    return False
+                    break
                 answer += part
-            return answer == b"+OK\r\n+PONG\r\n"
+            return answer
     except OSError:
-        return False
+        return b""
 
 
 def _quoted(text: str) -> str:
