@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from stillhouse.core.errors import NonFiniteError, WireError
+from stillhouse.core.errors import NonFiniteError, WeightsError, WireError
 from stillhouse.core.models import inspect_model
 from stillhouse.core.spec import OptimizerSpec
 from stillhouse.trainer.batch import TeacherHead, TrainSample
@@ -239,6 +239,28 @@ def test_a_non_finite_gradient_is_named(models: dict[str, Path], teacher: Teache
         train(student, samples, teacher)
     assert student.policy_version == 0
     assert all((array == before[key]).all() for key, array in weights_of(student).items())
+
+
+def test_a_skipped_step_counts_and_changes_nothing(models: dict[str, Path], teacher: Teacher) -> None:
+    """The schedule goes on, weights and moments stay."""
+    samples = teacher.score(rollouts())
+    student = learner(models["student"], stage(POLICY_GRADIENT))
+    train(student, samples)
+    before = weights_of(student)
+    assert student.skip() == {"step/skipped": 1.0}
+    assert student.policy_version == 2
+    assert all((array == before[key]).all() for key, array in weights_of(student).items())
+    assert train(student, samples)["step/skipped"] == 0.0
+
+
+def test_an_update_that_ruins_the_weights_ends_the_training(
+    models: dict[str, Path], teacher: Teacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = learner(models["student"], stage(POLICY_GRADIENT))
+    name, param = next(iter(student.model.named_parameters()))
+    monkeypatch.setattr(student._optimizer, "step", lambda: param.data.fill_(float("inf")))
+    with pytest.raises(WeightsError, match=f"1 tensors non-finite, the first is {name}"):
+        train(student, teacher.score(rollouts()))
 
 
 def test_missing_signal_and_foreign_tokens_are_refused(models: dict[str, Path], teacher: Teacher) -> None:

@@ -49,6 +49,7 @@ class HeldOut:
         plan: Callable[..., Awaitable[asyncio.Future[ScoredGroup]]],
         done: Callable[[Sequence[ScoredSample]], Awaitable[None]],
         race: Callable[[Awaitable[Any]], Awaitable[Any]],
+        fence: Callable[[], Awaitable[None]],
         learner: LearnerThread,
         heads: Mapping[str, TeacherHead],
         teacher_models: Mapping[str, str],
@@ -62,6 +63,8 @@ class HeldOut:
         self._plan = plan
         self._done = done
         self._race = race
+        self._fence = fence
+        """Raises LeaseLostError when another claim leads the job."""
         self._learner = learner
         self._heads = heads
         self._teacher_models = teacher_models
@@ -100,7 +103,8 @@ class HeldOut:
             "seconds": round(time.monotonic() - start, 2),
             "created_at": time.time(),
         }
-        write_json(self._artifacts.evaluations / f"{step:08d}.json", result)
+        await self._fence()  # what a zombie measured is of weights that nobody will have
+        await asyncio.to_thread(write_json, self._artifacts.evaluations / f"{step:08d}.json", result)
         return result
 
     def read(self, step: int) -> dict[str, Any]:

@@ -134,6 +134,8 @@ def verify(artifacts: JobArtifacts, ref: ManifestRef) -> dict[str, Any]:
     if digest != ref.sha256:
         raise CorruptError(f"{path} has sha256 {digest[:12]}, expected {ref.sha256[:12]}")
     document = read_json(path)
+    if document["step"] != ref.step:
+        raise CorruptError(f"{folder} is a checkpoint of step {document['step']}, its name says {ref.step}")
     for name, entry in document["files"].items():
         actual = sha256_file(folder / name) if (folder / name).is_file() else "missing"
         if actual != entry["sha256"]:

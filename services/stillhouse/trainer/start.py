@@ -184,6 +184,7 @@ class Start:
             plan=run.plan,
             done=run.exchange.done,
             race=self.interrupt.race,
+            fence=lambda: self.ctx.jobs.update(self.scope),
             learner=self.learner,
             heads=run.heads,
             teacher_models={name: entry.name for name, entry in teachers.items()},
