@@ -87,11 +87,15 @@ class MemoryQueue:
                 found.append(Entry(stream, group, str(number), held.entries[number], claim.deliveries))
         return found
 
-    async def renew(self, entries: Iterable[Entry], consumer: str) -> None:
+    async def renew(self, entries: Iterable[Entry], consumer: str) -> list[Entry]:
+        lost: list[Entry] = []
         for entry in entries:
             claim = self._claim(entry)
-            if claim is not None:
+            if claim is None or claim.consumer != consumer:
+                lost.append(entry)
+            else:
                 claim.since = time.monotonic()
+        return lost
 
     async def hand_over(
         self,
@@ -118,9 +122,9 @@ class MemoryQueue:
     async def hand_back(self, entries: Iterable[Entry], consumer: str) -> None:
         for entry in entries:
             claim = self._claim(entry)
-            if claim is not None:
+            if claim is not None and claim.consumer == consumer:
                 claim.consumer, claim.since = HAND_BACK_CONSUMER, float("-inf")
-                claim.deliveries -= 1
+                claim.deliveries = entry.deliveries - 1
 
     async def ack_delete(self, entries: Sequence[Entry]) -> int:
         removed = 0

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
+import structlog
 
 from stillhouse.core.errors import TooLargeError
 from stillhouse.core.queue import keys
+from stillhouse.core.queue.claims import Claims
 from stillhouse.core.queue.client import connect, connect_blocking
 from stillhouse.core.queue.streams import MAX_DELIVERIES, MAX_ENTRY_BYTES, Outcome, QueueBackend, Scope, WorkQueue
 from tests.conftest import free_port, server_answers, stop_valkey
 from tests.fakes import MemoryQueue
+from tests.waiting import wait_until
 
 JOB = Scope("job_contract", 1)
 PROMPTS = keys.prompts(JOB.job_id, JOB.epoch)
@@ -206,8 +210,61 @@ async def test_five_graceful_stops_do_not_make_a_sample_poison(queue: QueueBacke
     entry = await claim_one(queue)
     for _ in range(MAX_DELIVERIES + 3):
         await queue.hand_back([entry], "a")
-        (entry,) = await queue.reclaim(PROMPTS, keys.SAMPLERS_GROUP, "b", 60.0, 10)
+        (entry,) = await queue.reclaim(PROMPTS, keys.SAMPLERS_GROUP, "a", 60.0, 10)
     assert not entry.is_exhausted
+
+
+async def test_renewing_takes_nothing_back_from_who_took_it_over(queue: QueueBackend) -> None:
+    """After a long freeze: the old holder's renewal must neither own the claim again nor keep it from going stale."""
+    for number in range(2):
+        await queue.add(JOB, PROMPTS, f"plan:{number}", b"%d" % number)
+    entries = await queue.claim([PROMPTS], keys.SAMPLERS_GROUP, "frozen", 2, NOW_MS)
+    (taken,) = await queue.reclaim(PROMPTS, keys.SAMPLERS_GROUP, "thief", 0.0, 1)
+    await asyncio.sleep(0.05)
+    assert await queue.renew(entries, "frozen") == [entries[0]]
+    assert await queue.renew([taken], "thief") == []
+    assert await queue.renew(entries, "frozen") == [entries[0]], "the thief still owns it"
+    assert await queue.renew([entries[1]], "frozen") == [], "what was not taken over is still its own"
+
+
+async def test_a_refused_renewal_does_not_reset_the_idle_time_of_the_new_holder(queue: QueueBackend) -> None:
+    await queue.add(JOB, PROMPTS, "plan:0", b"0")
+    entry = await claim_one(queue, "frozen")
+    await queue.reclaim(PROMPTS, keys.SAMPLERS_GROUP, "thief", 0.0, 1)
+    await asyncio.sleep(0.2)
+    await queue.renew([entry], "frozen")
+    (again,) = await queue.reclaim(PROMPTS, keys.SAMPLERS_GROUP, "next", 0.15, 1)
+    assert again.deliveries == 3, "two takeovers; renewals are no deliveries"
+
+
+async def test_handing_back_leaves_alone_what_another_took_over(queue: QueueBackend) -> None:
+    await queue.add(JOB, PROMPTS, "plan:0", b"0")
+    entry = await claim_one(queue, "frozen")
+    (taken,) = await queue.reclaim(PROMPTS, keys.SAMPLERS_GROUP, "thief", 0.0, 1)
+    await queue.hand_back([entry], "frozen")
+    assert await queue.reclaim(PROMPTS, keys.SAMPLERS_GROUP, "next", 60.0, 1) == []
+    assert await queue.renew([taken], "thief") == []
+
+
+async def test_renewing_what_is_done_or_closed_is_harmless(queue: QueueBackend) -> None:
+    await queue.add(JOB, PROMPTS, "plan:0", b"0")
+    entry = await claim_one(queue)
+    await queue.ack_delete([entry])
+    assert await queue.renew([entry], "a") == [entry]
+    await queue.hand_back([entry], "a")
+    await queue.close_epoch(JOB)
+    assert await queue.renew([entry], "a") == [entry]
+    await queue.hand_back([entry], "a")
+
+
+async def test_claims_forget_what_was_taken_over(queue: QueueBackend) -> None:
+    await queue.add(JOB, PROMPTS, "plan:0", b"0")
+    async with Claims(queue, "frozen", 0.15, structlog.get_logger()) as claims:
+        await claims.take([PROMPTS], keys.SAMPLERS_GROUP, 1, NOW_MS)
+        assert claims.num_held == 1
+        (taken,) = await queue.reclaim(PROMPTS, keys.SAMPLERS_GROUP, "thief", 0.0, 1)
+        await wait_until(lambda: claims.num_held == 0, timeout_s=5, what="the claim to be dropped")
+    assert await queue.renew([taken], "thief") == [], "leaving the block handed nothing back"
 
 
 async def test_acknowledging_counts_what_was_there(queue: QueueBackend) -> None:

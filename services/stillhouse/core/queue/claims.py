@@ -2,6 +2,7 @@
 
     taken -> finished (its results are handed over)
           -> handed back (leaving the block)          moved by the worker that took it
+          -> lost (we were silent for a lease)        moved by the worker that took it over
 
 Sampler and teacher use it in the same way: `async with Claims(...) as claims: entries = await claims.take(...)`.
 """
@@ -64,6 +65,11 @@ class Claims:
         """Its results are handed over: nothing to renew or hand back."""
         self._held.pop((entry.stream, entry.id), None)
 
+    @property
+    def num_held(self) -> int:
+        """Entries that this worker holds."""
+        return len(self._held)
+
     def drop(self) -> None:
         """Forget everything: the epoch is closed and its streams are gone."""
         self._held.clear()
@@ -76,6 +82,11 @@ class Claims:
         while True:
             await asyncio.sleep(self._lease_s / RENEWALS_PER_LEASE)
             try:
-                await self._queue.renew(list(self._held.values()), self._consumer)
+                lost = await self._queue.renew(list(self._held.values()), self._consumer)
             except QUEUE_ERRORS as error:
                 self._log.warning("claims not renewed", num_entries=len(self._held), error=str(error))
+                continue
+            for entry in lost:  # work on it goes on: what it hands over is a duplicate at worst, by its mark
+                if self._held.get((entry.stream, entry.id)) is entry:
+                    del self._held[(entry.stream, entry.id)]
+                    self._log.warning("claim lost: another worker took it over", stream=entry.stream, entry=entry.id)

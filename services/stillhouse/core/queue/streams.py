@@ -7,6 +7,8 @@ Life of an entry:  added -> claimed (pending) -> handed over | failed        mov
 * A result and the removal of its source are ONE script (`hand_over`), which also checks that the epoch is still open
   and that this (stage, sample id, attempt) was not handed over before. So a crash leaves the source or the result.
 * A holder renews its claims (`renew`); who is silent for `lease_s` loses them to whoever asks next (`reclaim`).
+  Renewing and handing back touch only what is still the holder's: who wakes up late takes nothing back.
+* A server that is out of memory refuses a script at its first write, so that a hand-over is done or not done there too.
 * Work streams are never trimmed. Entries leave by acknowledge-and-delete only, so XLEN is the work outstanding.
 
 Every operation may be repeated after a lost reply, except `claim`: what it delivered stays pending for its consumer,
@@ -121,6 +123,36 @@ end
 return n
 """
 
+# KEYS stream; ARGV group, consumer, ids...  Answers the ids that are no longer the consumer's.
+# JUSTID leaves the delivery count alone: renewing is no new attempt.
+_RENEW = """
+local lost = {}
+for i = 3, #ARGV do
+  local own = redis.pcall('XPENDING', KEYS[1], ARGV[1], ARGV[i], ARGV[i], 1, ARGV[2])
+  if own.err and not string.find(own.err, 'NOGROUP') then return own end
+  if not own.err and #own == 1 then
+    redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, ARGV[i], 'JUSTID')
+  else
+    lost[#lost + 1] = ARGV[i]
+  end
+end
+return lost
+"""
+
+# KEYS stream; ARGV group, consumer, consumer for what is handed back, idle ms, then id and delivery count of each
+_HAND_BACK = """
+local n = 0
+for i = 5, #ARGV, 2 do
+  local own = redis.pcall('XPENDING', KEYS[1], ARGV[1], ARGV[i], ARGV[i], 1, ARGV[2])
+  if own.err and not string.find(own.err, 'NOGROUP') then return own end
+  if not own.err and #own == 1 then
+    redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[3], 0, ARGV[i], 'IDLE', ARGV[4], 'RETRYCOUNT', ARGV[i + 1], 'JUSTID')
+    n = n + 1
+  end
+end
+return n
+"""
+
 # KEYS streams set, then the epoch's own keys, then all its streams
 _CLOSE_EPOCH = """
 for _, key in ipairs(redis.call('SMEMBERS', KEYS[1])) do redis.call('UNLINK', key) end
@@ -150,8 +182,8 @@ class QueueBackend(Protocol):
         """Entries whose holder was silent for `min_idle_s`, or which were handed back."""
         ...
 
-    async def renew(self, entries: Iterable[Entry], consumer: str) -> None:
-        """Show that the holder of the claims is alive."""
+    async def renew(self, entries: Iterable[Entry], consumer: str) -> list[Entry]:
+        """Show that the holder of the claims is alive; gives those that are no longer its own, which stay untouched."""
         ...
 
     async def hand_over(
@@ -169,7 +201,10 @@ class QueueBackend(Protocol):
         ...
 
     async def hand_back(self, entries: Iterable[Entry], consumer: str) -> None:
-        """Return claims unfinished: the next reclaim finds them at once, and the delivery does not count."""
+        """Return claims unfinished: the next reclaim finds them at once, and the delivery does not count.
+
+        What another consumer took over meanwhile stays with it.
+        """
         ...
 
     async def ack_delete(self, entries: Sequence[Entry]) -> int:
@@ -198,6 +233,8 @@ class WorkQueue:
         self._open_stream = redis.register_script(_OPEN_STREAM)
         self._add = redis.register_script(_ADD)
         self._hand_over = redis.register_script(_HAND_OVER)
+        self._renew = redis.register_script(_RENEW)
+        self._hand_back = redis.register_script(_HAND_BACK)
         self._ack_delete = redis.register_script(_ACK_DELETE)
         self._close_epoch = redis.register_script(_CLOSE_EPOCH)
 
@@ -251,9 +288,13 @@ class WorkQueue:
                 break
         return found
 
-    async def renew(self, entries: Iterable[Entry], consumer: str) -> None:
-        for (stream, group), ids in _by_stream(entries).items():
-            await self._claim_justid(stream, group, consumer, 0, ids)
+    async def renew(self, entries: Iterable[Entry], consumer: str) -> list[Entry]:
+        lost: list[Entry] = []
+        for (stream, group), held in _by_stream(entries).items():
+            answer: Any = await self._renew(keys=[stream], args=[group, consumer, *(entry.id for entry in held)])
+            ids = {text(entry_id) for entry_id in answer}
+            lost += [entry for entry in held if entry.id in ids]
+        return lost
 
     async def hand_over(
         self,
@@ -283,20 +324,15 @@ class WorkQueue:
         )
 
     async def hand_back(self, entries: Iterable[Entry], consumer: str) -> None:
-        by_deliveries: dict[int, list[Entry]] = {}
-        for entry in entries:
-            by_deliveries.setdefault(entry.deliveries, []).append(entry)
-        for deliveries, group_entries in by_deliveries.items():
-            for (stream, group), ids in _by_stream(group_entries).items():
-                # the reclaim that follows counts one up again
-                await self._claim_justid(
-                    stream, group, HAND_BACK_CONSUMER, HAND_BACK_IDLE_MS, ids, "RETRYCOUNT", max(deliveries - 1, 0)
-                )
+        for (stream, group), held in _by_stream(entries).items():
+            # the reclaim that follows counts one up again
+            counts = [part for entry in held for part in (entry.id, max(entry.deliveries - 1, 0))]
+            await self._hand_back(keys=[stream], args=[group, consumer, HAND_BACK_CONSUMER, HAND_BACK_IDLE_MS, *counts])
 
     async def ack_delete(self, entries: Sequence[Entry]) -> int:
         removed = 0
-        for (stream, group), ids in _by_stream(entries).items():
-            removed += int(await self._ack_delete(keys=[stream], args=[group, *ids]))
+        for (stream, group), held in _by_stream(entries).items():
+            removed += int(await self._ack_delete(keys=[stream], args=[group, *(entry.id for entry in held)]))
         return removed
 
     async def length(self, stream: str) -> int:
@@ -313,28 +349,16 @@ class WorkQueue:
         found: Any = await self._redis.hmget(keys.marks(scope.job_id, scope.epoch), list(marks))
         return {mark for mark, value in zip(marks, found, strict=True) if value is not None}
 
-    async def _claim_justid(
-        self, stream: str, group: str, consumer: str, idle_ms: int, ids: list[str], *more: str | int
-    ) -> None:
-        try:
-            # JUSTID leaves the delivery count alone: renewing or handing back is no new attempt
-            await self._redis.execute_command(
-                "XCLAIM", stream, group, consumer, 0, *ids, "IDLE", idle_ms, *more, "JUSTID", parse_justid=True
-            )
-        except ResponseError as error:
-            if "NOGROUP" not in str(error):
-                raise
-
 
 def _check_size(stream: str, payload: bytes) -> None:
     if len(payload) > MAX_ENTRY_BYTES:
         raise TooLargeError(f"entry of {len(payload)} bytes for {stream}; the queue takes at most {MAX_ENTRY_BYTES}")
 
 
-def _by_stream(entries: Iterable[Entry]) -> dict[tuple[str, str], list[str]]:
-    grouped: dict[tuple[str, str], list[str]] = {}
+def _by_stream(entries: Iterable[Entry]) -> dict[tuple[str, str], list[Entry]]:
+    grouped: dict[tuple[str, str], list[Entry]] = {}
     for entry in entries:
-        grouped.setdefault((entry.stream, entry.group), []).append(entry.id)
+        grouped.setdefault((entry.stream, entry.group), []).append(entry)
     return grouped
 
 
