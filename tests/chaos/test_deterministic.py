@@ -15,10 +15,8 @@ from typing import Any
 import pytest
 
 from stillhouse.core import failpoints
-from stillhouse.core.blobs import JobArtifacts, read_json, sha256_bytes, sha256_file
 from stillhouse.core.failpoints import InjectedError
-from stillhouse.trainer.journal import read_step
-from stillhouse.trainer.manifests import list_manifests
+from tests.chaos.equality import assert_same, everything
 from tests.cluster import Cluster, cluster, job_spec
 
 STEPS = 8
@@ -52,51 +50,6 @@ def _disarmed() -> Iterator[None]:
     failpoints.install(None)
 
 
-def everything(artifacts: JobArtifacts, metrics: list[dict[str, Any]]) -> dict[str, Any]:
-    """What a run leaves, without epochs and times."""
-    last = list_manifests(artifacts)[-1]
-    folder = last.folder(artifacts)
-    found: dict[str, Any] = {
-        "step": last.step,
-        "weights": sha256_file(folder / "model.safetensors"),
-        "optimizer": sha256_file(folder / "optimizer.safetensors"),
-        "state": read_json(folder / "state.json"),
-        "ledger": read_json(folder / "manifest.json")["ledger"],
-        "export": sha256_file(artifacts.export(artifacts.highest_epoch()) / "model.safetensors"),
-    }
-    for step in range(STEPS):
-        epochs = [e for e in range(1, artifacts.highest_epoch() + 1) if artifacts.journal(e, step).is_file()]
-        journalled = read_step(artifacts.journal(epochs[-1], step))
-        found[f"samples {step}"] = [sample_facts(score) for score in journalled.scores]
-        found[f"plan {step}"] = [list(batch.sample_ids) for batch in journalled.header.micro_batches]
-    for point in metrics:
-        values = {
-            name: value
-            for name, value in point["values"].items()
-            if not name.startswith("time/") and not name.endswith("tokens_per_s")
-        }
-        found[f"metrics {point['step']}"] = values
-    for step in (0, 4, STEPS):
-        measured = read_json(artifacts.evaluations / f"{step:08d}.json")
-        found[f"evaluation {step}"] = {
-            name: value for name, value in measured.items() if name not in ("seconds", "created_at", "epoch")
-        }
-    return found
-
-
-def sample_facts(score: Any) -> tuple[Any, ...]:
-    rollout, result = score.rollout, getattr(score, score.WhichOneof("result"))
-    return (
-        rollout.sample_id,
-        rollout.seed,
-        sha256_bytes(rollout.completion_ids.data),
-        sha256_bytes(rollout.rollout_logprobs.data),
-        sha256_bytes(result.teacher_logprobs.data),
-        [(span.first_token, span.policy_version) for span in rollout.spans],
-        rollout.weights_sha256,
-    )
-
-
 class CrashAt:
     """Crashes a claim at the n-th visit of a point, once for each (point, n)."""
 
@@ -121,12 +74,7 @@ async def run(deployment: Cluster, job: dict[str, Any], crash: CrashAt | None = 
     if crash is not None:
         assert crash.open == [], "every crash happened"
         assert record.epoch > 1
-    return everything(deployment.ctx.artifacts.job(job_id), await deployment.ctx.jobs.metrics(job_id))
-
-
-def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    different = {name: (found.get(name), expected[name]) for name in expected if found.get(name) != expected[name]}
-    assert not different, f"{sorted(different)} differ; first: {next(iter(different.items()))}"
+    return everything(deployment.ctx.artifacts.job(job_id))
 
 
 _baselines: dict[tuple[int, str], dict[str, Any]] = {}
