@@ -63,6 +63,9 @@ class Settings(BaseModel):
     """Compute threads of sampler, teacher and trainer; 0 = the library's default."""
     lease_s: float = Field(default=15.0, ge=0.2, le=3600)
     """A job, a sampler or a queue entry whose holder shows no sign of life for so long is taken over."""
+    hang_s: float = Field(default=300.0, ge=0.2, le=86_400)
+    """A computation without progress (no token, batch or micro-batch) for so long ends its process, which is then
+    started again. Choose it longer than the slowest forward pass; loading and saving models have ten times as long."""
     drain_s: float = Field(default=20.0, ge=0.1, le=3600)
     """Time after SIGTERM to hand work back and commit."""
     sampler_max_sequences: int = Field(default=32, ge=1, le=4096)

@@ -27,6 +27,7 @@ from stillhouse.core.config import Settings, load_settings
 from stillhouse.core.errors import DeadlineError, StillhouseError, UnavailableError
 from stillhouse.core.failpoints import install_from_environment
 from stillhouse.core.models import ModelRegistry
+from stillhouse.core.pulse import Pulse
 from stillhouse.core.queue.client import connect, connect_blocking
 from stillhouse.core.queue.jobs import JobStore
 from stillhouse.core.queue.registry import HEARTBEAT_S, Registry, ServiceInfo
@@ -57,6 +58,8 @@ class Context:
     models: ModelRegistry
     artifacts: Artifacts
     log: Any
+    pulse: Pulse = field(default_factory=Pulse)
+    """Progress of the compute thread."""
     stop: asyncio.Event = field(default_factory=asyncio.Event)
     """Set by SIGTERM: take no new work, hand back what is held."""
 
@@ -116,12 +119,14 @@ def main(role: str, build: Callable[[Context], App]) -> None:
     install_from_environment(role, log)
     try:
         asyncio.run(_run_process(settings, role, instance, log, build))
+        return
     except StillhouseError as error:
         log.error("service failed", error=error.message, code=error.code)
-        sys.exit(1)
     except Exception:  # the one place of the process that catches everything
         log.exception("service crashed")
-        sys.exit(1)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)  # not sys.exit: that waits for the compute thread, which may never end
 
 
 def die_with_parent() -> None:
@@ -147,7 +152,7 @@ async def serve(ctx: Context, build: Callable[[Context], App]) -> None:
     """Run a service until `ctx.stop` is set and its worker has handed everything back.
 
     Raises:
-        DeadlineError: the worker did not end within `drain_s` of the stop.
+        DeadlineError: the worker did not end within `drain_s` of the stop, or its compute thread is hung.
     """
     await wait_for_redis(ctx.redis)
     app = build(ctx)
@@ -162,6 +167,7 @@ async def serve(ctx: Context, build: Callable[[Context], App]) -> None:
         asyncio.create_task(heartbeat_forever(ctx, app.state, address, metrics_address), name="heartbeat"),
         asyncio.create_task(app.run(), name="worker"),
         asyncio.create_task(_drain_guard(ctx), name="drain"),
+        asyncio.create_task(ctx.pulse.watch(f"{ctx.role} '{ctx.instance}'", ctx.settings.hang_s), name="pulse"),
     ]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -215,7 +221,11 @@ async def heartbeat_forever(
             metrics_address=metrics_address,
             state=state,
             job_id=job_id,
-            extra={"threads": str(ctx.settings.threads), "engine": ctx.settings.engine},
+            extra={
+                "threads": str(ctx.settings.threads),
+                "engine": ctx.settings.engine,
+                "silent_s": f"{ctx.pulse.silent_s():.1f}",
+            },
         )
         try:
             await ctx.registry.beat(info)

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, TypeVar
 
+from stillhouse.core.pulse import Pulse
 from stillhouse.core.queue.claims import QUEUE_ERRORS
 from stillhouse.core.tasks import cancel_all
 
@@ -21,12 +22,18 @@ BACKOFF_MAX_S: Final = 2.0
 class ComputeThread:
     """The one thread that touches models. Calls run one after the other in the order they came, so nobody starves."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, pulse: Pulse | None = None) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix=name)
+        self.pulse = pulse or Pulse()
 
-    async def run(self, function: Callable[..., T], *args: Any) -> T:
-        """`function(*args)` in the thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
+    async def run(self, function: Callable[..., T], *args: Any, patience: int = 1) -> T:
+        """`function(*args)` in the thread. It beats `pulse`, or ends, within `patience` times the setting hang_s."""
+
+        def call() -> T:
+            with self.pulse.work(patience):
+                return function(*args)
+
+        return await asyncio.get_running_loop().run_in_executor(self._pool, call)
 
     def close(self) -> None:
         """Drop calls that have not started."""

@@ -1,7 +1,8 @@
 """What no trainer can do for a job, done by the one gateway replica that holds the lease `sh:sweeper`.
 
 Each sweep:  jobs whose trainer is gone -> `stalled`; cancelled jobs without a trainer -> `cancelled`;
-             records that the queue server lost -> rebuilt from job.json and final.json; queue gauges.
+             queued jobs say when no trainer is there at all; records that the queue server lost -> rebuilt from
+             job.json and final.json; queue gauges.
 
 Everything here may be repeated or done by two replicas at once: changes go through the record's own compare-and-set.
 """
@@ -11,30 +12,39 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from redis.exceptions import RedisError
 
-from stillhouse.core.blobs import read_json
+from stillhouse.core.blobs import unsealed
 from stillhouse.core.errors import ConflictError, CorruptError, NotFoundError, StillhouseError
 from stillhouse.core.queue import keys
+from stillhouse.core.queue.client import BEYOND_MAXMEMORY
 from stillhouse.core.queue.epochs import close_epochs
 from stillhouse.core.queue.jobs import IDEMPOTENCY_TTL_S, JobRecord
+from stillhouse.core.queue.registry import ServiceInfo
 from stillhouse.core.queue.streams import Scope
 from stillhouse.core.service import Context
 from stillhouse.core.telemetry import QUEUE_ENTRIES
-from stillhouse.gateway.jobs import FINAL, final_fields, initial_record, write_final
+from stillhouse.gateway.jobs import FINAL, final_fields, initial_record, read_final, write_final
 
 SWEEP_S: Final = 2.0
 """Time between sweeps."""
 LEASE_MS: Final = 10_000
 """The sweeper's own lease: five sweeps, so that another replica takes over ten seconds after a crash."""
-LED: Final = ("validating", "starting", "running")
-"""Statuses in which a trainer must hold the job's lease."""
+LED: Final = ("validating", "starting", "running", "stalled", "cancelling")
+"""Statuses in which a trainer must lead the job."""
+GONE_S: Final = 1.0
+"""Patience with a job whose trainer has no heartbeat: two sweeps agree. That is 12 s after the trainer froze."""
+TAKEOVER_S: Final = 4.0
+"""Patience with a job whose trainer is well and does not lead it: after a claim it says so with its next heartbeat."""
+NO_TRAINER: Final = "no_trainer"
 
 # KEYS sweeper; ARGV instance, lease_ms
-_HOLD = """
+_HOLD = f"""{BEYOND_MAXMEMORY}
 local holder = redis.call('GET', KEYS[1])
 if holder and holder ~= ARGV[1] then return 0 end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
@@ -48,6 +58,7 @@ class _Orphan:
 
     epoch: int
     since: float
+    """Monotonic time of the first look that found none."""
 
 
 class Sweeper:
@@ -96,26 +107,54 @@ class Sweeper:
         """One round."""
         await self._rebuild()
         active = [await self._ctx.jobs.get(job_id) for job_id in await self._ctx.jobs.active_ids()]
+        trainers = {info.instance: info for info in await self._ctx.registry.services("trainer")}
         for record in active:
-            await self._look_after(record)
+            with suppress(ConflictError):  # a trainer came back in this very moment
+                await self._look_after(record, trainers)
         self._orphans = {job.id: self._orphans[job.id] for job in active if job.id in self._orphans}
         await self._measure(active)
 
-    async def _look_after(self, record: JobRecord) -> None:
-        """Act on a job that has been without a trainer for two leases."""
-        needs_trainer = record.status in LED or record.status == "cancelling"
-        if not needs_trainer or await self._ctx.redis.exists(keys.lease(record.id)):
+    async def _look_after(self, record: JobRecord, trainers: Mapping[str, ServiceInfo]) -> None:
+        """Act on a job that has been without a trainer for longer than a takeover takes."""
+        patience_s = await self._patience_s(record, trainers)
+        if patience_s is None:
             self._orphans.pop(record.id, None)
+            if record.status == "queued" and record.status_reason == NO_TRAINER:
+                await self._say_queued(record, "", "")
             return
         orphan = self._orphans.get(record.id)
         if orphan is None or orphan.epoch != record.epoch:
             self._orphans[record.id] = orphan = _Orphan(record.epoch, time.monotonic())
-        if time.monotonic() - orphan.since < 2 * self._ctx.settings.lease_s:
+        if time.monotonic() - orphan.since < patience_s:
             return
-        try:
-            await (self._end(record) if record.status == "cancelling" else self._stall(record))
-        except ConflictError:  # a trainer came back in this very moment
-            self._orphans.pop(record.id, None)
+        if record.status == "cancelling":
+            await self._end(record)
+        elif record.status_reason != NO_TRAINER and record.status == "queued":
+            await self._say_queued(record, NO_TRAINER, "no trainer is running; `stillhouse ps` shows what runs")
+        elif record.status_reason != NO_TRAINER:
+            await self._stall(record)
+
+    async def _patience_s(self, record: JobRecord, trainers: Mapping[str, ServiceInfo]) -> float | None:
+        """How long the job may be as it is, being without a trainer; None if it is not.
+
+        The heartbeat goes before the lease: 8 s after its last sign a trainer is gone, whatever `lease_s` is.
+        """
+        if record.status == "queued":
+            return None if trainers else GONE_S
+        if record.status not in LED:
+            return None
+        trainer = trainers.get(record.trainer)
+        if trainer is None:
+            return GONE_S
+        # a process of the same name that was started after the crash holds no lease of its own
+        leads = trainer.job_id == record.id and await self._ctx.redis.exists(keys.lease(record.id))
+        return None if leads else TAKEOVER_S
+
+    async def _say_queued(self, record: JobRecord, reason: str, message: str) -> None:
+        """Why a queued job does not start."""
+        await self._ctx.jobs.request(
+            record.id, allowed=("queued",), only_epoch=record.epoch, status_reason=reason, status_message=message
+        )
 
     async def _stall(self, record: JobRecord) -> None:
         message = f"trainer '{record.trainer}' is gone; the job goes on from its last step when another one is free"
@@ -124,14 +163,16 @@ class Sweeper:
             allowed=LED,
             only_epoch=record.epoch,
             status="stalled",
-            status_reason="no_trainer",
+            status_reason=NO_TRAINER,
             status_message=message,
         )
-        data = {"status": "stalled", "reason": "no_trainer"}
+        data = {"status": "stalled", "reason": NO_TRAINER}
         await self._ctx.jobs.event(record.id, "job.status", message, level="warning", **data)
 
     async def _end(self, record: JobRecord) -> None:
-        """Cancel in the place of a trainer, under a claim of our own: a trainer that wakes up later is fenced off."""
+        """Cancel in the place of a trainer, once its lease has run out, under a claim of our own: a trainer that wakes
+        up later is fenced off.
+        """
         jobs, epoch_on_disk = self._ctx.jobs, self._ctx.artifacts.job(record.id).highest_epoch()
         epoch = await jobs.claim(record.id, self._ctx.instance, self._ctx.settings.lease_s, epoch_on_disk)
         if epoch == 0:
@@ -161,18 +202,24 @@ class Sweeper:
             final = self._ctx.artifacts.job(job_id).root / FINAL
             try:
                 if job_id not in known:
-                    await self._rebuild_one(job_id, read_json(final) if final.is_file() else None)
+                    await self._rebuild_one(job_id)
                 elif final.is_file():
                     self._settled.add(job_id)
+                elif (record := await self._ctx.jobs.get(job_id)).is_terminal:  # whoever ended it had no room, or died
+                    await asyncio.to_thread(write_final, self._ctx, record)
             except (CorruptError, KeyError, TypeError, NotFoundError) as error:
                 self._settled.add(job_id)  # said once; a person has to look
                 self._ctx.log.error("job cannot be rebuilt", job_id=job_id, error=str(error))
 
-    async def _rebuild_one(self, job_id: str, final: dict[str, Any] | None) -> None:
-        document = read_json(self._ctx.artifacts.job(job_id).job_json)
+    async def _rebuild_one(self, job_id: str) -> None:
+        artifacts = self._ctx.artifacts.job(job_id)
+        document = unsealed(artifacts.job_json)
         record = initial_record(document)
+        final = await asyncio.to_thread(read_final, artifacts, record.stop_step)
         if final is not None:
             record = replace(record, **final_fields(final))
+            if record.status_reason == "corrupt":
+                self._ctx.log.error("final.json does not verify", job_id=job_id, error=record.status_message)
         token, body_sha256 = document["idempotency"]
         if time.time() - record.created_at > IDEMPOTENCY_TTL_S:
             token = ""  # forgotten by now; a later job may have used it again
@@ -196,7 +243,7 @@ class Sweeper:
         twin, other = self._ctx.artifacts.job(job_id), self._ctx.artifacts.job(other_id)
         if [path.name for path in twin.root.iterdir()] != [twin.job_json.name]:
             return False
-        if not other.job_json.is_file() or read_json(other.job_json)["idempotency"][0] != token:
+        if not other.job_json.is_file() or unsealed(other.job_json)["idempotency"][0] != token:
             return False
         twin.job_json.unlink()
         twin.root.rmdir()  # refuses a folder that was filled meanwhile

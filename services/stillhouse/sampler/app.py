@@ -20,7 +20,7 @@ class SamplerApp:
     """A sampler process: `App` of core/service.py."""
 
     def __init__(self, ctx: Context, load_engine: LoadEngine) -> None:
-        self._compute = ComputeThread("sampler")
+        self._compute = ComputeThread("sampler", ctx.pulse)
         self.student = Student(ctx, self._compute, load_engine)
         self.generator = Generator(self._compute)
         self.worker = SamplerWorker(ctx, self.student, self.generator)

@@ -67,7 +67,8 @@ class Generator:
             loop.call_soon_threadsafe(ended.put_nowait, completion)
 
         def should_abort(key: str) -> bool:
-            failpoint("sampler.generating")
+            self._compute.pulse.beat()
+            failpoint("sampler.generating", key)
             return is_abandoned or key in self._aborted or is_halted()
 
         run = asyncio.ensure_future(self._compute.run(engine.generate, requests, on_finished, should_abort))

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from stillhouse.core.errors import StaleWeightsError, StillhouseError
 from stillhouse.core.models import ModelEntry, verify_files
+from stillhouse.core.pulse import BULK
 from stillhouse.core.queue.streams import Scope
 from stillhouse.core.rpc import Peer
 from stillhouse.core.service import Context
@@ -62,7 +63,7 @@ class Student:
         if self.entry is not None and (self.entry.sha256, self._dtype) == (entry.sha256, dtype):
             return
         self.engine = self.entry = self.weights = None  # leaves before the next one comes: both may not fit
-        self.engine = await self._compute.run(self._load, entry, dtype)
+        self.engine = await self._compute.run(self._load, entry, dtype, patience=BULK)
         self.entry, self._dtype = entry, dtype
 
     async def guest(self, model: str) -> Engine:
@@ -71,7 +72,7 @@ class Student:
         async with self._guest_lock:
             if self._guest is None or self._guest[0] != entry.sha256:
                 self._guest = None
-                self._guest = (entry.sha256, await self._compute.run(self._load, entry, "float32"))
+                self._guest = (entry.sha256, await self._compute.run(self._load, entry, "float32", patience=BULK))
             return self._guest[1]
 
     def _load(self, entry: ModelEntry, dtype: str) -> Engine:
@@ -135,7 +136,7 @@ class Student:
         async with self.swap:
             if weights.arrays:
                 self.weights = None  # unnamed while they are being replaced
-                await self._compute.run(_load_into, self.engine, weights)
+                await self._compute.run(_load_into, self.engine, weights, patience=BULK)
             self.weights, self.weights_job = weights.ref, scope.job_id
         WEIGHT_PULLS.inc()
         WEIGHT_PULL_SECONDS.observe(time.monotonic() - started)

@@ -22,7 +22,7 @@ class TeacherApp:
 
     def __init__(self, ctx: Context, load_engine: LoadEngine) -> None:
         settings = ctx.settings
-        self._compute = ComputeThread("teacher")
+        self._compute = ComputeThread("teacher", ctx.pulse)
         self.blobs = BlobStore(ctx.instance, settings.blob_memory_mib << 20)
         pool = ModelPool(ctx.models, load_engine, int(settings.teacher_memory_gib * 2**30))
         self.scorer = Scorer(self._compute, pool)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from stillhouse.core.pulse import BULK
 from stillhouse.core.telemetry import SCORE_SECONDS, SCORED_TOKENS
 from stillhouse.core.worker import ComputeThread
 from stillhouse.teacher.engines.base import Head, Scored, ScoreItem, Unscored
@@ -25,7 +26,7 @@ class Scorer:
 
     async def model(self, task: rollout_pb2.TeacherTask) -> Resident:
         """The model of a task, in memory. Raises what `ModelPool.get` does."""
-        return await self._compute.run(self.pool.get, task.model, task.model_sha256, task.dtype)
+        return await self._compute.run(self.pool.get, task.model, task.model_sha256, task.dtype, patience=BULK)
 
     async def head(self, resident: Resident) -> Head:
         """Its output head, hashed once."""

@@ -94,4 +94,4 @@ class TrainerApp:
 
 def build(ctx: Context) -> TrainerApp:
     """Wire the trainer."""
-    return TrainerApp(ctx)
+    return TrainerApp(ctx, lambda: LearnerThread(ctx.pulse, ctx.settings.hang_s))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,8 @@ class Learner:
         self.total_steps = total_steps
         self.policy_version = 0
         """Optimizer steps behind the weights."""
+        self.on_progress: Callable[[], None] = lambda: None
+        """Called after every micro-batch."""
         self.model = load_student(model_dir, dtype, self.device)
         self._tokenizer_size = tokenizer_size(model_dir)
         self._objective = make_objective(stage.loss)
@@ -95,6 +97,7 @@ class Learner:
                     failpoint("trainer.mid_backward")
                     self._collect_gradients()
                     measures.add(batch, result)
+                    self.on_progress()
             norm = self._gradient_norm()
         except BaseException:
             self._clear_gradients()
@@ -128,6 +131,7 @@ class Learner:
             self._check_ids(batch, head, samples)
             kls = exact_reverse_kl(self._hidden_rows(batch), head, teacher, temperature)
             np.add.at(sums, batch.sample_of_row, kls.double().cpu().numpy())
+            self.on_progress()
         return [
             {
                 "sample_id": sample.sample_id,

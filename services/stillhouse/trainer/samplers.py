@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import random
+import time
 from typing import Any, Final
 
 from redis.exceptions import RedisError
@@ -14,12 +16,19 @@ from stillhouse.core.rpc import Peers
 from stillhouse.core.spec import SamplersSpec
 from stillhouse.v1 import sampler_pb2, sampler_pb2_grpc, weights_pb2
 
+AWAY_LEASES: Final = (0.2, 1.2)
+"""Shortest and longest pause after samplers were given back, in leases: of two jobs one comes back first and finds all
+of them free."""
 HINT_TIMEOUT_S: Final = 5.0
 """Deadline of a SyncWeights hint: it only wakes the sampler."""
 
 
 class SamplerPool:
-    """Leases `samplers.min`..`max` samplers for one claim of a job."""
+    """Leases `samplers.min`..`max` samplers for one claim of a job.
+
+    Until the job has had `min` once, it does not hold on to fewer for longer than a lease: two jobs that each hold what
+    the other waits for would wait for ever. It gives them back and comes again after a random pause.
+    """
 
     def __init__(
         self, scope: Scope, spec: SamplersSpec, *, registry: Registry, peers: Peers, lease_s: float, log: Any
@@ -31,6 +40,12 @@ class SamplerPool:
         self._lease_s = lease_s
         self._log = log
         self._leased: dict[str, ServiceInfo] = {}
+        self._has_started = False
+        """The job has had `min` samplers."""
+        self._short_since: float | None = None
+        """Monotonic time since when a job that has not started holds too few."""
+        self._away_until = 0.0
+        """Monotonic time until when it leases none, so that others can."""
         self._changed = asyncio.Event()
         self._hints: set[asyncio.Task[None]] = set()
 
@@ -49,6 +64,8 @@ class SamplerPool:
             await asyncio.sleep(min(1.0, self._lease_s / 3))
 
     async def _refresh(self) -> None:
+        if time.monotonic() < self._away_until:
+            return
         alive = {info.instance: info for info in await self._registry.services("sampler")}
         # those we have come first, so that `max` never swaps a warm sampler for a cold one
         candidates = sorted(alive, key=lambda instance: (instance not in self._leased, instance))
@@ -61,7 +78,25 @@ class SamplerPool:
         for lost in self._leased.keys() - leased.keys():
             self._log.warning("sampler lost", sampler=lost)
         self._leased = leased
+        self._has_started |= self.size >= self._spec.min
+        if self._holds_in_vain():
+            await self._give_back()
         self._changed.set()
+
+    def _holds_in_vain(self) -> bool:
+        """It has held too few samplers for a whole lease, and others may be waiting for these."""
+        if self._has_started or not self._leased:
+            self._short_since = None
+            return False
+        if self._short_since is None:
+            self._short_since = time.monotonic()
+        return time.monotonic() - self._short_since > self._lease_s
+
+    async def _give_back(self) -> None:
+        pause_s = self._lease_s * random.uniform(*AWAY_LEASES)
+        self._log.info("too few samplers are free; gives back what it holds", held=self.size, min=self._spec.min)
+        await self.release()
+        self._short_since, self._away_until = None, time.monotonic() + pause_s
 
     async def wait_for_min(self) -> None:
         """Wait until `samplers.min` samplers are leased (interrupted from outside)."""

@@ -6,6 +6,7 @@ Also converts wire messages to the learner's samples. No torch at import; `learn
 from __future__ import annotations
 
 import asyncio
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ import numpy as np
 
 from stillhouse.core.blobs import staged_dir
 from stillhouse.core.errors import WireError
+from stillhouse.core.pulse import BULK, Pulse
 from stillhouse.core.spec import JobSpec
 from stillhouse.core.tensors import from_tensor
 from stillhouse.trainer.batch import TeacherHead, TrainSample
@@ -74,13 +76,20 @@ def _teacher_logprobs(score: rollout_pb2.Score) -> Any:
 class LearnerThread:
     """Runs the learner's methods one after the other in one thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, pulse: Pulse | None = None, hang_s: float = math.inf) -> None:
+        self.pulse = pulse or Pulse()
+        self._hang_s = hang_s
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="learner")
         self._learner: Any = None
 
-    async def call(self, function: Callable[..., T], *args: Any) -> T:
-        """`function(*args)` in the learner's thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._executor, function, *args)
+    async def call(self, function: Callable[..., T], *args: Any, patience: int = 1) -> T:
+        """`function(*args)` in the learner's thread. It beats `pulse`, or ends, within `patience` times hang_s."""
+
+        def measured() -> T:
+            with self.pulse.work(patience):
+                return function(*args)
+
+        return await asyncio.get_running_loop().run_in_executor(self._executor, measured)
 
     async def load(self, model_dir: Path, spec: JobSpec, threads: int) -> None:
         """Load the student."""
@@ -88,7 +97,7 @@ class LearnerThread:
         def build() -> Any:
             from stillhouse.trainer.learner import Learner
 
-            return Learner(
+            learner = Learner(
                 model_dir,
                 dtype=spec.student.dtype,
                 stage=spec.stages[0],
@@ -97,8 +106,10 @@ class LearnerThread:
                 seed=spec.seed,
                 threads=threads,
             )
+            learner.on_progress = self.pulse.beat
+            return learner
 
-        self._learner = await self.call(build)
+        self._learner = await self.call(build, patience=BULK)
 
     async def plan(self, samples: Sequence[TrainSample], max_tokens: int) -> list[list[int]]:
         """Micro-batches as indices into `samples`."""
@@ -130,11 +141,11 @@ class LearnerThread:
 
     async def save(self, write: Callable[[Callable[[Path], None]], T]) -> T:
         """Run `write(save_into)` in the thread, where `save_into(folder)` stores the learner's whole state."""
-        return await self.call(lambda: write(self._learner.save))
+        return await self.call(lambda: write(self._learner.save), patience=BULK)
 
     async def restore(self, folder: Path) -> None:
         """Continue from a saved state, bit for bit."""
-        await self.call(lambda: self._learner.load(folder))
+        await self.call(lambda: self._learner.load(folder), patience=BULK)
 
     async def export(self, source_dir: Path, folder: Path, card: dict[str, Any]) -> None:
         """Write the student as a folder that transformers loads, in place of an older one; complete or not at all."""
@@ -146,12 +157,12 @@ class LearnerThread:
             with staged_dir(folder) as staged:
                 export_model(self._learner, source_dir, staged.path, card)
 
-        await self.call(write)
+        await self.call(write, patience=BULK)
 
     def close(self) -> None:
-        """Drop the learner and end the thread."""
+        """Drop the learner and end the thread; a hung one ends with its process."""
         self._learner = None
-        self._executor.shutdown(wait=True, cancel_futures=True)
+        self._executor.shutdown(wait=not self.pulse.is_hung(self._hang_s), cancel_futures=True)
 
 
 def micro_batch_plans(samples: Sequence[TrainSample], plan: list[list[int]]) -> list[journal_pb2.MicroBatchPlan]:

@@ -1,9 +1,20 @@
-"""Beside the loop: the lease is renewed, users' wishes are passed on, and the record says what the job waits for."""
+"""Beside the loop: the lease is renewed, users' wishes are passed on, and the record says what the job waits for.
+
+A job whose trainer is well but cannot go on is `stalled`, with a reason, and goes back by itself:
+
+    no_sampler       no sampler serves it; a frozen one leaves the registry within 8 s
+    no_teacher       no teacher is there
+    sampler_silent   the samplers that work for it, or the teachers, say that their
+    teacher_silent     computation makes no progress
+    no_progress      no score arrives although groups are in flight, and no service works
+
+A slow machine is no reason: as long as a service beats, token by token or batch by batch, it works.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Final
 
@@ -11,13 +22,21 @@ from redis.exceptions import RedisError
 
 from stillhouse.core.errors import ConflictError
 from stillhouse.core.queue.jobs import JobRecord
+from stillhouse.core.queue.registry import ServiceInfo
 from stillhouse.core.queue.streams import Scope
 from stillhouse.core.service import Context
 from stillhouse.trainer.loop import Interrupt
 from stillhouse.trainer.samplers import SamplerPool
 
+QUIET_S: Final = 12.0
+"""Time without a score, and without a service that works on one, after which a job makes no progress."""
+SILENT_S: Final = 60.0
+"""Time without a token or batch after which a computation counts as silent: twice a slow forward pass on a CPU."""
 NO_PROGRESS_S: Final = 120.0
-"""Time without a score after which a job says that it makes no progress: longer than any completion on a CPU takes."""
+"""Time without a score after which services that only load or pull count for nothing."""
+COMPUTING: Final = ("sampling", "scoring")
+PREPARING: Final = ("loading", "pulling")
+"""What services say that they do, while they work for a job."""
 
 
 class Watch:
@@ -63,28 +82,59 @@ class Watch:
                     self._interrupt.set("cancelled")
                 elif self._status() in ("starting", "running"):
                     with suppress(ConflictError):  # it ended or was cancelled just now
-                        await self._tell_missing(record)
+                        await self._tell(record)
             except (RedisError, OSError) as error:
                 self._ctx.log.warning("cannot renew the lease", job_id=self._scope.job_id, error=str(error))
             await asyncio.sleep(min(1.0, lease_s / 3))
 
-    async def _tell_missing(self, record: JobRecord) -> None:
-        """Say in the record which service the job waits for because none is there, and take it back when one is."""
-        reason = message = ""
-        if self._samplers.size < self._min_samplers and not await self._ctx.registry.services("sampler"):
-            reason, message = "no_sampler", "no sampler service is running; `stillhouse ps` shows what runs"
-        elif not await self._ctx.registry.services("teacher"):
-            reason, message = "no_teacher", "no teacher service is running; `stillhouse ps` shows what runs"
-        elif self._idle_s() > NO_PROGRESS_S:
-            reason = "no_progress"
-            message = f"no score for {NO_PROGRESS_S:g} s although groups are in flight; see the services' logs"
-        if record.status_reason != reason or record.status == "stalled":
-            await self._ctx.jobs.update(
-                self._scope,
-                allowed=("starting", "running", "stalled"),
-                status=self._status(),
-                status_reason=reason,
-                status_message=message,
+    async def _tell(self, record: JobRecord) -> None:
+        """Say in the record what the job waits for, and take it back when it goes on."""
+        services = await self._ctx.registry.services()
+        reason, message = self._missing(services) or ("", "")
+        status = "stalled" if reason else self._status()
+        if (record.status, record.status_reason) == (status, reason):
+            return
+        allowed = ("starting", "running", "stalled")
+        await self._ctx.jobs.update(
+            self._scope, allowed=allowed, status=status, status_reason=reason, status_message=message
+        )
+        level = "warning" if reason else "info"
+        data = {"status": status, "reason": reason, "epoch": self._scope.epoch}
+        await self._ctx.jobs.event(
+            self._scope.job_id, "job.status", message or f"job {status} again", level=level, **data
+        )
+
+    def _missing(self, services: Sequence[ServiceInfo]) -> tuple[str, str] | None:
+        """(reason, message) of what keeps the job from going on; None if nothing does."""
+        samplers = [info for info in services if info.role == "sampler"]
+        teachers = [info for info in services if info.role == "teacher"]
+        if self._samplers.size < self._min_samplers and not samplers:
+            return "no_sampler", "no sampler service is running; `stillhouse ps` shows what runs"
+        if self._status() == "running" and self._samplers.size == 0:
+            return "no_sampler", f"the job has lost its samplers, and the {len(samplers)} there are serve other jobs"
+        if not teachers:
+            return "no_teacher", "no teacher service is running; `stillhouse ps` shows what runs"
+        return self._standstill([*(info for info in samplers if info.job_id == self._scope.job_id), *teachers])
+
+    def _standstill(self, services: Sequence[ServiceInfo]) -> tuple[str, str] | None:
+        """Why no score arrives although groups are in flight. A teacher may be busy for another job: it works."""
+        idle_s = self._idle_s()
+        computing = [info for info in services if info.state in COMPUTING]
+        silent = [info for info in computing if _silent_s(info) > SILENT_S]
+        if idle_s > SILENT_S and computing and len(silent) == len(computing):
+            info = silent[0]
+            return f"{info.role}_silent", (
+                f"{info.role} '{info.instance}' has made no progress for {_silent_s(info):.0f} s; it is started again "
+                f"after hang_s {self._ctx.settings.hang_s:g} s"
             )
-            if reason:
-                await self._ctx.jobs.event(self._scope.job_id, "warning", message, level="warning", reason=reason)
+        limit_s = NO_PROGRESS_S if any(info.state in PREPARING for info in services) else QUIET_S
+        if idle_s > limit_s and not computing:
+            return "no_progress", (
+                f"no score for more than {limit_s:g} s although groups are in flight, and no service works on one; "
+                "see the services' logs"
+            )
+        return None
+
+
+def _silent_s(info: ServiceInfo) -> float:
+    return float(info.extra.get("silent_s") or 0.0)
