@@ -1,0 +1,96 @@
+"""Leases of samplers: two jobs that each hold what the other waits for must not wait for ever."""
+
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import structlog
+
+from stillhouse.core.queue.registry import ServiceInfo
+from stillhouse.core.queue.streams import Scope
+from stillhouse.core.spec import SamplersSpec
+from stillhouse.trainer import samplers
+from stillhouse.trainer.samplers import SamplerPool
+
+LEASE_S = 15.0
+
+
+class Registry:
+    """Samplers and who holds them."""
+
+    def __init__(self, *names: str) -> None:
+        self.names = list(names)
+        self.holders: dict[str, Scope] = {}
+
+    async def services(self, _: str) -> list[ServiceInfo]:
+        return [ServiceInfo("sampler", name, "a:1", 1, 0.0, 0.0) for name in self.names]
+
+    async def lease_sampler(self, name: str, scope: Scope, _: float) -> bool:
+        return self.holders.setdefault(name, scope) == scope
+
+    async def release_sampler(self, name: str, scope: Scope) -> None:
+        if self.holders.get(name) == scope:
+            del self.holders[name]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(samplers.time, "monotonic", lambda: clock.now)
+    return clock
+
+
+def pool(registry: Any, job_id: str, at_least: int) -> SamplerPool:
+    peers: Any = None
+    return SamplerPool(
+        Scope(job_id, 1),
+        SamplersSpec(min=at_least, max=4),
+        registry=registry,
+        peers=peers,
+        lease_s=LEASE_S,
+        log=structlog.get_logger(),
+    )
+
+
+@pytest.mark.parametrize("seed", range(20))
+async def test_two_jobs_that_hold_one_each_and_want_two_both_get_their_turn(clock: Any, seed: int) -> None:
+    random.seed(seed)
+    registry = Registry("s0", "s1")
+    jobs = [pool(registry, "job_a", 2), pool(registry, "job_b", 2)]
+    registry.holders = {"s0": Scope("job_a", 1), "s1": Scope("job_b", 1)}  # both asked at the same moment
+    for _ in range(300):  # seconds
+        clock.now += 1.0
+        for job in jobs:
+            await job._refresh()
+        if any(job.size == 2 for job in jobs):
+            break
+    assert sorted(job.size for job in jobs) == [0, 2]
+
+
+async def test_a_job_that_runs_keeps_what_is_left_to_it(clock: Any) -> None:
+    registry = Registry("s0", "s1")
+    job = pool(registry, "job_a", 2)
+    await job._refresh()
+    assert job.size == 2
+    registry.names.remove("s1")
+    for _ in range(100):
+        clock.now += 1.0
+        await job._refresh()
+        assert job.size == 1
+
+
+async def test_what_is_given_back_is_free_for_others(clock: Any) -> None:
+    registry = Registry("s0")
+    wants_two, wants_one = pool(registry, "job_a", 2), pool(registry, "job_b", 1)
+    await wants_two._refresh()
+    held_for = 0
+    while registry.holders.get("s0") == Scope("job_a", 1):
+        clock.now += 1.0
+        held_for += 1
+        await wants_two._refresh()
+    assert LEASE_S < held_for <= LEASE_S + 2
+    await wants_one._refresh()
+    assert wants_one.size == 1
