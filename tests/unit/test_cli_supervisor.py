@@ -466,9 +466,9 @@ def test_embedded_queue_server_is_private_and_durable(tmp_path: Path) -> None:
 
 def test_every_service_gets_its_own_address_and_the_shared_secrets_by_file(tmp_path: Path) -> None:
     deployment = Deployment(tmp_path)
-    options = up.UpOptions(port=8470, samplers=2, teachers=1, threads=3)
+    options = up.UpOptions(port=8470, samplers=2, teachers=1, trainers=2, threads=3)
     specs = {spec.name: spec for spec in up.plan(deployment, Settings(), options, 8470, 6400)}
-    assert list(specs) == ["gateway-0", "sampler-0", "sampler-1", "teacher-0", "trainer-0"]
+    assert list(specs) == ["gateway-0", "sampler-0", "sampler-1", "teacher-0", "trainer-0", "trainer-1"]
     assert specs["gateway-0"].env["STILLHOUSE_PORT"] == "8470"
     for name, spec in specs.items():
         assert spec.env["STILLHOUSE_INSTANCE"] == name

@@ -36,6 +36,7 @@ def up(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the REST interface; 0 = any free one.")] = 8470,
     samplers: Annotated[int, typer.Option(min=1, max=64, help="Sampler processes.")] = 1,
     teachers: Annotated[int, typer.Option(min=1, max=64, help="Teacher processes.")] = 1,
+    trainers: Annotated[int, typer.Option(min=1, max=64, help="Trainer processes: jobs that run at once.")] = 1,
     threads: Annotated[
         int, typer.Option(min=0, max=1024, help="Compute threads per process; 0 = the cores shared out.")
     ] = 0,
@@ -52,7 +53,7 @@ def up(
     """
     from stillhouse.cli import up as implementation
 
-    options = implementation.UpOptions(port, samplers, teachers, threads, hang)
+    options = implementation.UpOptions(port, samplers, teachers, trainers, threads, hang)
     implementation.up(_deployment(home), options, detach=detach)
 
 

@@ -53,6 +53,8 @@ class UpOptions:
     """REST port; 0 = any free one."""
     samplers: int = 1
     teachers: int = 1
+    trainers: int = 1
+    """Each leads one job at a time, and takes over what another one leaves."""
     threads: int = 0
     """Compute threads per process; 0 = the cores shared out evenly."""
     hang: float = HANG_S
@@ -106,7 +108,7 @@ def _check_port(host: str, port: int) -> None:
 
 def _run_detached(deployment: Deployment, options: UpOptions) -> None:
     command = [sys.executable, "-m", "stillhouse.cli.main", "up", "--home", str(deployment.home)]
-    for name in ("port", "samplers", "teachers", "threads", "hang"):
+    for name in ("port", "samplers", "teachers", "trainers", "threads", "hang"):
         command += [f"--{name}", str(getattr(options, name))]
     log = deployment.open_log("supervisor")
     try:
@@ -220,7 +222,7 @@ def plan(
     names = [("gateway", "gateway-0")]
     names += [("sampler", f"sampler-{index}") for index in range(options.samplers)]
     names += [("teacher", f"teacher-{index}") for index in range(options.teachers)]
-    names += [("trainer", "trainer-0")]
+    names += [("trainer", f"trainer-{index}") for index in range(options.trainers)]
     return [
         ProcessSpec(
             name=name,
@@ -285,7 +287,7 @@ def summary(deployment: Deployment, state: dict[str, Any], *, stop: str) -> str:
 def _fair_threads(options: UpOptions) -> int:
     """Cores shared out evenly: threads of several processes on one core only spin against each other."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // (options.samplers + options.teachers + 1))
+    return max(1, cores // (options.samplers + options.teachers + options.trainers))
 
 
 def _free_port(host: str) -> int:

@@ -3,11 +3,11 @@
 `failpoint("trainer.journalled")` does nothing unless a handler is installed, and only tests install one: the simulation
 its own, the chaos tests the handler below, by the environment variable STILLHOUSE_TEST_FAILPOINTS. It names a folder:
 
-    FOLDER/{point}.armed    JSON {"action": one of ACTIONS, "role", "match", "skip"}
+    FOLDER/{point}.armed    JSON {"action": one of ACTIONS, "role", "match", "skip", "times"}
     FOLDER/{point}.hit      the same file once a process has taken it (renamed, so one process acts, once), with its pid
 
-"role" restricts it to a kind of service, "match" to a detail that the point gives (a file name), "skip" passes so many
-visits first.
+"role" restricts it to a kind of service, "match" to a detail that the point gives (a file name, a sample's id), "skip"
+passes so many visits first, "times" arms it again until it has acted so often.
 """
 
 from __future__ import annotations
@@ -122,6 +122,8 @@ class FileHandler:
             return
         self._visits[name] = 0
         _replace(hit, {**order, "pid": os.getpid(), "role": self._role, "detail": detail})
+        if order.get("times", 1) > 1:
+            _replace(armed, {**order, "times": order["times"] - 1})
         act(order["action"], name)
 
 

@@ -259,7 +259,7 @@ class SamplerWorker:
     ) -> None:
         """Hand a sample over, as rollout or as failure."""
         scope, name = source.scope, completion.key
-        failpoint("sampler.sampled")
+        failpoint("sampler.sampled", name)
         if completion.finish_reason == "failed":
             outcome = await self._fail(scope, claims, work, index, completion.reason, completion.message)
         else:

@@ -188,8 +188,8 @@ class TeacherWorker:
             if self._ctx.stop.is_set():
                 failpoint("teacher.draining")
                 return
-            failpoint("teacher.scoring")
             chosen = [works[index] for index in batch]
+            failpoint("teacher.scoring", " ".join(work.rollout.sample_id for work in chosen))
             results, score_s = await self._scorer.score(resident, [work.item for work in chosen])
             failpoint("teacher.scored")
             for work, result in zip(chosen, results, strict=True):
