@@ -1,7 +1,8 @@
 """The seeded bugs: what an exactly-once system gets wrong, by name.
 
-Each is planted twice: in artifacts as it would leave them, which the oracle must refuse (tests/unit/test_oracle.py), and
-in the running simulation, whose oracle run must find it. A bug that nothing finds means that a clean run proves little.
+Each is planted twice: in artifacts as it would leave them, which the oracle must refuse (tests/unit/test_oracle.py),
+and in the running simulation, whose oracle run must find it. A bug that nothing finds means that a clean run proves
+little.
 """
 
 from __future__ import annotations

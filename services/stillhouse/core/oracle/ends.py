@@ -1,0 +1,221 @@
+"""How the job went and ended: its states, its end, what it says it trained, and what it left behind."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, Final
+
+from stillhouse.core.blobs import JobArtifacts, read_jsonl
+from stillhouse.core.errors import CorruptError, NotFoundError
+from stillhouse.core.oracle.checkpoints import check_export
+from stillhouse.core.oracle.lineage import Lineage, lineage_of, working_epochs
+from stillhouse.core.oracle.read import Epoch, read_document, read_journal
+from stillhouse.core.oracle.report import Report
+from stillhouse.core.queue.jobs import FINAL_FIELDS, STATUSES, TERMINAL, JobRecord
+from stillhouse.core.spec import JobSpec
+
+LED: Final = ("validating", "starting", "running")
+"""States that a trainer walks through in this order under one claim."""
+
+
+class EndChecks:
+    """Checks the history of a job against its lineage."""
+
+    def __init__(
+        self,
+        artifacts: JobArtifacts,
+        spec: JobSpec,
+        lineage: Lineage,
+        epochs: dict[int, Epoch],
+        record: JobRecord | None,
+        report: Report,
+    ) -> None:
+        self._artifacts = artifacts
+        self._spec = spec
+        self._lineage = lineage
+        self._epochs = epochs
+        self._record = record
+        self._report = report
+        self._final = self._read_final()
+        self.end = self._end()
+
+    def _read_final(self) -> dict[str, Any] | None:
+        try:
+            return read_document(self._artifacts.root / "final.json")
+        except NotFoundError:
+            return None
+        except CorruptError as error:
+            self._report.violate("final", error.message)
+            return None
+
+    def _end(self) -> dict[str, Any]:
+        """The fields of the job's end, or of its present state; {} = nothing says."""
+        if self._record is not None:
+            return {name: getattr(self._record, name) for name in FINAL_FIELDS}
+        return self._final or {}
+
+    def check(self, committed_step: int, *, deep: bool) -> None:
+        """Everything; `committed_step` = newest checkpoint of the lineage."""
+        self._check_final()
+        self._check_events()
+        status = self.end.get("status", "")
+        if status == "succeeded":
+            self._check_success(committed_step, deep=deep)
+        elif status == "failed":
+            error = self.end.get("error") or {}
+            if not (error.get("code") and error.get("message")):
+                self._report.violate("reason", f"the job failed, and nothing says why: error is {error!r}")
+        if status in TERMINAL:
+            self._check_leftovers()
+            if self._lineage.head > int(self.end.get("epoch") or 0):
+                epoch = self.end.get("epoch")
+                message = f"the job ended '{status}' in epoch {epoch}, and epoch {self._lineage.head} has opened"
+                self._report.violate("final", message, epoch=self._lineage.head)
+        self._check_record(committed_step)
+        self._check_trained()
+        self._check_evaluations()
+
+    # -- the end -----------------------------------------------------------------------------------------------------
+
+    def _check_final(self) -> None:
+        if self._final is None:
+            return
+        missing = [name for name in FINAL_FIELDS if name not in self._final]
+        status = self._final.get("status")
+        if missing or status not in TERMINAL:
+            self._report.violate("final", f"final.json says status {status!r} and lacks {missing}")
+        if self._record is None:
+            return
+        for name in FINAL_FIELDS:
+            mine, theirs = self._final.get(name), getattr(self._record, name)
+            if json.dumps(mine, sort_keys=True) != json.dumps(theirs, sort_keys=True):
+                self._report.violate("final", f"{name}: final.json says {mine!r}, the record {theirs!r}")
+
+    def _check_success(self, committed_step: int, *, deep: bool) -> None:
+        stop_step = self._spec.stop_step()
+        facts = {
+            "steps journalled": self._lineage.num_steps,
+            "newest checkpoint": committed_step,
+            "committed_step of the end": self.end.get("committed_step"),
+            "step of the end": self.end.get("step"),
+        }
+        for name, value in facts.items():
+            if value != stop_step:
+                self._report.violate("success", f"the job succeeded with {name} = {value}, its end is step {stop_step}")
+        if self.end.get("error"):
+            self._report.violate("success", f"the job succeeded, and carries the error {self.end['error']!r}")
+        check_export(self._artifacts, self._lineage, stop_step, self._report, deep=deep)
+
+    def _check_record(self, committed_step: int) -> None:
+        """What the end or the record says was done is there, unless a damaged file explains its loss."""
+        if self._report.damage or self._lineage.is_cut or self._report.broken_rules() & {"journal", "checkpoint"}:
+            return
+        said = int(self.end.get("committed_step") or 0)
+        if said > committed_step:
+            message = f"checkpoint {said} was committed, the newest on the lineage is {committed_step}"
+            self._report.violate("retention", message, step=said)
+        said = int(self.end.get("step") or 0)
+        if said > self._lineage.num_steps:
+            message = f"{said} steps were trained, the lineage has journals of {self._lineage.num_steps}"
+            self._report.violate("trained", message, step=said)
+
+    # -- history -----------------------------------------------------------------------------------------------------
+
+    def _check_events(self) -> None:
+        end = ""
+        ranks: dict[int, int] = {}
+        for event in read_jsonl(self._artifacts.events):
+            data = event.get("data") or {}
+            if event.get("type") == "job.rewound":
+                self._check_rewound(data)
+            if event.get("type") != "job.status":
+                continue
+            self._report.counts["status_events"] += 1
+            status, epoch = data.get("status"), data.get("epoch")
+            if status not in STATUSES:
+                self._report.violate("status", f"a state named {status!r}")
+            elif status in TERMINAL:
+                if end:
+                    self._report.violate("status", f"the job ended '{end}' and then '{status}'")
+                end = status
+            elif status in LED:
+                if end and int(epoch or 0) >= int(self.end.get("epoch") or 0):
+                    # an older epoch's word may come late: whoever said it was stopped by the fence
+                    self._report.violate("status", f"the job ended '{end}' and was '{status}' afterwards", epoch=epoch)
+                rank = LED.index(status)
+                if rank <= ranks.get(int(epoch or 0), -1):
+                    message = f"'{status}' came after '{LED[ranks[int(epoch or 0)]]}' in epoch {epoch}"
+                    self._report.violate("status", message, epoch=epoch)
+                ranks[int(epoch or 0)] = rank
+        said = self.end.get("status")
+        if end and said and end != said:
+            self._report.violate("status", f"the events say the job ended '{end}', it is '{said}'")
+
+    def _check_rewound(self, data: dict[str, Any]) -> None:
+        """A takeover may fall behind what was trained only if a file of those steps is damaged."""
+        was, now, epoch = int(data.get("from") or 0), int(data.get("to") or 0), int(data.get("epoch") or 0)
+        if now >= was or self._report.damage or self._lineage.is_cut:
+            return
+        before = next((number for number in working_epochs(self._epochs) if number < epoch), None)
+        past = lineage_of(self._epochs, before) if before is not None else None
+        for step in range(now, was):
+            source = past.steps.get(step) if past is not None else None
+            if source is None:
+                message = f"epoch {epoch} continued at step {now} of {was}: step {step} was trained without a journal"
+                self._report.violate("trained", message, epoch=epoch, step=step)
+                return
+            try:
+                read_journal(self._artifacts.journal(source, step))
+            except CorruptError as error:
+                self._report.damaged("journal", error.message, epoch=source, step=step)
+                return
+        message = f"epoch {epoch} continued at step {now} of {was}, although the journals of those steps are there"
+        self._report.violate("lineage", message, epoch=epoch, step=now)
+
+    def _check_trained(self) -> None:
+        """A metric of a step says that it was trained: its journal was durable before."""
+        pasts: dict[int, Lineage] = {}
+        for point in read_jsonl(self._artifacts.metrics):
+            try:
+                epoch, step = int(point["epoch"]), int(point["step"]) - 1
+            except (KeyError, TypeError, ValueError):
+                self._report.damaged("trained", f"a line of metrics.jsonl is no metric: {str(point)[:80]}")
+                continue
+            self._report.counts["metrics"] += 1
+            past = pasts.get(epoch) or pasts.setdefault(epoch, lineage_of(self._epochs, epoch))
+            if step not in past.steps and not past.is_cut:
+                message = f"epoch {epoch} trained step {step}, and no journal holds what on"
+                self._report.violate("trained", message, epoch=epoch, step=step)
+
+    def _check_evaluations(self) -> None:
+        for path in sorted(self._artifacts.evaluations.glob("*.json")):
+            self._report.counts["evaluations"] += 1
+            try:
+                document = read_document(path)
+            except (CorruptError, NotFoundError) as error:
+                self._report.damaged("values", error.message)
+                continue
+            bad = [name for name, value in document.items() if isinstance(value, float) and not math.isfinite(value)]
+            if bad:
+                self._report.violate("values", f"{path}: {bad[0]} is {document[bad[0]]}")
+
+    # -- leftovers ---------------------------------------------------------------------------------------------------
+
+    def _check_leftovers(self) -> None:
+        """Temporary files older than the end; a younger one may be of a write that is going on."""
+        ended = self.end.get("finished_at")
+        for path in sorted(self._artifacts.root.rglob("*")):
+            if is_temporary(path) and ended is not None:
+                try:
+                    is_old = path.stat().st_mtime <= float(ended)
+                except OSError:
+                    continue
+                if is_old:
+                    self._report.violate("leftovers", f"{path} is left over; the job has ended")
+
+
+def is_temporary(path: Path) -> bool:
+    """A file or folder in the making, as core/blobs.py names them; what lies in such a folder is not counted again."""
+    return path.name.startswith("tmp.") or (path.name.startswith(".") and path.name.endswith(".tmp"))

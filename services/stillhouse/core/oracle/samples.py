@@ -1,0 +1,166 @@
+"""One journalled sample: its seed, its row, which weights wrote it, and whether its numbers can be."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from stillhouse.core.errors import WireError
+from stillhouse.core.oracle.lineage import Lineage
+from stillhouse.core.oracle.report import Report
+from stillhouse.core.spec import JobSpec
+from stillhouse.core.tensors import from_tensor
+from stillhouse.v1 import rollout_pb2
+
+if TYPE_CHECKING:
+    from stillhouse.core.oracle.steps import Rows
+
+EPSILON: Final = 1e-3
+"""A log-probability may lie so far above 0, by rounding in bfloat16 or float32."""
+
+
+class SampleCheck:
+    """Checks samples one by one; remembers what must agree between them."""
+
+    def __init__(self, spec: JobSpec, lineage: Lineage, report: Report, rows: Rows) -> None:
+        self._spec = spec
+        self._lineage = lineage
+        self._report = report
+        self._rows = rows
+        self._prompts: dict[int, bytes] = {}
+        """Row -> hash of its prompt ids."""
+        self._names: dict[tuple[int, int], str] = {}
+        """(epoch, policy version) -> sha256 of its weights."""
+
+    def check(self, score: rollout_pb2.Score, epoch: int, step: int) -> None:
+        """Everything about one sample of a step."""
+        rollout = score.rollout
+        where: dict[str, Any] = {"epoch": epoch, "step": step, "sample": rollout.sample_id}
+        self._check_identity(rollout, where)
+        self._check_row(rollout, where)
+        result = score.WhichOneof("result")
+        if result is None:
+            self._report.violate("complete", f"sample {rollout.sample_id} has neither a score nor a failure", **where)
+        elif result == "failed":
+            if not (score.failed.reason and score.failed.service):
+                self._report.violate("reason", f"sample {rollout.sample_id} failed, and nothing says why", **where)
+        else:
+            num_tokens = self._check_values(score, getattr(score, result), where)
+            self._check_spans(rollout, num_tokens, epoch, step, where)
+
+    def _check_identity(self, rollout: rollout_pb2.Rollout, where: dict[str, Any]) -> None:
+        name = rollout.sample_id
+        group_id, _, index = name.partition("/")
+        if name != f"{rollout.group}/{rollout.index}":
+            message = f"sample {name} says it is sample {rollout.index} of group {rollout.group}"
+            self._report.violate("complete", message, **where)
+        expected = seed_of(self._spec.seed, group_id, index)
+        if rollout.seed != expected:
+            self._report.violate("seed", f"sample {name} was drawn with seed {rollout.seed}, not {expected}", **where)
+        if rollout.purpose != rollout_pb2.PURPOSE_TRAIN:
+            self._report.violate("complete", f"sample {name} was not for training: purpose {rollout.purpose}", **where)
+        if rollout.epoch > where["epoch"]:
+            message = f"sample {name} of epoch {rollout.epoch} lies in a journal of epoch {where['epoch']}"
+            self._report.violate("lineage", message, **where)
+
+    def _check_row(self, rollout: rollout_pb2.Rollout, where: dict[str, Any]) -> None:
+        expected = self._rows.row(rollout.group)
+        if expected is not None and rollout.row != expected:
+            message = (
+                f"group {rollout.group} is row {expected} of the data, sample {rollout.sample_id} is of {rollout.row}"
+            )
+            self._report.violate("rows", message, **where)
+            return
+        prompt = hashlib.sha256(rollout.prompt_ids.data).digest()
+        if rollout.prompt_ids.data and self._prompts.setdefault(rollout.row, prompt) != prompt:
+            message = f"sample {rollout.sample_id}: row {rollout.row} had another prompt before"
+            self._report.violate("rows", message, **where)
+
+    def _check_values(self, score: rollout_pb2.Score, result: Any, where: dict[str, Any]) -> int:
+        """Lengths and numbers; returns T."""
+        rollout = score.rollout
+        try:
+            ids = from_tensor(rollout.completion_ids)
+            arrays = {
+                "rollout_logprobs": from_tensor(rollout.rollout_logprobs),
+                "teacher_logprobs": from_tensor(result.teacher_logprobs),
+            }
+            mask = from_tensor(rollout.loss_mask) if rollout.HasField("loss_mask") else None
+        except WireError as error:
+            self._report.violate("values", f"sample {rollout.sample_id}: {error.message}", **where)
+            return 0
+        problems = []
+        limit = self._spec.stages[0].sampling.max_tokens
+        if not 1 <= len(ids) <= limit or ids.dtype != np.dtype("<i4") or (len(ids) and ids.min() < 0):
+            problems.append(f"{len(ids)} completion tokens of {ids.dtype}, expected 1 to {limit} ids")
+        if mask is not None and len(mask) != len(ids):
+            problems.append(f"a loss mask of {len(mask)} for {len(ids)} tokens")
+        if rollout.finish_reason == rollout_pb2.FINISH_REASON_ABORT:
+            problems.append("the completion was aborted: training on it would favour short ones")
+        for name, array in arrays.items():
+            if len(array) != len(ids):
+                problems.append(f"{len(array)} {name} for {len(ids)} tokens")
+            elif not np.isfinite(array).all():
+                problems.append(f"{name} holds {array[~np.isfinite(array)][0]}")
+            elif len(array) and array.max() > EPSILON:
+                problems.append(f"{name} holds {array.max():g}, a log-probability is at most 0")
+        for problem in problems:
+            self._report.violate("values", f"sample {rollout.sample_id}: {problem}", **where)
+        return len(ids)
+
+    def _check_spans(
+        self, rollout: rollout_pb2.Rollout, num_tokens: int, epoch: int, step: int, where: dict[str, Any]
+    ) -> None:
+        starts = [span.first_token for span in rollout.spans]
+        is_covering = (
+            bool(starts) and starts[0] == 0 and sorted(set(starts)) == starts and starts[-1] < max(num_tokens, 1)
+        )
+        if not is_covering:
+            message = f"sample {rollout.sample_id}: spans begin at tokens {starts} of {num_tokens}"
+            self._report.violate("spans", message, **where)
+        before = (0, 0)
+        for span in rollout.spans:
+            version = (span.epoch, span.policy_version)
+            if version < before:
+                message = f"sample {rollout.sample_id}: version {version} after version {before}"
+                self._report.violate("spans", message, **where)
+            before = version
+            if span.epoch > epoch or span.epoch not in self._lineage.epochs:
+                message = (
+                    f"sample {rollout.sample_id}, journalled in epoch {epoch}, was written by weights of epoch "
+                    f"{span.epoch}; on the lineage are {sorted(self._lineage.epochs)}"
+                )
+                self._report.violate("spans", message, **where)
+            self._check_staleness(rollout.sample_id, step, span.policy_version, where)
+        self._check_weights(rollout, where)
+
+    def _check_staleness(self, name: str, step: int, version: int, where: dict[str, Any]) -> None:
+        bound = self._spec.stages[0].schedule.max_staleness
+        if not 0 <= step - version <= bound:
+            message = f"sample {name}: step {step} trains on policy version {version}; the bound is {bound}"
+            self._report.violate("staleness", message, **where)
+        elif self._spec.deterministic and version != max(0, step - bound):
+            message = f"sample {name}: policy version {version}, a deterministic job takes {max(0, step - bound)}"
+            self._report.violate("staleness", message, **where)
+
+    def _check_weights(self, rollout: rollout_pb2.Rollout, where: dict[str, Any]) -> None:
+        if not rollout.spans or not rollout.weights_sha256:
+            return
+        last = rollout.spans[-1]
+        # a deterministic job has one history: its versions are the same in every epoch
+        key = (0 if self._spec.deterministic else last.epoch, last.policy_version)
+        known = self._names.setdefault(key, rollout.weights_sha256)
+        if known != rollout.weights_sha256:
+            message = (
+                f"sample {rollout.sample_id}: policy version {last.policy_version} of epoch {last.epoch} are weights "
+                f"{rollout.weights_sha256[:12]}, elsewhere {known[:12]}"
+            )
+            self._report.violate("weights", message, **where)
+
+
+def seed_of(job_seed: int, group_id: str, index: str) -> int:
+    """The seed that a sample must have: the first 8 bytes of sha256("job seed/group/index"), big-endian."""
+    digest = hashlib.sha256(f"{job_seed}/{group_id}/{index}".encode()).digest()
+    return int.from_bytes(digest[:8], "big")

@@ -1,0 +1,81 @@
+"""The oracle on what real services leave: finished, crashed, cancelled and failed jobs break no rule."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stillhouse.core.oracle.report import Report
+from stillhouse.core.oracle.verify import verify_job
+from stillhouse.trainer.manifests import list_manifests
+from tests.cluster import Cluster, cluster, job_spec
+from tests.waiting import wait_until
+
+
+@pytest.fixture
+async def deployment(tmp_path: Path, redis_url: str) -> AsyncIterator[Cluster]:
+    async with cluster(tmp_path, redis_url, "sampler", "teacher", "trainer") as made:
+        made.add_model("student", seed=1)
+        made.add_model("teacher", seed=2)
+        yield made
+
+
+async def verified(made: Cluster, job_id: str) -> Report:
+    report = verify_job(made.ctx.artifacts.job(job_id), await made.ctx.jobs.get(job_id))
+    assert report.ok, report.text()
+    assert not report.damage
+    return report
+
+
+async def at_step(made: Cluster, job_id: str, step: int) -> None:
+    async def reached() -> bool:
+        return (await made.ctx.jobs.get(job_id)).step >= step
+
+    await wait_until(reached, timeout_s=60, what=f"step {step}")
+
+
+def spec(steps: int, **changes: Any) -> dict[str, Any]:
+    schedule = {"steps": steps, "prompts_per_step": 3, "group_size": 2, "max_staleness": 1}
+    return job_spec(stages__0__schedule=schedule, **changes)
+
+
+async def test_a_finished_job_and_one_that_is_tampered_with(deployment: Cluster) -> None:
+    job_id = await deployment.submit(spec(5, evaluation={"data": {"rows": [{"prompt": "tea"}]}, "max_tokens": 4}))
+    assert (await deployment.ended(job_id)).status == "succeeded"
+    report = await verified(deployment, job_id)
+    assert report.counts["steps"] == 5
+    assert report.counts["samples_trained"] == 30
+    assert report.counts["ledgers"] == report.counts["manifests"] == 2
+    assert report.counts["tensors_compared"] > 0, "export and checkpoint name their tensors alike"
+    artifacts = deployment.ctx.artifacts.job(job_id)
+    weights = list_manifests(artifacts)[-1].folder(artifacts) / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 0x40
+    weights.write_bytes(bytes(data))
+    assert {"checkpoint", "export"} <= verify_job(artifacts).broken_rules()
+    assert verify_job(artifacts, deep=False).ok, "sizes are right; only the hash tells"
+
+
+async def test_a_job_whose_trainer_crashed(deployment: Cluster) -> None:
+    job_id = await deployment.submit(spec(8, checkpoint={"every_steps": 3}))
+    await at_step(deployment, job_id, 4)
+    await deployment.crash("trainer-0")
+    await verified(deployment, job_id)
+    await deployment.start("trainer", "trainer-1")
+    await verified(deployment, job_id)  # while it runs
+    assert (await deployment.ended(job_id)).status == "succeeded"
+    assert (await verified(deployment, job_id)).epoch == 2
+
+
+async def test_a_cancelled_job_and_a_failed_one(deployment: Cluster) -> None:
+    job_id = await deployment.submit(spec(1000))
+    await at_step(deployment, job_id, 2)
+    await deployment.ctx.jobs.request(job_id, allowed=("running",), status="cancelling")
+    assert (await deployment.ended(job_id)).status == "cancelled"
+    await verified(deployment, job_id)
+    job_id = await deployment.submit(spec(3, student__model="nobody"))
+    assert (await deployment.ended(job_id)).status == "failed"
+    await verified(deployment, job_id)
