@@ -15,7 +15,7 @@ from typing import Any
 
 import structlog
 
-from stillhouse.core.blobs import new_id, write_json
+from stillhouse.core.blobs import new_id, sealed, write_json
 from stillhouse.core.config import Settings
 from stillhouse.core.models import ModelRegistry, inspect_model
 from stillhouse.core.queue.jobs import JobRecord
@@ -83,7 +83,9 @@ class Cluster:
             created_at=time.time(),
             stop_step=parsed.stop_step(),
         )
-        write_json(self.ctx.artifacts.job(record.id).job_json, {"id": record.id, "spec": record.spec})
+        document = {"id": record.id, "created_at": record.created_at, "owner": "", "spec": record.spec}
+        document |= {"stop_step": record.stop_step, "idempotency": ["", ""]}
+        write_json(self.ctx.artifacts.job(record.id).job_json, sealed(document))
         await self.ctx.jobs.create(record)
         return record.id
 

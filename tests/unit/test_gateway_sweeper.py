@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from stillhouse.core.blobs import read_json, write_json
+from stillhouse.core.blobs import read_json, sealed, unsealed, write_json
 from stillhouse.core.errors import LeaseLostError
 from stillhouse.core.queue import keys
 from stillhouse.core.queue.jobs import IDEMPOTENCY_TTL_S
@@ -100,7 +100,7 @@ async def test_records_come_back_after_the_queue_server_lost_everything(gateway:
     open_job = (await gateway.submit(make_spec(seed=1), key="k")).json()
     done_job = (await gateway.submit(make_spec(seed=2))).json()
     final = {"status": "succeeded", "step": 3, "finished_at": 5.0, "result": {"steps": 3}, "error": None}
-    write_json(gateway.ctx.artifacts.job(done_job["id"]).root / "final.json", final)
+    write_json(gateway.ctx.artifacts.job(done_job["id"]).root / "final.json", sealed(final))
     await gateway.ctx.redis.flushall()
     sweeper = Sweeper(gateway.ctx)
     await sweeper.sweep()
@@ -119,7 +119,7 @@ async def test_a_job_that_was_written_but_never_recorded_does_not_become_a_secon
     job = (await gateway.submit(key="k")).json()["id"]
     root = gateway.ctx.artifacts.root / "jobs"
     twin = "job_00000000000000000000"  # its request died between job.json and the record; the client sent it again
-    write_json(root / twin / "job.json", {**read_json(root / job / "job.json"), "id": twin})
+    write_json(root / twin / "job.json", sealed({**unsealed(root / job / "job.json"), "id": twin}))
     await Sweeper(gateway.ctx).sweep()
     assert gateway.ctx.artifacts.job_ids() == [job]
     assert not (root / twin).exists()
@@ -131,10 +131,10 @@ async def test_a_job_whose_key_another_one_has_is_never_deleted(gateway: Gateway
     job = (await gateway.submit(key="k")).json()["id"]
     root = gateway.ctx.artifacts.root / "jobs"
     lost = "job_00000000000000000000"
-    document = {**read_json(root / job / "job.json"), "id": lost}
+    document = {**unsealed(root / job / "job.json"), "id": lost}
     if why == "its key is forgotten":
         document["created_at"] = time.time() - IDEMPOTENCY_TTL_S - 1
-    write_json(root / lost / "job.json", document)
+    write_json(root / lost / "job.json", sealed(document))
     if why == "it has a history":
         (root / lost / "events.jsonl").write_text("")
     if why == "the key is of nobody":
@@ -152,6 +152,48 @@ async def test_a_damaged_job_does_not_stop_the_sweep(gateway: Gateway) -> None:
     await gateway.ctx.redis.flushall()
     await Sweeper(gateway.ctx).sweep()
     assert [record.id for record in await gateway.ctx.jobs.list()] == [job]
+
+
+@pytest.mark.parametrize(
+    ("damage", "has_export", "status"),
+    [("flip", True, "succeeded"), ("flip", False, "failed"), ("empty", True, "succeeded"), ("cut", False, "failed")],
+)
+async def test_a_damaged_end_never_starts_the_job_again(
+    gateway: Gateway, damage: str, has_export: bool, status: str
+) -> None:
+    job = (await gateway.submit()).json()["id"]
+    artifacts = gateway.ctx.artifacts.job(job)
+    artifacts.epoch(1).mkdir(parents=True)
+    if has_export:
+        artifacts.export(1).mkdir()
+        checkpoint = artifacts.manifests(1) / "00000003-01234567"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "manifest.json").write_text("{}")
+    write_json(artifacts.root / "final.json", sealed({"status": "succeeded", "step": 3, "finished_at": 5.0}))
+    data = (artifacts.root / "final.json").read_bytes()
+    damaged = {"flip": data.replace(b"5.0", b"6.0"), "empty": b"", "cut": data[: len(data) // 2]}[damage]
+    (artifacts.root / "final.json").write_bytes(damaged)
+    await gateway.ctx.redis.flushall()
+    await Sweeper(gateway.ctx).sweep()
+    found = (await gateway.http.get(f"/v1/jobs/{job}")).json()
+    assert (found["status"], found["status_reason"]) == (status, "corrupt")
+    assert await gateway.ctx.jobs.active_ids() == []
+
+
+async def test_an_altered_job_json_is_not_run(gateway: Gateway) -> None:
+    job = (await gateway.submit()).json()["id"]
+    path = gateway.ctx.artifacts.job(job).job_json
+    path.write_bytes(path.read_bytes().replace(b'"max_tokens": 8', b'"max_tokens": 9'))
+    await gateway.ctx.redis.flushall()
+    await Sweeper(gateway.ctx).sweep()
+    assert await gateway.ctx.jobs.list() == []
+
+
+async def test_an_end_that_found_no_room_is_written_later(gateway: Gateway) -> None:
+    job = (await gateway.submit()).json()["id"]
+    await gateway.ctx.jobs.request(job, allowed=("queued",), status="cancelled")
+    await Sweeper(gateway.ctx).sweep()
+    assert unsealed(gateway.ctx.artifacts.job(job).root / "final.json")["status"] == "cancelled"
 
 
 async def test_one_replica_sweeps(gateway: Gateway) -> None:

@@ -18,6 +18,7 @@ Nothing here knows about models or queues.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -146,15 +147,51 @@ def _seal(document: dict[str, Any]) -> str:
     return sha256_bytes(json.dumps(document, sort_keys=True).encode())
 
 
+NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
+"""A full disk, and a user's share of it that is used up."""
+UNWRITTEN_LINES = 10_000
+"""Lines of one history file that wait for room on a full disk; older ones are dropped."""
+_unwritten: dict[Path, list[bytes]] = {}
+
+
+def is_no_space(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, is a full disk. safetensors only says so in the text of its own error."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in NO_SPACE:
+            return True
+        if type(error).__name__ == "SafetensorError" and any(f"(os error {code})" in str(error) for code in NO_SPACE):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def append_jsonl(path: Path, values: list[dict[str, Any]]) -> None:
-    """Append lines to a history file in one write. Not fsynced: it may lose its last second, truth lies elsewhere."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = b"".join(json.dumps(value, separators=(",", ":")).encode() + b"\n" for value in values)
-    with path.open("a+b") as stream:
+    """Append lines to a history file. Not fsynced: it may lose its last second, truth lies elsewhere.
+
+    On a full disk the lines are kept, up to UNWRITTEN_LINES, and appended by a later call.
+    """
+    lines = _unwritten.pop(path, [])
+    lines += [json.dumps(value, separators=(",", ":")).encode() + b"\n" for value in values]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        written = _append(path, b"".join(lines))
+    except OSError as error:
+        if not is_no_space(error):
+            raise
+        written = 0
+    while lines and written >= len(lines[0]):
+        written -= len(lines.pop(0))
+    if lines:
+        _unwritten[path] = lines[-UNWRITTEN_LINES:]
+
+
+def _append(path: Path, data: bytes) -> int:
+    """Write as much as there is room for; returns how many bytes of `data` that was."""
+    with path.open("a+b", buffering=0) as stream:
         end = stream.seek(0, os.SEEK_END)
-        # a writer that died in the middle of a line must not spoil ours
+        # a writer that died or had no room in the middle of a line must not spoil ours
         is_torn = end > 0 and os.pread(stream.fileno(), 1, end - 1) != b"\n"
-        stream.write(b"\n" + lines if is_torn else lines)
+        return max(0, (stream.write(b"\n" + data if is_torn else data) or 0) - is_torn)
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:

@@ -88,7 +88,9 @@ class App(Protocol):
 
 def open_context(settings: Settings, role: str, log: Any, *, instance: str = "") -> Context:
     """Connections of a process. Leaves first, no globals."""
-    redis, blocking = connect(settings.redis_url), connect_blocking(settings.redis_url)
+    # a request must not wait for room on the queue server, a worker with results in its hands must
+    redis = connect(settings.redis_url, waits_for_room=role != "gateway")
+    blocking = connect_blocking(settings.redis_url)
     artifacts = Artifacts(settings.artifacts_dir())
     return Context(
         settings=settings,

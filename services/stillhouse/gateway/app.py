@@ -43,7 +43,7 @@ def create_app(ctx: Context, settings: Settings) -> FastAPI:
     for router in (jobs.router, history.router, files.router, system.router):
         app.include_router(router, dependencies=[Security(_documents_the_key)])
     app.include_router(system.open_router)
-    for kind in (StillhouseError, RequestValidationError, HTTPException, RedisError, TimeoutError):
+    for kind in (StillhouseError, RequestValidationError, HTTPException, RedisError, TimeoutError, OSError):
         app.add_exception_handler(kind, _on_error)
     app.add_middleware(JsonBody, settings=settings)
     app.add_middleware(Edge, authenticator=Authenticator(settings), log=ctx.log)  # added last = outermost
@@ -57,6 +57,8 @@ async def _on_error(request: Request, error: Exception) -> JSONResponse:
     response = problem_response(error, request.url.path, request.state.request_id)
     if response.status_code == 500:
         request.app.state.ctx.log.error("request failed", path=request.url.path, exc_info=error)
+    elif isinstance(error, OSError) and response.status_code == 507:
+        request.app.state.ctx.log.error("no space left", path=request.url.path, error=str(error))
     return response
 
 

@@ -11,6 +11,7 @@ import hashlib
 import os
 import secrets
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -92,7 +93,8 @@ class Upload:
 
     def abort(self) -> None:
         """Forget it; harmless after `finish`."""
-        self._stream.close()
+        with suppress(OSError):  # on a full disk the rest of the buffer cannot be written either
+            self._stream.close()
         self._temp.unlink(missing_ok=True)
 
     def _check(self, line: bytes) -> None:

@@ -15,10 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from stillhouse.core.blobs import fsync_dir, new_id, read_json, sha256_bytes, write_json
-from stillhouse.core.errors import ConflictError, NotFoundError, SpecError
+from stillhouse.core.blobs import JobArtifacts, fsync_dir, new_id, sealed, sha256_bytes, unsealed, write_json
+from stillhouse.core.errors import ConflictError, CorruptError, NotFoundError, SpecError
 from stillhouse.core.failpoints import failpoint
 from stillhouse.core.queue import keys
+from stillhouse.core.queue.client import REFUSALS
 from stillhouse.core.queue.jobs import FINAL_FIELDS, JobRecord, final_document
 from stillhouse.core.service import Context
 from stillhouse.core.spec import JobSpec
@@ -82,7 +83,11 @@ async def submit(ctx: Context, submission: Submission) -> tuple[JobRecord, bool]
     }
     await asyncio.to_thread(_write_job_json, ctx, record.id, document)
     failpoint("gateway.job_json_written")
-    made = await ctx.jobs.create(record, idempotency_key=token, body_sha256=body_sha256)
+    try:
+        made = await ctx.jobs.create(record, idempotency_key=token, body_sha256=body_sha256)
+    except REFUSALS:  # nothing was recorded, for certain: nothing stays, or the sweeper would bring the job back
+        await asyncio.to_thread(shutil.rmtree, ctx.artifacts.job(record.id).root, ignore_errors=True)
+        raise
     failpoint("gateway.record_written")
     if made and made != f"{record.id}:{body_sha256}":  # a request with the same key was faster
         await asyncio.to_thread(shutil.rmtree, ctx.artifacts.job(record.id).root, ignore_errors=True)
@@ -93,8 +98,12 @@ async def submit(ctx: Context, submission: Submission) -> tuple[JobRecord, bool]
 
 def _write_job_json(ctx: Context, job_id: str, document: dict[str, Any]) -> None:
     path = ctx.artifacts.job(job_id).job_json
-    write_json(path, document)
-    fsync_dir(path.parent.parent)  # the job's folder itself is new
+    try:
+        write_json(path, sealed(document))
+        fsync_dir(path.parent.parent)  # the job's folder itself is new
+    except OSError:
+        shutil.rmtree(path.parent, ignore_errors=True)  # no half job stays on a full disk
+        raise
 
 
 async def _replay(ctx: Context, made: str, submission: Submission) -> JobRecord:
@@ -106,9 +115,9 @@ async def _replay(ctx: Context, made: str, submission: Submission) -> JobRecord:
             param="Idempotency-Key",
         )
     try:
-        record = initial_record(read_json(ctx.artifacts.job(job_id).job_json))
+        record = initial_record(unsealed(ctx.artifacts.job(job_id).job_json))
         return replace(record, spec=submission.spec.model_dump(mode="json"))  # job.json has its keys in another order
-    except NotFoundError:
+    except (NotFoundError, CorruptError):
         return await ctx.jobs.get(job_id)
 
 
@@ -157,7 +166,29 @@ def write_final(ctx: Context, record: JobRecord) -> None:
     """Note beside the artifacts how a job ended, unless its trainer did."""
     folder = ctx.artifacts.job(record.id).root
     if folder.is_dir() and not (folder / FINAL).exists():
-        write_json(folder / FINAL, final_document(record))
+        write_json(folder / FINAL, sealed(final_document(record)))
+
+
+def read_final(artifacts: JobArtifacts, stop_step: int) -> dict[str, Any] | None:
+    """How a job ended, from its final.json; None = it has not ended.
+
+    A damaged one still says that nothing is left to do. The rest is told from what lies beside it: a finished student
+    over a checkpoint of the last step is success, anything else is an end that nobody knows any more.
+    """
+    try:
+        return unsealed(artifacts.root / FINAL)
+    except NotFoundError:
+        return None
+    except CorruptError as error:
+        epoch = artifacts.highest_epoch()
+        facts: dict[str, Any] = {"epoch": epoch, "status_reason": "corrupt", "status_message": error.message}
+        export = artifacts.export(epoch)
+        if export.is_dir() and any(artifacts.manifests(epoch).glob(f"{stop_step:08d}-*/manifest.json")):
+            path = str(export.relative_to(artifacts.root))
+            result = {"steps": stop_step, "export": "ckpt_export", "export_path": path}
+            return {**facts, "status": "succeeded", "step": stop_step, "committed_step": stop_step, "result": result}
+        message = f"how the job ended is not known any more: {error.message}"
+        return {**facts, "status": "failed", "error": {"code": "corrupt", "message": message, "service": "gateway"}}
 
 
 def final_fields(document: dict[str, Any]) -> dict[str, Any]:

@@ -15,15 +15,23 @@ from typing import Any, Final
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
-from redis.exceptions import OutOfMemoryError, ReadOnlyError, RedisError, ResponseError
+from redis.exceptions import BusyLoadingError, OutOfMemoryError, ReadOnlyError, RedisError, ResponseError
 from starlette.exceptions import HTTPException
 
+from stillhouse.core.blobs import is_no_space
 from stillhouse.core.errors import HTTP_STATUS, MalformedError, SpecError, StillhouseError, lookup
 from stillhouse.core.explain import Finding, explain
 
 MEDIA_TYPE: Final = "application/problem+json"
 RETRY_AFTER_S: Final = 2
 """Told to callers on 429 and 503: a restart of the queue server or of a replica takes about as long."""
+_PASSING: Final = {
+    "MISCONF": "the queue server cannot write to its disk: free space there; nothing is lost",
+    "NOREPLICAS": "the queue server has fewer replicas than its min-replicas-to-write asks for; try again",
+    "MASTERDOWN": "the queue server is a replica without its primary: point redis_url at the primary",
+    "TRYAGAIN": "the queue server is moving data; try again",
+}
+"""Answers of a queue server that refuse a right command for now."""
 _CODES: Final = {400: "malformed", 404: "not_found", 405: "method_not_allowed", 408: "deadline", 503: "unavailable"}
 
 
@@ -80,10 +88,11 @@ def problem_response(error: BaseException, path: str, request_id: str) -> JSONRe
         status, headers = error.status_code, error.headers or {}
         code = _CODES.get(status, "invalid_request")
         detail = f"there is no {path}; see /docs for what there is" if status == 404 else str(error.detail)
-    elif _is_refusal(error):
-        status, code, detail = 500, "internal", ""
     elif isinstance(error, (RedisError, asyncio.TimeoutError)):
-        status, code, detail = 503, "unavailable", "the queue server does not answer; try again"
+        detail = queue_trouble(error)
+        status, code = (503, "unavailable") if detail else (500, "internal")
+    elif is_no_space(error):
+        status, code, detail = 507, "no_space", "the disk of the artifacts is full; free some and try again"
     else:
         status, code, detail = 500, "internal", ""
     if status == 500:
@@ -91,9 +100,21 @@ def problem_response(error: BaseException, path: str, request_id: str) -> JSONRe
     return _render(status, code, detail, param, findings, path, request_id, headers)
 
 
-def _is_refusal(error: BaseException) -> bool:
-    """The queue server answered and calls the command wrong: trying again cannot help."""
-    return isinstance(error, ResponseError) and not isinstance(error, (OutOfMemoryError, ReadOnlyError))
+def queue_trouble(error: BaseException) -> str:
+    """What is wrong with the queue server and what helps; '' = it calls our command wrong, trying again cannot help."""
+    if isinstance(error, OutOfMemoryError):
+        return (
+            "the queue server is out of memory: raise its maxmemory, or finish or cancel jobs; nothing is lost"
+        )
+    if isinstance(error, ReadOnlyError):
+        return (
+            "the queue server is a read-only replica: point redis_url at the primary, or wait for the failover"
+        )
+    if isinstance(error, BusyLoadingError):
+        return "the queue server is loading its data after a start; try again"
+    if isinstance(error, ResponseError):
+        return next((fix for start, fix in _PASSING.items() if str(error).startswith(start)), "")
+    return "the queue server does not answer; try again"
 
 
 def _render(

@@ -20,7 +20,7 @@ from typing import Any, Final
 
 from redis.exceptions import RedisError
 
-from stillhouse.core.blobs import sha256_file, write_json
+from stillhouse.core.blobs import sealed, sha256_file, write_json
 from stillhouse.core.errors import ConflictError, JobFailedError, LeaseLostError, StillhouseError
 from stillhouse.core.failpoints import failpoint
 from stillhouse.core.queue.jobs import JobRecord, final_document
@@ -294,7 +294,7 @@ class Lead:
         failpoint("trainer.ended")
         # after the fenced update, so that a zombie never ends a job that goes on
         record = await self._ctx.jobs.get(self.scope.job_id)
-        await asyncio.to_thread(write_json, self.artifacts.root / "final.json", final_document(record))
+        await asyncio.to_thread(write_json, self.artifacts.root / "final.json", sealed(final_document(record)))
         level = "warning" if end.status == "failed" else "info"
         message = f"job {end.status}" + (f": {end.error['message']}" if end.error else "")
         await self._ctx.jobs.event(self.scope.job_id, "job.status", message, level=level, status=end.status)

@@ -2,15 +2,20 @@
 
 Two clients: one for commands, which retries through a restart of the server, and one for blocking reads, which does
 not. redis-py 8 would otherwise turn a blocking read on an empty stream into ten time-outs of 5 s.
+
+A server that is out of memory or read-only refuses writes. Services wait for it: the work they hold goes nowhere else.
+The gateway does not: it tells its caller what is wrong. What steers jobs (records, leases, heartbeats, history) is
+small and bounded, and is written beyond `maxmemory` too: a job can say what it waits for, and can be cancelled.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff, NoBackoff
+from redis.exceptions import BusyLoadingError, MasterDownError, OutOfMemoryError, ReadOnlyError, TryAgainError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
@@ -20,16 +25,23 @@ COMMAND_TIMEOUT_S = 5.0
 """A command that takes longer means a dead server or network: all of ours take milliseconds."""
 RETRIES = 12
 """Retries of a command, with back-off up to 1 s: about 10 s, long enough for a restart. All our scripts may repeat."""
+PASSING: Final = (RedisConnectionError, RedisTimeoutError, BusyLoadingError, MasterDownError, TryAgainError)
+"""What a server that is restarting or failing over answers."""
+REFUSALS: Final = (OutOfMemoryError, ReadOnlyError)
+"""Nothing was written, and somebody may have to change the server's settings."""
+BEYOND_MAXMEMORY: Final = "redis.call('UNLINK', 'sh:none')\n"
+"""First line of scripts that a full server must not refuse: it refuses only the first write, and never one that frees
+(what the flag `allow-oom` of Redis 7 does, for servers in tests that do not know the flag)."""
 
 
-def connect(url: str) -> Redis:
-    """A client for commands."""
+def connect(url: str, *, waits_for_room: bool = True) -> Redis:
+    """A client for commands; `waits_for_room`: what a full or read-only server refuses is tried again for a while."""
     return Redis.from_url(
         url,
         socket_timeout=COMMAND_TIMEOUT_S,
         socket_connect_timeout=COMMAND_TIMEOUT_S,
         retry=Retry(ExponentialBackoff(cap=1.0, base=0.05), RETRIES),
-        retry_on_error=[RedisConnectionError, RedisTimeoutError],
+        retry_on_error=[*PASSING, *(REFUSALS if waits_for_room else ())],
         health_check_interval=30,
     )
 

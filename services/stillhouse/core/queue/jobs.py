@@ -20,7 +20,7 @@ from redis.asyncio import Redis
 from stillhouse.core.blobs import Artifacts, append_jsonl
 from stillhouse.core.errors import ConflictError, LeaseLostError, NotFoundError
 from stillhouse.core.queue import keys
-from stillhouse.core.queue.client import text
+from stillhouse.core.queue.client import BEYOND_MAXMEMORY, text
 from stillhouse.core.queue.streams import Scope
 
 TERMINAL: Final = frozenset({"succeeded", "failed", "cancelled"})
@@ -105,7 +105,7 @@ return ''
 """
 
 # KEYS record, lease, active; ARGV instance, lease_ms, highest epoch in the artifacts, job id
-_CLAIM = """
+_CLAIM = f"""{BEYOND_MAXMEMORY}
 local status = redis.call('HGET', KEYS[1], 'status')
 if not status or status == 'succeeded' or status == 'failed' or status == 'cancelled' then
   redis.call('ZREM', KEYS[3], ARGV[4])
@@ -119,7 +119,7 @@ return epoch
 """
 
 # KEYS lease, record; ARGV holder, lease_ms, epoch. A wiped or rebuilt record has another epoch: the claim is void.
-_RENEW = """
+_RENEW = f"""{BEYOND_MAXMEMORY}
 if redis.call('HGET', KEYS[2], 'epoch') ~= ARGV[3] then return 0 end
 local status = redis.call('HGET', KEYS[2], 'status')
 if status == 'succeeded' or status == 'failed' or status == 'cancelled' then return 0 end
@@ -130,7 +130,7 @@ return 1
 """
 
 # KEYS record, lease, active; ARGV epoch, job id, allowed statuses (',a,b,' or ''), release ('1' or ''), field, value..
-_UPDATE = """
+_UPDATE = f"""{BEYOND_MAXMEMORY}
 if redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] then return 'EPOCH' end
 local status = redis.call('HGET', KEYS[1], 'status')
 if ARGV[3] ~= '' and not string.find(ARGV[3], ',' .. status .. ',', 1, true) then return status end
@@ -142,7 +142,7 @@ return 'DONE'
 """
 
 # KEYS record, active; ARGV job id, allowed statuses, epoch ('' = any), field, value, ...
-_REQUEST = """
+_REQUEST = f"""{BEYOND_MAXMEMORY}
 local status = redis.call('HGET', KEYS[1], 'status')
 if not status then return 'MISSING' end
 if not string.find(ARGV[2], ',' .. status .. ',', 1, true) then return status end
@@ -151,6 +151,11 @@ redis.call('HSET', KEYS[1], unpack(ARGV, 4))
 local now = redis.call('HGET', KEYS[1], 'status')
 if now == 'succeeded' or now == 'failed' or now == 'cancelled' then redis.call('ZREM', KEYS[2], ARGV[1]) end
 return 'DONE'
+"""
+
+# KEYS stream; ARGV most entries, field, value. A history is trimmed, so it may grow beyond maxmemory.
+_TELL = f"""{BEYOND_MAXMEMORY}
+return redis.call('XADD', KEYS[1], 'MAXLEN', '~', ARGV[1], '*', ARGV[2], ARGV[3])
 """
 
 
@@ -165,6 +170,7 @@ class JobStore:
         self._renew = redis.register_script(_RENEW)
         self._update = redis.register_script(_UPDATE)
         self._request = redis.register_script(_REQUEST)
+        self._tell = redis.register_script(_TELL)
 
     async def create(self, record: JobRecord, *, idempotency_key: str = "", body_sha256: str = "") -> str:
         """Store a new record, once per idempotency key; returns '' or "id:body hash" of the job made under that key."""
@@ -272,11 +278,7 @@ class JobStore:
     async def event(self, job_id: str, kind: str, message: str, *, level: str = "info", **data: Any) -> None:
         """Tell readers that something happened."""
         event = {"type": kind, "level": level, "message": message, "data": data, "created_at": round(time.time(), 3)}
-        event_id = text(
-            await self._redis.xadd(
-                keys.events(job_id), {"event": json.dumps(event)}, maxlen=EVENTS_MAXLEN, approximate=True
-            )
-        )
+        event_id = text(await self._tell(keys=[keys.events(job_id)], args=[EVENTS_MAXLEN, "event", json.dumps(event)]))
         append_jsonl(self.artifacts.job(job_id).events, [{"id": event_id, **event}])
 
     async def events(self, job_id: str, *, after: str = "", limit: int = 100) -> list[dict[str, Any]]:
@@ -288,9 +290,7 @@ class JobStore:
     async def metric(self, scope: Scope, step: int, values: Mapping[str, float]) -> None:
         """Record the metrics of a step. After a takeover a step may come again: keyed (epoch, step), last wins."""
         point = {"epoch": scope.epoch, "step": step, "created_at": round(time.time(), 3), "values": dict(values)}
-        await self._redis.xadd(
-            keys.metrics(scope.job_id), {"point": json.dumps(point)}, maxlen=METRICS_MAXLEN, approximate=True
-        )
+        await self._tell(keys=[keys.metrics(scope.job_id)], args=[METRICS_MAXLEN, "point", json.dumps(point)])
         append_jsonl(self.artifacts.job(scope.job_id).metrics, [point])
 
     async def metrics(self, job_id: str, *, step_from: int = 0, step_to: int | None = None) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from redis.asyncio import Redis
 
 from stillhouse.core.errors import UnavailableError
 from stillhouse.core.queue import keys
-from stillhouse.core.queue.client import text
+from stillhouse.core.queue.client import BEYOND_MAXMEMORY, text
 from stillhouse.core.queue.streams import Scope
 
 HEARTBEAT_S: Final = 2.0
@@ -22,13 +22,21 @@ EXPIRY_S: Final = 8.0
 """A service without a heartbeat for so long is gone: three missed ones and some slack for a busy machine."""
 
 # KEYS sampler; ARGV job id, epoch, lease_ms. Free, or leased by an older claim of the same job.
-_LEASE_SAMPLER = """
+_LEASE_SAMPLER = f"""{BEYOND_MAXMEMORY}
 local holder = redis.call('GET', KEYS[1])
 if holder then
   local job, epoch = string.match(holder, '^(.*):(%d+)$')
   if job ~= ARGV[1] or tonumber(epoch) > tonumber(ARGV[2]) then return 0 end
 end
 redis.call('SET', KEYS[1], ARGV[1] .. ':' .. ARGV[2], 'PX', ARGV[3])
+return 1
+"""
+
+# KEYS service, services; ARGV expiry_ms, "role:instance", now, field, value, ...
+_BEAT = f"""{BEYOND_MAXMEMORY}
+redis.call('HSET', KEYS[1], unpack(ARGV, 4))
+redis.call('PEXPIRE', KEYS[1], ARGV[1])
+redis.call('ZADD', KEYS[2], ARGV[3], ARGV[2])
 return 1
 """
 
@@ -62,6 +70,7 @@ class Registry:
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
+        self._beat = redis.register_script(_BEAT)
         self._lease_sampler = redis.register_script(_LEASE_SAMPLER)
         self._release_sampler = redis.register_script(_RELEASE_SAMPLER)
 
@@ -80,11 +89,9 @@ class Registry:
             "job_id": info.job_id,
             **{f"x_{name}": value for name, value in info.extra.items()},
         }
-        async with self._redis.pipeline(transaction=True) as pipe:
-            pipe.hset(key, mapping=fields)
-            pipe.pexpire(key, int(EXPIRY_S * 1000))
-            pipe.zadd(keys.SERVICES, {f"{info.role}:{info.instance}": time.time()})
-            await pipe.execute()
+        flat = [part for pair in fields.items() for part in pair]
+        name = f"{info.role}:{info.instance}"
+        await self._beat(keys=[key, keys.SERVICES], args=[int(EXPIRY_S * 1000), name, time.time(), *flat])
 
     async def leave(self, role: str, instance: str) -> None:
         """Take a service off the list at once."""
