@@ -13,8 +13,10 @@ from stillhouse.core.blobs import read_json, sealed, unsealed, write_json
 from stillhouse.core.errors import LeaseLostError
 from stillhouse.core.queue import keys
 from stillhouse.core.queue.jobs import IDEMPOTENCY_TTL_S
+from stillhouse.core.queue.registry import ServiceInfo
 from stillhouse.core.queue.streams import Scope
 from stillhouse.core.telemetry import METRICS
+from stillhouse.gateway import sweeper as sweeper_module
 from stillhouse.gateway.sweeper import Sweeper
 from tests.gateway_kit import Gateway, make_spec, open_gateway
 from tests.waiting import wait_until
@@ -26,6 +28,18 @@ async def gateway(redis_url: str, tmp_path: Path) -> AsyncIterator[Gateway]:
         yield opened
 
 
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Patience as in the real thing in proportion, not in length."""
+    monkeypatch.setattr(sweeper_module, "GONE_S", 0.2)
+    monkeypatch.setattr(sweeper_module, "TAKEOVER_S", 0.8)
+
+
+async def beat(gateway: Gateway, instance: str, job_id: str = "") -> None:
+    """A trainer's heartbeat."""
+    await gateway.ctx.registry.beat(ServiceInfo("trainer", instance, "a:1", 1, 0.0, 0.0, job_id=job_id))
+
+
 async def led(gateway: Gateway, status: str) -> Scope:
     """A job whose trainer vanished a moment ago."""
     job = (await gateway.submit()).json()["id"]
@@ -35,37 +49,76 @@ async def led(gateway: Gateway, status: str) -> Scope:
     return scope
 
 
-async def swept_until(gateway: Gateway, sweeper: Sweeper, job_id: str, status: str) -> None:
+async def swept_until(gateway: Gateway, sweeper: Sweeper, job_id: str, status: str, reason: str) -> None:
     async def has_status() -> bool:
         await sweeper.sweep()
-        return (await gateway.ctx.jobs.get(job_id)).status == status
+        record = await gateway.ctx.jobs.get(job_id)
+        return (record.status, record.status_reason) == (status, reason)
 
-    await wait_until(has_status, timeout_s=10, what=f"the sweeper to make the job {status}")
+    await wait_until(has_status, timeout_s=10, what=f"the sweeper to make the job {status} ({reason})")
 
 
-@pytest.mark.parametrize("status", ["validating", "starting", "running"])
-async def test_a_job_without_trainer_is_stalled_after_two_leases(gateway: Gateway, status: str) -> None:
+@pytest.mark.parametrize("status", ["validating", "starting", "running", "stalled"])
+@pytest.mark.parametrize("lease", ["has run out", "is there for a minute"])
+async def test_a_job_whose_trainer_is_gone_is_stalled(gateway: Gateway, status: str, lease: str) -> None:
     scope = await led(gateway, status)
+    if status == "stalled":  # by its trainer, for another reason
+        await gateway.ctx.jobs.update(scope, status_reason="no_teacher")
+    if lease == "is there for a minute":
+        await gateway.ctx.jobs.renew(scope, "trainer-a", 60.0)
     sweeper = Sweeper(gateway.ctx)
     await sweeper.sweep()
-    assert (await gateway.ctx.jobs.get(scope.job_id)).status == status, "not at once: a trainer may be taking over"
-    await swept_until(gateway, sweeper, scope.job_id, "stalled")
+    assert (await gateway.ctx.jobs.get(scope.job_id)).status_reason != "no_trainer", "not at the first look"
+    await swept_until(gateway, sweeper, scope.job_id, "stalled", "no_trainer")
     job = (await gateway.http.get(f"/v1/jobs/{scope.job_id}")).json()
-    assert job["status_reason"] == "no_trainer"
     assert "trainer-a" in job["status_message"]
     last = (await gateway.ctx.jobs.events(scope.job_id))[-1]
     assert (last["type"], last["level"], last["data"]["status"]) == ("job.status", "warning", "stalled")
+    await sweeper.sweep()
+    assert (await gateway.ctx.jobs.events(scope.job_id))[-1] == last, "said once"
 
 
-async def test_a_job_that_is_led_or_queued_is_left_alone(gateway: Gateway) -> None:
-    queued = (await gateway.submit()).json()["id"]
+@pytest.mark.parametrize("why", ["its lease is gone", "it is a new process of that name", "it leads another job"])
+async def test_a_job_that_its_living_trainer_does_not_lead_is_stalled(gateway: Gateway, why: str) -> None:
+    scope = await led(gateway, "running")
+    if why != "its lease is gone":
+        await gateway.ctx.jobs.renew(scope, "trainer-a", 60.0)
+    serves = {"its lease is gone": scope.job_id, "it is a new process of that name": ""}.get(why, "job_b")
+    await beat(gateway, "trainer-a", serves)
+    started = time.monotonic()
+    await swept_until(gateway, Sweeper(gateway.ctx), scope.job_id, "stalled", "no_trainer")
+    assert time.monotonic() - started > sweeper_module.TAKEOVER_S, "a claim comes before its heartbeat"
+
+
+async def test_a_job_that_is_led_is_left_alone(gateway: Gateway) -> None:
     scope = await led(gateway, "running")
     await gateway.ctx.jobs.renew(scope, "trainer-a", 60.0)
-    gone = await led(gateway, "running")
+    await beat(gateway, "trainer-a", scope.job_id)
+    gone = Scope((await gateway.submit()).json()["id"], 1)
+    await gateway.ctx.jobs.claim(gone.job_id, "trainer-b", 60.0, 0)
+    await gateway.ctx.jobs.update(gone, status="running")
+    await swept_until(gateway, Sweeper(gateway.ctx), gone.job_id, "stalled", "no_trainer")
+    record = await gateway.ctx.jobs.get(scope.job_id)
+    assert (record.status, record.status_reason) == ("running", "")
+
+
+async def test_a_queued_job_says_that_no_trainer_is_there_and_stays_queued(gateway: Gateway) -> None:
+    job = (await gateway.submit()).json()["id"]
     sweeper = Sweeper(gateway.ctx)
-    await swept_until(gateway, sweeper, gone.job_id, "stalled")
-    assert (await gateway.ctx.jobs.get(scope.job_id)).status == "running"
-    assert (await gateway.ctx.jobs.get(queued)).status == "queued"
+    await swept_until(gateway, sweeper, job, "queued", "no_trainer")
+    assert "no trainer" in (await gateway.http.get(f"/v1/jobs/{job}")).json()["status_message"]
+    await beat(gateway, "trainer-a", "job_b")
+    await swept_until(gateway, sweeper, job, "queued", "")
+    assert (await gateway.ctx.jobs.get(job)).status_message == "", "it waits for its turn"
+
+
+async def test_a_frozen_trainer_keeps_a_cancelled_job_until_its_lease_has_run_out(gateway: Gateway) -> None:
+    scope = await led(gateway, "running")
+    await gateway.ctx.jobs.renew(scope, "trainer-a", 1.5)
+    await gateway.http.post(f"/v1/jobs/{scope.job_id}/cancel")
+    started = time.monotonic()
+    await swept_until(gateway, Sweeper(gateway.ctx), scope.job_id, "cancelled", "user")
+    assert time.monotonic() - started > 1.4, "while it holds the lease it may still be committing"
 
 
 async def test_a_new_claim_starts_the_clock_again(gateway: Gateway) -> None:
@@ -88,7 +141,7 @@ async def test_a_cancelled_job_without_trainer_ends_and_fences_the_old_one(gatew
     index = keys.teacher("0" * 64)
     await gateway.ctx.redis.sadd(keys.TEACHERS, "0" * 64)
     await gateway.ctx.redis.hset(index, keys.rollouts(scope.job_id, scope.epoch, "main"), b"task")
-    await swept_until(gateway, Sweeper(gateway.ctx), scope.job_id, "cancelled")
+    await swept_until(gateway, Sweeper(gateway.ctx), scope.job_id, "cancelled", "user")
     assert not await gateway.ctx.redis.exists(prompts, index), "nothing of its epochs stays behind"
     assert read_json(gateway.ctx.artifacts.job(scope.job_id).root / "final.json")["status"] == "cancelled"
     with pytest.raises(LeaseLostError):
