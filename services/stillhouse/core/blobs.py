@@ -25,7 +25,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -246,6 +246,20 @@ def staged_dir(target: Path) -> Iterator[Staged]:
         shutil.rmtree(staged.path, ignore_errors=True)
         raise
     fsync_dir(target.parent)
+
+
+def remove_temporaries(folder: Path, until: float) -> int:
+    """Delete what writes that never ended left below `folder`, as long as it is not younger than `until` (unix time).
+
+    A process that was only frozen fails when it goes on to rename its file: it had lost its claim long before.
+    """
+    removed = 0
+    for path in [*folder.rglob("tmp.*"), *folder.rglob(".*.tmp")]:
+        with suppress(FileNotFoundError):  # it lay in a folder that has just gone
+            if path.stat().st_mtime <= until:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                removed += 1
+    return removed
 
 
 class Artifacts:

@@ -2,7 +2,7 @@
 
 Each sweep:  jobs whose trainer is gone -> `stalled`; cancelled jobs without a trainer -> `cancelled`;
              queued jobs say when no trainer is there at all; records that the queue server lost -> rebuilt from
-             job.json and final.json; queue gauges.
+             job.json and final.json; half-written files of finished jobs -> removed; queue gauges.
 
 Everything here may be repeated or done by two replicas at once: changes go through the record's own compare-and-set.
 """
@@ -19,7 +19,7 @@ from typing import Any, Final
 
 from redis.exceptions import RedisError
 
-from stillhouse.core.blobs import unsealed
+from stillhouse.core.blobs import remove_temporaries, unsealed
 from stillhouse.core.errors import ConflictError, CorruptError, NotFoundError, StillhouseError
 from stillhouse.core.queue import keys
 from stillhouse.core.queue.client import BEYOND_MAXMEMORY
@@ -204,6 +204,7 @@ class Sweeper:
                 if job_id not in known:
                     await self._rebuild_one(job_id)
                 elif final.is_file():
+                    await asyncio.to_thread(remove_temporaries, final.parent, final.stat().st_mtime)
                     self._settled.add(job_id)
                 elif (record := await self._ctx.jobs.get(job_id)).is_terminal:  # whoever ended it had no room, or died
                     await asyncio.to_thread(write_final, self._ctx, record)
