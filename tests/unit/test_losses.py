@@ -12,16 +12,10 @@ from torch import Tensor
 
 from stillhouse.core.spec import FullVocabularyLoss, PolicyGradientLoss
 from stillhouse.trainer import losses
-from stillhouse.trainer.losses import (
-    ForwardKL,
-    Head,
-    PolicyGradient,
-    ReverseKL,
-    TeacherRows,
-    exact_reverse_kl,
-    make_objective,
-    packed_loss,
-)
+from stillhouse.trainer.losses import exact_reverse_kl, make_objective, packed_loss
+from stillhouse.trainer.objectives.base import Head, TeacherRows
+from stillhouse.trainer.objectives.full_vocabulary import ForwardKL, ReverseKL
+from stillhouse.trainer.objectives.sampled import PolicyGradient
 
 R, V, D, D_TEACHER = 7, 11, 5, 6
 TEMPERATURE = 0.7

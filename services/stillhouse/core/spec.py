@@ -150,12 +150,46 @@ class FullVocabularyLoss(Closed):
 
     objective: Literal["full_vocabulary"]
     """Selects this loss."""
-    divergence: Literal["reverse_kl", "forward_kl"] = "reverse_kl"
-    """reverse_kl: KL(student || teacher), mode-seeking. forward_kl: KL(teacher || student), mass-covering."""
+    divergence: Literal["reverse_kl", "forward_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "entropy_mix"] = (
+        "reverse_kl"
+    )
+    """reverse_kl: KL(student || teacher), mode-seeking. forward_kl: KL(teacher || student), mass-covering. jsd: between
+    them, by `beta`. skew_forward_kl, skew_reverse_kl: towards a mixture of both, by `alpha`. entropy_mix: reverse_kl,
+    plus forward_kl where the teacher is unsure."""
+    beta: float = Field(default=0.5, gt=0, lt=1)
+    """jsd: share of the teacher in the mixture; near 0 it acts as forward_kl, near 1 as reverse_kl."""
+    beta_rescale: bool = False
+    """jsd: divide by beta (1 - beta), so that its size is that of the KLs it lies between."""
+    alpha: float = Field(default=0.1, gt=0, lt=1)
+    """skew_*: share of the other model that is mixed in; 0 would be the plain KL."""
+    entropy_threshold: float = Field(default=1.0, ge=0, le=100)
+    """entropy_mix: the teacher counts as unsure where its entropy is above this, nats."""
+    forward_weight: float = Field(default=1.0, gt=0, le=1000)
+    """entropy_mix: weight of the forward KL there."""
     hidden_dtype: Literal["float16", "float32"] = "float16"
     """Element type of the hidden states on the wire."""
     reduction: Literal["token_mean", "seq_mean_token_mean"] = "token_mean"
     """As in policy_gradient."""
+
+    @model_validator(mode="after")
+    def _no_idle_knobs(self) -> FullVocabularyLoss:
+        for name, divergences in _KNOBS.items():
+            is_set = getattr(self, name) != type(self).model_fields[name].default
+            if is_set and self.divergence not in divergences:
+                raise ValueError(
+                    f"'{name}' belongs to {' and '.join(divergences)}, the divergence is {self.divergence}"
+                )
+        return self
+
+
+_KNOBS = {
+    "beta": ("jsd",),
+    "beta_rescale": ("jsd",),
+    "alpha": ("skew_forward_kl", "skew_reverse_kl"),
+    "entropy_threshold": ("entropy_mix",),
+    "forward_weight": ("entropy_mix",),
+}
+"""Fields that only some divergences read: given with another, they would be ignored in silence."""
 
 
 LossSpec = Annotated[PolicyGradientLoss | FullVocabularyLoss, Field(discriminator="objective")]

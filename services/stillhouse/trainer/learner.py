@@ -23,8 +23,9 @@ from stillhouse.core.failpoints import failpoint
 from stillhouse.core.spec import OptimizerSpec, StageSpec, TeacherSpec
 from stillhouse.trainer import checkpoint
 from stillhouse.trainer.batch import TeacherHead, TrainSample
-from stillhouse.trainer.losses import Head, PackedLoss, TeacherRows, exact_reverse_kl, make_objective, packed_loss
+from stillhouse.trainer.losses import PackedLoss, exact_reverse_kl, make_objective, packed_loss
 from stillhouse.trainer.metrics import StepMeasures
+from stillhouse.trainer.objectives.base import Head, TeacherRows
 from stillhouse.trainer.packing import MicroBatch, collate, loss_weights, plan_micro_batches
 from stillhouse.trainer.student import load_student, student_head, student_hidden, teacher_head, tokenizer_size
 

@@ -1,167 +1,34 @@
-"""Objectives over packed completion rows, with closed-form gradients in chunks.
+"""The kernel: the head and an objective over packed completion rows, with closed-form gradients in chunks.
 
 One `autograd.Function` applies the student's head, takes an objective's loss and its gradient with respect to the
 logits chunk by chunk, and keeps only the gradients of hidden rows and head: [rows, V] of a batch never exists, and
-backward is a multiplication. A new objective is one class with one method.
+backward is a multiplication. A new objective is one class with one method (objectives/base.py).
 
 Letters: R rows (trained completion tokens of a micro-batch), C rows of a chunk, V vocabulary, D width.
-p is the student's distribution, q the teacher's, both of softmax(logits / temperature). Losses are in nats.
-
-Source: gradients of the divergences as in GKD (arXiv:2306.13649) and MiniLLM (arXiv:2306.08543); they are checked
-against autograd and finite differences in tests/unit/test_losses.py.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from stillhouse.core.spec import FullVocabularyLoss, LossSpec, PolicyGradientLoss
+from stillhouse.trainer.objectives.base import Head, Objective, StudentChunk, TeacherRows
+from stillhouse.trainer.objectives.full_vocabulary import (
+    EntropyMix,
+    ForwardKL,
+    GeneralisedJSD,
+    ReverseKL,
+    SkewForwardKL,
+    SkewReverseKL,
+)
+from stillhouse.trainer.objectives.sampled import PolicyGradient
 
 CHUNK_ROWS = 512
 """Rows whose logits exist at once: the weight gradient is read and written once per chunk, which below 256 rows costs
 more than the products themselves; 512 rows of a vocabulary of 49,152 are 100 MB in float32."""
-
-
-@dataclass(frozen=True, eq=False)
-class Head:
-    """Output head: logits = soft_cap(scale * (hidden @ weight.T + bias))."""
-
-    weight: Tensor
-    """[V, D], without the rows that only pad the vocabulary."""
-    bias: Tensor | None = None
-    """[V]."""
-    scale: float = 1.0
-    """1 = none."""
-    soft_cap: float = 0.0
-    """0 = none; otherwise logits = cap * tanh(logits / cap)."""
-
-    def logits(self, hidden_CD: Tensor) -> Tensor:
-        """[C, V] in float32 at least; the product itself runs in the weight's type, as in the model."""
-        weight = self.weight
-        logits_CV = (hidden_CD.to(weight.dtype) @ weight.T).to(torch.promote_types(weight.dtype, torch.float32))
-        if self.bias is not None:
-            logits_CV = logits_CV + self.bias
-        if self.scale != 1.0:
-            logits_CV = logits_CV * self.scale
-        if self.soft_cap:
-            logits_CV = self.soft_cap * torch.tanh(logits_CV / self.soft_cap)
-        return logits_CV
-
-    def first(self, vocab_size: int) -> Head:
-        """The head without tokens from `vocab_size` on."""
-        if vocab_size >= self.weight.shape[0]:
-            return self
-        bias = None if self.bias is None else self.bias[:vocab_size]
-        return replace(self, weight=self.weight[:vocab_size], bias=bias)
-
-    def log_probs(self, hidden_CD: Tensor, temperature: float) -> Tensor:
-        """[C, V] log-softmax(logits / temperature)."""
-        logits_CV = self.logits(hidden_CD) / temperature
-        return logits_CV - torch.logsumexp(logits_CV, dim=-1, keepdim=True)
-
-
-@dataclass(frozen=True, eq=False)
-class TeacherRows:
-    """The teacher's signal for R rows: sampled log-probabilities, or hidden states with the head to apply."""
-
-    logprobs: Tensor | None = None
-    """[R] log q of the sampled tokens."""
-    hidden: Tensor | None = None
-    """[R, D_teacher]."""
-    head: Head | None = None
-
-    def __getitem__(self, rows: slice) -> TeacherRows:
-        return TeacherRows(
-            None if self.logprobs is None else self.logprobs[rows],
-            None if self.hidden is None else self.hidden[rows],
-            self.head,
-        )
-
-    def log_q(self, temperature: float) -> Tensor:
-        """[R, V] log-probabilities of the whole vocabulary."""
-        assert self.hidden is not None, "this objective needs the teacher's hidden states"
-        assert self.head is not None, "this objective needs the teacher's head"
-        return self.head.log_probs(self.hidden, temperature)
-
-
-class StudentChunk(NamedTuple):
-    """The student's distribution at C rows. An objective may overwrite `log_p` and `p`: they are large."""
-
-    log_p: Tensor
-    """[C, V]."""
-    p: Tensor
-    """[C, V]."""
-    ids: Tensor
-    """[C] sampled tokens."""
-    logprobs: Tensor
-    """[C] log p of the sampled tokens."""
-
-
-class ChunkLoss(NamedTuple):
-    """An objective's answer for C rows."""
-
-    value: Tensor
-    """[C] loss."""
-    grad: Tensor
-    """[C, V] derivative of each row's loss with respect to logits / temperature."""
-    reverse_kl: Tensor
-    """[C] KL(student || teacher), or its estimate."""
-
-
-class Objective(Protocol):
-    """A loss of each row that depends on the student's distribution there."""
-
-    def __call__(self, student: StudentChunk, teacher: TeacherRows, temperature: float) -> ChunkLoss:
-        """Loss and gradient of each row, not weighted, not reduced."""
-        ...
-
-
-@dataclass(frozen=True)
-class PolicyGradient:
-    """Reverse KL at the sampled token as a policy gradient: -A log p(y), A = clip(log q(y) - log p(y)) held fixed.
-
-    Its gradient averaged over y ~ p is that of the full reverse KL (without clip). `reverse_kl` is the one-sample
-    estimate log p - log q. Source: Thinking Machines, "On-Policy Distillation" (2025).
-    """
-
-    advantage_clip: float | None = None
-
-    def __call__(self, student: StudentChunk, teacher: TeacherRows, temperature: float) -> ChunkLoss:
-        assert teacher.logprobs is not None, "the policy gradient needs the teacher's log-probabilities"
-        advantage_C = teacher.logprobs.to(student.logprobs.dtype) - student.logprobs
-        reverse_kl_C = -advantage_C
-        if self.advantage_clip is not None:
-            advantage_C = advantage_C.clamp(-self.advantage_clip, self.advantage_clip)
-        grad_CV = student.p.mul_(advantage_C[:, None])
-        grad_CV.scatter_add_(1, student.ids[:, None], -advantage_C[:, None])
-        return ChunkLoss(-advantage_C * student.logprobs, grad_CV, reverse_kl_C)
-
-
-@dataclass(frozen=True)
-class ReverseKL:
-    """KL(student || teacher) = sum_v p (log p - log q); gradient p (log p - log q - KL)."""
-
-    def __call__(self, student: StudentChunk, teacher: TeacherRows, temperature: float) -> ChunkLoss:
-        difference_CV = student.log_p.sub_(teacher.log_q(temperature))
-        kl_C = torch.linalg.vecdot(student.p, difference_CV)
-        return ChunkLoss(kl_C, difference_CV.sub_(kl_C[:, None]).mul_(student.p), kl_C)
-
-
-@dataclass(frozen=True)
-class ForwardKL:
-    """KL(teacher || student) = sum_v q (log q - log p); gradient p - q. Also measures the reverse KL."""
-
-    def __call__(self, student: StudentChunk, teacher: TeacherRows, temperature: float) -> ChunkLoss:
-        log_q_CV = teacher.log_q(temperature)
-        difference_CV = student.log_p.sub_(log_q_CV)
-        reverse_kl_C = torch.linalg.vecdot(student.p, difference_CV)
-        q_CV = log_q_CV.exp_()
-        value_C = -torch.linalg.vecdot(q_CV, difference_CV)
-        return ChunkLoss(value_C, student.p.sub_(q_CV), reverse_kl_C)
 
 
 def make_objective(spec: LossSpec) -> Objective:
@@ -170,7 +37,23 @@ def make_objective(spec: LossSpec) -> Objective:
         case PolicyGradientLoss():
             return PolicyGradient(spec.advantage_clip)
         case FullVocabularyLoss():
-            return ReverseKL() if spec.divergence == "reverse_kl" else ForwardKL()
+            return _divergence(spec)
+
+
+def _divergence(spec: FullVocabularyLoss) -> Objective:
+    match spec.divergence:
+        case "reverse_kl":
+            return ReverseKL()
+        case "forward_kl":
+            return ForwardKL()
+        case "jsd":
+            return GeneralisedJSD(spec.beta, spec.beta_rescale)
+        case "skew_forward_kl":
+            return SkewForwardKL(spec.alpha)
+        case "skew_reverse_kl":
+            return SkewReverseKL(spec.alpha)
+        case "entropy_mix":
+            return EntropyMix(spec.entropy_threshold, spec.forward_weight)
 
 
 @dataclass(frozen=True, eq=False)

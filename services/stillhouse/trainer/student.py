@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from stillhouse.core.errors import SpecError
 from stillhouse.trainer.batch import TeacherHead
-from stillhouse.trainer.losses import Head
+from stillhouse.trainer.objectives.base import Head
 
 DTYPES: Final[dict[str, torch.dtype]] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PROBE_TOKENS: Final = 8

@@ -1,0 +1,119 @@
+"""What every objective is given and what it answers: distributions of a chunk of rows in, loss and gradient out.
+
+An objective is one class with one method and a gradient in closed form; the kernel (losses.py) does the rest. The
+student's logits, its softmax and the product with the head happen once, whatever the objective.
+
+Letters: R rows (trained completion tokens of a micro-batch), C rows of a chunk, V vocabulary, D width.
+p is the student's distribution, q the teacher's, both of softmax(logits / temperature). Losses are in nats.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """Output head: logits = soft_cap(scale * (hidden @ weight.T + bias))."""
+
+    weight: Tensor
+    """[V, D], without the rows that only pad the vocabulary."""
+    bias: Tensor | None = None
+    """[V]."""
+    scale: float = 1.0
+    """1 = none."""
+    soft_cap: float = 0.0
+    """0 = none; otherwise logits = cap * tanh(logits / cap)."""
+
+    def logits(self, hidden_CD: Tensor) -> Tensor:
+        """[C, V] in float32 at least; the product itself runs in the weight's type, as in the model."""
+        weight = self.weight
+        logits_CV = (hidden_CD.to(weight.dtype) @ weight.T).to(torch.promote_types(weight.dtype, torch.float32))
+        if self.bias is not None:
+            logits_CV = logits_CV + self.bias
+        if self.scale != 1.0:
+            logits_CV = logits_CV * self.scale
+        if self.soft_cap:
+            logits_CV = self.soft_cap * torch.tanh(logits_CV / self.soft_cap)
+        return logits_CV
+
+    def first(self, vocab_size: int) -> Head:
+        """The head without tokens from `vocab_size` on."""
+        if vocab_size >= self.weight.shape[0]:
+            return self
+        bias = None if self.bias is None else self.bias[:vocab_size]
+        return replace(self, weight=self.weight[:vocab_size], bias=bias)
+
+    def log_probs(self, hidden_CD: Tensor, temperature: float) -> Tensor:
+        """[C, V] log-softmax(logits / temperature)."""
+        logits_CV = self.logits(hidden_CD) / temperature
+        return logits_CV - torch.logsumexp(logits_CV, dim=-1, keepdim=True)
+
+
+@dataclass(frozen=True, eq=False)
+class TeacherRows:
+    """The teacher's signal for R rows: sampled log-probabilities, or hidden states with the head to apply."""
+
+    logprobs: Tensor | None = None
+    """[R] log q of the sampled tokens."""
+    hidden: Tensor | None = None
+    """[R, D_teacher]."""
+    head: Head | None = None
+
+    def __getitem__(self, rows: slice) -> TeacherRows:
+        return TeacherRows(
+            None if self.logprobs is None else self.logprobs[rows],
+            None if self.hidden is None else self.hidden[rows],
+            self.head,
+        )
+
+    def log_q(self, temperature: float) -> Tensor:
+        """[R, V] log-probabilities of the whole vocabulary; the caller may overwrite them."""
+        assert self.hidden is not None, "this objective needs the teacher's hidden states"
+        assert self.head is not None, "this objective needs the teacher's head"
+        return self.head.log_probs(self.hidden, temperature)
+
+
+class StudentChunk(NamedTuple):
+    """The student's distribution at C rows. An objective may overwrite `log_p` and `p`: they are large."""
+
+    log_p: Tensor
+    """[C, V]."""
+    p: Tensor
+    """[C, V]."""
+    ids: Tensor
+    """[C] sampled tokens."""
+    logprobs: Tensor
+    """[C] log p of the sampled tokens."""
+
+
+class ChunkLoss(NamedTuple):
+    """An objective's answer for C rows."""
+
+    value: Tensor
+    """[C] loss."""
+    grad: Tensor
+    """[C, V] derivative of each row's loss with respect to logits / temperature."""
+    reverse_kl: Tensor
+    """[C] KL(student || teacher), or its estimate."""
+
+
+class Objective(Protocol):
+    """A loss of each row that depends on the student's distribution there."""
+
+    def __call__(self, student: StudentChunk, teacher: TeacherRows, temperature: float) -> ChunkLoss:
+        """Loss and gradient of each row, not weighted, not reduced."""
+        ...
+
+
+def through_softmax(p_CV: Tensor, slope_CV: Tensor) -> Tensor:
+    """[C, V] gradient with respect to the logits of a loss whose gradient with respect to p is `slope`.
+
+    p_j (slope_j - sum_v p_v slope_v); both arguments are overwritten.
+    """
+    mean_C = torch.linalg.vecdot(p_CV, slope_CV)
+    return slope_CV.sub_(mean_C[:, None]).mul_(p_CV)

@@ -1,0 +1,137 @@
+"""Divergences between student and teacher over the whole vocabulary, exact at each visited prefix.
+
+    name            loss of a row                                              minimised where
+    reverse_kl      KL(p || q) = sum p (log p - log q)                         p = q; seeks modes
+    forward_kl      KL(q || p) = sum q (log q - log p)                         p = q; covers
+    jsd             b KL(q || m) + (1 - b) KL(p || m), m = b q + (1 - b) p     p = q; between the two
+    skew_forward    KL(q || a q + (1 - a) p)                                   p = q; bounded gradients
+    skew_reverse    KL(p || (1 - a) q + a p)                                   p = q; bounded gradients
+    entropy_mix     KL(p || q) + c [H(q) > t] KL(q || p)                       p = q; covers where the teacher is unsure
+
+Which way each runs is said with student p and teacher q. Every gradient is 0 at p = q.
+
+Sources: generalised JSD as in GKD (arXiv:2306.13649); skew KL as in DistiLLM (arXiv:2402.03898); the entropy-aware mix
+after arXiv:2603.07079. The gradients are checked against autograd of the definitions in tests/unit/test_objectives.py.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stillhouse.trainer.objectives.base import ChunkLoss, StudentChunk, TeacherRows, through_softmax
+
+
+@dataclass(frozen=True)
+class ReverseKL:
+    """KL(student || teacher) = sum_v p (log p - log q); gradient p (log p - log q - KL)."""
+
+    def __call__(self, student: StudentChunk, teacher: TeacherRows, temperature: float) -> ChunkLoss:
+        difference_CV = student.log_p.sub_(teacher.log_q(temperature))
+        kl_C = torch.linalg.vecdot(student.p, difference_CV)
+        return ChunkLoss(kl_C, difference_CV.sub_(kl_C[:, None]).mul_(student.p), kl_C)
+
+
+@dataclass(frozen=True)
+class ForwardKL:
+    """KL(teacher || student) = sum_v q (log q - log p); gradient p - q. Also measures the reverse KL."""
+
+    def __call__(self, student: StudentChunk, teacher: TeacherRows, temperature: float) -> ChunkLoss:
+        log_q_CV = teacher.log_q(temperature)
+        difference_CV = student.log_p.sub_(log_q_CV)
+        reverse_kl_C = torch.linalg.vecdot(student.p, difference_CV)
+        q_CV = log_q_CV.exp_()
+        value_C = -torch.linalg.vecdot(q_CV, difference_CV)
+        return ChunkLoss(value_C, student.p.sub_(q_CV), reverse_kl_C)
+
+
+@dataclass(frozen=True)
+class GeneralisedJSD:
+    """b KL(q || m) + (1 - b) KL(p || m), m = b q + (1 - b) p; gradient (1 - b) p (log(p / m) - KL(p || m)).
+
+    It tends to b KL(q || p) for small b and to (1 - b) KL(p || q) for b near 1, so its size says nothing about how far
+    apart the models are; with `rescale` it is divided by b (1 - b), and joins the two KLs without a jump.
+    """
+
+    beta: float
+    """0 < b < 1."""
+    rescale: bool = False
+
+    def __call__(self, student: StudentChunk, teacher: TeacherRows, temperature: float) -> ChunkLoss:
+        log_p_CV, log_q_CV = student.log_p, teacher.log_q(temperature)
+        reverse_kl_C = torch.linalg.vecdot(student.p, log_p_CV - log_q_CV)
+        log_m_CV = torch.logaddexp(log_q_CV + math.log(self.beta), log_p_CV + math.log1p(-self.beta))
+        p_to_m_CV = log_p_CV.sub_(log_m_CV)
+        student_C = torch.linalg.vecdot(student.p, p_to_m_CV)
+        q_to_m_CV = log_m_CV.neg_().add_(log_q_CV)
+        teacher_C = torch.linalg.vecdot(log_q_CV.exp_(), q_to_m_CV)
+        size = 1 / (self.beta * (1 - self.beta)) if self.rescale else 1.0
+        value_C = size * (self.beta * teacher_C + (1 - self.beta) * student_C)
+        grad_CV = p_to_m_CV.sub_(student_C[:, None]).mul_(student.p).mul_(size * (1 - self.beta))
+        return ChunkLoss(value_C, grad_CV, reverse_kl_C)
+
+
+@dataclass(frozen=True)
+class SkewForwardKL:
+    """KL(q || m), m = a q + (1 - a) p: forward KL whose gradient stays bounded where p is small."""
+
+    alpha: float
+    """0 < a < 1; 0 would be the forward KL."""
+
+    def __call__(self, student: StudentChunk, teacher: TeacherRows, temperature: float) -> ChunkLoss:
+        log_p_CV, log_q_CV = student.log_p, teacher.log_q(temperature)
+        reverse_kl_C = torch.linalg.vecdot(student.p, log_p_CV - log_q_CV)
+        log_m_CV = torch.logaddexp(log_q_CV + math.log(self.alpha), log_p_CV + math.log1p(-self.alpha))
+        q_to_m_CV = log_m_CV.neg_().add_(log_q_CV)
+        value_C = torch.linalg.vecdot(log_q_CV.exp_(), q_to_m_CV)
+        slope_CV = q_to_m_CV.exp_().mul_(self.alpha - 1)  # d/dp of -q log m = -(1 - a) q / m
+        return ChunkLoss(value_C, through_softmax(student.p, slope_CV), reverse_kl_C)
+
+
+@dataclass(frozen=True)
+class SkewReverseKL:
+    """KL(p || n), n = (1 - a) q + a p: reverse KL that stays finite where q is 0."""
+
+    alpha: float
+    """0 < a < 1; 0 would be the reverse KL."""
+
+    def __call__(self, student: StudentChunk, teacher: TeacherRows, temperature: float) -> ChunkLoss:
+        log_p_CV, log_q_CV = student.log_p, teacher.log_q(temperature)
+        reverse_kl_C = torch.linalg.vecdot(student.p, log_p_CV - log_q_CV)
+        log_n_CV = torch.logaddexp(log_q_CV + math.log1p(-self.alpha), log_p_CV + math.log(self.alpha))
+        p_to_n_CV = log_p_CV.sub_(log_n_CV)
+        value_C = torch.linalg.vecdot(student.p, p_to_n_CV)
+        # d/dp of p log(p / n) = log(p / n) + 1 - a p / n; the 1 falls out in the softmax
+        slope_CV = p_to_n_CV.sub_(p_to_n_CV.exp().mul_(self.alpha))
+        return ChunkLoss(value_C, through_softmax(student.p, slope_CV), reverse_kl_C)
+
+
+@dataclass(frozen=True)
+class EntropyMix:
+    """Reverse KL, plus `weight` times the forward KL where the teacher's entropy is above `threshold` (nats).
+
+    Reverse KL alone makes the student sure where the teacher leaves a choice; there the forward KL keeps the variety.
+    """
+
+    threshold: float
+    weight: float
+
+    def __call__(self, student: StudentChunk, teacher: TeacherRows, temperature: float) -> ChunkLoss:
+        log_q_CV = teacher.log_q(temperature)
+        difference_CV = student.log_p.sub_(log_q_CV)
+        reverse_C = torch.linalg.vecdot(student.p, difference_CV)
+        q_CV = log_q_CV.exp()
+        entropy_C = -torch.linalg.vecdot(q_CV, log_q_CV)
+        extra_C = (entropy_C > self.threshold).to(reverse_C.dtype) * self.weight
+        forward_C = -torch.linalg.vecdot(q_CV, difference_CV)
+        grad_CV = difference_CV.sub_(reverse_C[:, None]).mul_(student.p)
+        grad_CV.add_(student.p.sub_(q_CV).mul_(extra_C[:, None]))
+        return ChunkLoss(reverse_C + extra_C * forward_C, grad_CV, reverse_C)
+
+
+def entropy(log_p_CV: Tensor, p_CV: Tensor) -> Tensor:
+    """[C] entropy in nats."""
+    return -torch.linalg.vecdot(p_CV, log_p_CV)
