@@ -28,10 +28,11 @@ from tests.waiting import wait_until
 JOB = "job_a"
 
 
-def service(role: str, state: str = "waiting", *, job_id: str = JOB, silent_s: float = 0.0) -> ServiceInfo:
-    return ServiceInfo(
-        role, f"{role}-0", "a:1", 1, 0.0, 0.0, state=state, job_id=job_id, extra={"silent_s": f"{silent_s:.1f}"}
-    )
+def service(
+    role: str, state: str = "waiting", *, job_id: str = JOB, silent_s: float = 0.0, transfer_silent_s: float = 0.0
+) -> ServiceInfo:
+    extra = {"silent_s": f"{silent_s:.1f}", "transfer_silent_s": f"{transfer_silent_s:.1f}"}
+    return ServiceInfo(role, f"{role}-0", "a:1", 1, 0.0, 0.0, state=state, job_id=job_id, extra=extra)
 
 
 class Job:
@@ -44,7 +45,8 @@ class Job:
         self.idle_s = idle_s
         self.updates = 0
         self.present: list[ServiceInfo] = []
-        ctx: Any = SimpleNamespace(jobs=self, registry=self, settings=SimpleNamespace(hang_s=300.0))
+        settings = SimpleNamespace(hang_s=300.0)
+        ctx: Any = SimpleNamespace(instance="trainer-0", jobs=self, registry=self, redis=self, settings=settings)
         pool: Any = self.pool
         self._watch = watch.Watch(
             ctx,
@@ -58,6 +60,9 @@ class Job:
 
     async def services(self) -> list[ServiceInfo]:
         return self.present
+
+    async def info(self, _: str) -> dict[str, int]:
+        return {"used_memory": 1, "maxmemory": 0}
 
     async def update(self, _: Scope, *, allowed: tuple[str, ...], **fields: Any) -> None:
         assert self.record["status"] in allowed
@@ -93,6 +98,8 @@ SILENT_S, QUIET_S = watch.SILENT_S + 1, watch.QUIET_S + 1
         ([service("sampler"), service("teacher", "scoring", job_id="job_b")], 1, QUIET_S, ""),
         # a sampler of another job is no help
         ([service("sampler", "sampling", job_id="job_b"), service("teacher")], 1, QUIET_S, "no_progress"),
+        # the weights do not come through
+        ([service("sampler", "pulling", transfer_silent_s=QUIET_S), service("teacher")], 1, QUIET_S, "no_weights"),
         # a large model is being loaded or pulled: longer patience, but not for ever
         ([service("sampler", "pulling"), service("teacher")], 1, QUIET_S, ""),
         ([service("sampler", "pulling"), service("teacher")], 1, watch.NO_PROGRESS_S + 1, "no_progress"),

@@ -60,6 +60,8 @@ class Context:
     log: Any
     pulse: Pulse = field(default_factory=Pulse)
     """Progress of the compute thread."""
+    transfer: Pulse = field(default_factory=Pulse)
+    """Progress of the weights that a sampler fetches."""
     stop: asyncio.Event = field(default_factory=asyncio.Event)
     """Set by SIGTERM: take no new work, hand back what is held."""
 
@@ -227,6 +229,7 @@ async def heartbeat_forever(
                 "threads": str(ctx.settings.threads),
                 "engine": ctx.settings.engine,
                 "silent_s": f"{ctx.pulse.silent_s():.1f}",
+                "transfer_silent_s": f"{ctx.transfer.silent_s():.1f}",
             },
         )
         try:

@@ -132,7 +132,9 @@ class Student:
         record = await self._ctx.jobs.get(scope.job_id)
         trainer = await self._trainer(record.trainer)
         have = self.weights.sha256 if self.weights is not None else ""
-        weights = await fetch_weights(trainer, scope, exact_version, have)
+        transfer = self._ctx.transfer
+        with transfer.work():
+            weights = await fetch_weights(trainer, scope, exact_version, have, transfer.beat)
         async with self.swap:
             if weights.arrays:
                 self.weights = None  # unnamed while they are being replaced

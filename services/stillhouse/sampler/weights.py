@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Final
@@ -35,9 +35,15 @@ class Weights:
 
 
 async def fetch_weights(
-    trainer: Peer, scope: Scope, exact_version: int | None = None, have_sha256: str = ""
+    trainer: Peer,
+    scope: Scope,
+    exact_version: int | None = None,
+    have_sha256: str = "",
+    on_part: Callable[[], None] = lambda: None,
 ) -> Weights:
     """The newest weights, or those of `exact_version`. If their hash is `have_sha256`, only their name is fetched.
+
+    `on_part` is called whenever a part has come.
 
     Raises:
         WeightsError: a tensor does not match its checksum, or the set its name.
@@ -56,13 +62,14 @@ async def fetch_weights(
         if have_sha256 and index.ref.sha256 == have_sha256:
             return Weights(index.ref, {}, {})
         what = f"weights {index.ref.epoch}/{index.ref.policy_version}"
-        payload = await collect(_chunks(parts), _total_bytes(index, what), what)
+        payload = await collect(_chunks(parts, on_part), _total_bytes(index, what), what)
     arrays = await asyncio.to_thread(_verified, index, memoryview(payload), what)
     return Weights(index.ref, arrays, {entry.name: entry.dtype for entry in index.tensors})
 
 
-async def _chunks(parts: AsyncIterator[Any]) -> AsyncIterator[Any]:
+async def _chunks(parts: AsyncIterator[Any], on_part: Callable[[], None]) -> AsyncIterator[Any]:
     async for part in parts:
+        on_part()
         failpoint("sampler.pulling")
         yield part.chunk
 

@@ -6,6 +6,7 @@ A job whose trainer is well but cannot go on is `stalled`, with a reason, and go
     no_teacher       no teacher is there
     sampler_silent   the samplers that work for it, or the teachers, say that their
     teacher_silent     computation makes no progress
+    no_weights       its samplers wait for weights of which nothing arrives
     no_progress      no score arrives although groups are in flight, and no service works
 
 A slow machine is no reason: as long as a service beats, token by token or batch by batch, it works.
@@ -127,7 +128,15 @@ class Watch:
                 f"{info.role} '{info.instance}' has made no progress for {_silent_s(info):.0f} s; it is started again "
                 f"after hang_s {self._ctx.settings.hang_s:g} s"
             )
-        limit_s = NO_PROGRESS_S if any(info.state in PREPARING for info in services) else QUIET_S
+        preparing = [info for info in services if info.state in PREPARING]
+        cut_off = [info for info in preparing if _silent_s(info, "transfer_silent_s") > QUIET_S]
+        if idle_s > QUIET_S and cut_off and not computing and len(cut_off) == len(preparing):
+            info = cut_off[0]
+            return "no_weights", (
+                f"{info.role} '{info.instance}' fetches the weights from {self._ctx.instance}, of which nothing has "
+                f"arrived for {_silent_s(info, 'transfer_silent_s'):.0f} s; see the network between them"
+            )
+        limit_s = NO_PROGRESS_S if preparing else QUIET_S
         if idle_s > limit_s and not computing:
             return "no_progress", (
                 f"no score for more than {limit_s:g} s although groups are in flight, and no service works on one; "
@@ -136,5 +145,5 @@ class Watch:
         return None
 
 
-def _silent_s(info: ServiceInfo) -> float:
-    return float(info.extra.get("silent_s") or 0.0)
+def _silent_s(info: ServiceInfo, name: str = "silent_s") -> float:
+    return float(info.extra.get(name) or 0.0)
