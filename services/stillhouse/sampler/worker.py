@@ -153,7 +153,7 @@ class SamplerWorker:
                 continue
             works.append(work)
             room -= len(work.requests)
-            if work.exact_version is not None:
+            if work.exact_version is not None or entries[0].is_suspect:
                 break
             if len(works) == 1:
                 await pause(self._ctx.stop, LINGER_S)

@@ -136,8 +136,13 @@ class TeacherWorker:
         """Rollouts for about one forward pass: what was abandoned first."""
         works: list[_Work] = []
         for stream, task in tasks.items():
-            for entry in await claims.take_over(stream, keys.TEACHERS_GROUP, CLAIM_COUNT):
-                works += await self._open(claims, task, entry)
+            for _ in range(CLAIM_COUNT):
+                taken = await claims.take_over(stream, keys.TEACHERS_GROUP, 1)
+                works += [work for entry in taken for work in await self._open(claims, task, entry)]
+                if any(entry.is_suspect for entry in taken):
+                    return works
+                if not taken:
+                    break
         budget = self._ctx.settings.teacher_batch_tokens
         is_single = len(tasks) == 1
         count = CLAIM_COUNT if is_single else 1

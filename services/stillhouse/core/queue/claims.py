@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Final, Self
 
 from redis.exceptions import RedisError
 
+from stillhouse.core.errors import StillhouseError
 from stillhouse.core.queue.client import BLOCK_MS
 from stillhouse.core.queue.streams import Entry, QueueBackend
 from stillhouse.core.tasks import cancel_all
@@ -42,13 +44,13 @@ class Claims:
         self._renewal = asyncio.create_task(self._renew(), name="renew claims")
         return self
 
-    async def __aexit__(self, *_: object) -> None:
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._renewal is not None:
             await cancel_all([self._renewal])
         if not self._held:
             return
         try:
-            await self._queue.hand_back(list(self._held.values()), self._consumer)
+            await self._queue.hand_back([_counted(entry, kind) for entry in self._held.values()], self._consumer)
         except QUEUE_ERRORS as error:
             # nothing is lost: the claims run out and another worker takes them
             self._log.warning("claims not handed back", num_entries=len(self._held), error=str(error))
@@ -90,3 +92,13 @@ class Claims:
                 if self._held.get((entry.stream, entry.id)) is entry:
                     del self._held[(entry.stream, entry.id)]
                     self._log.warning("claim lost: another worker took it over", stream=entry.stream, entry=entry.id)
+
+
+def _counted(entry: Entry, kind: type[BaseException] | None) -> Entry:
+    """The entry as it goes back after an exception of `kind`. One that nobody expects is a crash, and perhaps the
+    entry's fault: then its delivery counts, or it would crash one worker after the other for ever.
+    """
+    is_crash = (
+        kind is not None and issubclass(kind, Exception) and not issubclass(kind, (StillhouseError, *QUEUE_ERRORS))
+    )
+    return replace(entry, deliveries=entry.deliveries + 1) if is_crash else entry

@@ -36,6 +36,8 @@ MAX_ENTRY_BYTES: Final = 1 << 20
 """Largest entry: bulk goes from service to service, never through the queue."""
 MAX_DELIVERIES: Final = 5
 """Deliveries of an entry before it is given up: five crashes in a row on the same sample are its own fault."""
+SUSPECT_DELIVERIES: Final = 2
+"""After so many, an entry is worked on alone: if it is what ends its workers, it takes no others along."""
 HAND_BACK_CONSUMER: Final = "handback"
 HAND_BACK_IDLE_MS: Final = 86_400_000
 """Idle time given to entries that are handed back: a day, so that any reclaim finds them at once."""
@@ -67,6 +69,11 @@ class Entry:
     def is_exhausted(self) -> bool:
         """Delivered too often: give it up instead of trying again."""
         return self.deliveries > MAX_DELIVERIES
+
+    @property
+    def is_suspect(self) -> bool:
+        """Its last workers died with it in their hands, among other entries."""
+        return self.deliveries > SUSPECT_DELIVERIES
 
 
 @dataclass(frozen=True, slots=True)
