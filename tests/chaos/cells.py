@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
 from stillhouse.core.failpoints import POINTS
-from tests.chaos.harness import ENDS, PATIENCE_S, Chaos, Timeline, clock, job, process_state, until
+from tests.chaos.harness import ENDS, PATIENCE_S, Chaos, clock, job, process_state, until
 
 ACTIONS: Final = ("kill", "stop", "raise")
 ONCE: Final = frozenset(
@@ -46,6 +46,10 @@ class Cell:
     """From the fault to the next trained step, or to the end of the job; at the gateway to the client's answer."""
     epochs: int = 0
     violations: list[str] = field(default_factory=list)
+
+    @property
+    def is_bad(self) -> bool:
+        return bool(self.violations) or not self.is_hit
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -112,7 +116,7 @@ class _Play:
             record = chaos.ended(job_id)
         if taken:
             cell.is_hit, cell.role, cell.detail = True, taken["role"], taken["detail"][:80]
-            cell.recovery_s = self._recovery(timeline, taken)
+            cell.recovery_s = self._recovery(job_id, taken)
         cell.status, cell.epochs = record.status, record.epoch
         expected = "cancelled" if self.is_cancelled else "succeeded"
         if record.status != expected:
@@ -219,11 +223,10 @@ class _Play:
 
     # -- after it ----------------------------------------------------------------------------------------------------
 
-    def _recovery(self, timeline: Timeline, taken: dict[str, Any]) -> float | None:
+    def _recovery(self, job_id: str, taken: dict[str, Any]) -> float | None:
         if taken["role"] == "gateway" and not self.is_cancelled:
             return round(self.answered_at - taken["at"], 2)
-        found = timeline.recovery_s(taken["at"])
-        return round(found, 2) if found is not None else None
+        return self.chaos.recovery_s(job_id, taken["at"])
 
     def _twins(self, job_id: str) -> list[str]:
         """One request, one job: in the queue server and, once the sweeper has looked, on the disk."""

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,9 +27,11 @@ from redis.exceptions import RedisError
 
 from stillhouse.client.calls import ApiError
 from stillhouse.client.client import Client
-from stillhouse.core.blobs import Artifacts, JobArtifacts, read_json
+from stillhouse.core.blobs import Artifacts, JobArtifacts, read_json, read_jsonl
 from stillhouse.core.errors import StillhouseError, UnavailableError
 from stillhouse.core.failpoints import ENVIRONMENT, POINTS
+from stillhouse.core.oracle.ends import is_temporary
+from stillhouse.core.oracle.verify import verify_job
 from stillhouse.core.queue import keys
 from stillhouse.core.queue.jobs import JobRecord, _record
 from tests.cluster import job_spec
@@ -72,8 +74,6 @@ class Moment:
     epoch: int
     step: int
     weights_epoch: int
-    num_points: int
-    """Metric points so far, those of replayed steps included: each is a step trained."""
 
 
 @dataclass
@@ -81,15 +81,6 @@ class Timeline:
     """A job, watched from beside it: every change of its record."""
 
     moments: list[Moment] = field(default_factory=list)
-
-    def recovery_s(self, hit_at: float) -> float | None:
-        """Seconds from a fault to the next trained step or the end of the job."""
-        before = [moment for moment in self.moments if moment.at <= hit_at]
-        num_points = before[-1].num_points if before else 0
-        for moment in self.moments:
-            if moment.at > hit_at and (moment.num_points > num_points or moment.status in ENDS):
-                return moment.at - hit_at
-        return None
 
     def backwards(self) -> list[str]:
         """Changes that no claim may make: an older epoch, weights of an older epoch, fewer steps in the same epoch."""
@@ -259,13 +250,7 @@ class Chaos:
             while not stop.wait(POLL_S):
                 if (name := job_id()) and (moment := self._moment(name)):
                     last = timeline.moments[-1] if timeline.moments else None
-                    if last is None or (last.status, last.epoch, last.step, last.weights_epoch, last.num_points) != (
-                        moment.status,
-                        moment.epoch,
-                        moment.step,
-                        moment.weights_epoch,
-                        moment.num_points,
-                    ):
+                    if last is None or replace(last, at=moment.at) != moment:
                         timeline.moments.append(moment)
 
         thread = threading.Thread(target=watch, name="watch", daemon=True)
@@ -280,35 +265,34 @@ class Chaos:
         record = self.record(job_id)
         if record is None:
             return None
-        try:
-            num_points: Any = self.redis.xlen(keys.metrics(job_id))
-        except (RedisError, OSError):
-            return None
         weights_epoch = (record.weights or {}).get("epoch", 0)
-        return Moment(time.time(), record.status, record.epoch, record.step, weights_epoch, num_points)
+        return Moment(time.time(), record.status, record.epoch, record.step, weights_epoch)
+
+    def steps_at(self, job_id: str) -> list[float]:
+        """When each step was trained, those of a replay included, and when the job ended: unix times."""
+        times = [point["created_at"] for point in read_jsonl(self.job(job_id).metrics)]
+        final = self.job(job_id).root / "final.json"
+        return sorted(times) + ([read_json(final)["finished_at"]] if final.is_file() else [])
+
+    def recovery_s(self, job_id: str, hit_at: float) -> float | None:
+        """Seconds from a fault to the next trained step, or to the end of the job."""
+        return next((round(at - hit_at, 2) for at in self.steps_at(job_id) if at > hit_at), None)
 
     # -- judgement ---------------------------------------------------------------------------------------------------
 
     def violations(self, job_id: str) -> list[str]:
         """What the oracle finds in an ended job, and work of it that is left in the queue server."""
-        record = self.record(job_id)
-        try:
-            from stillhouse.core.oracle.verify import verify_job
-        except ImportError:
-            print("NO ORACLE YET")
-            return []
-        report = verify_job(self.job(job_id), record)
+        with suppress(AssertionError):  # the sweeper and the last claim clean up behind the end
+            until(lambda: not self.leftovers(job_id), "the job's leftovers to go", 15)
+        report = verify_job(self.job(job_id), self.record(job_id))
         found = [f"[{finding.rule}] {finding.message}" for finding in report.violations]
-        try:
-            until(lambda: not self.leftovers(job_id), "its work to leave the queue server", 5 * self.lease_s)
-        except AssertionError:
-            found.append(f"left in the queue server: {self.leftovers(job_id)}")
-        return found
+        return found + [f"left over: {name}" for name in self.leftovers(job_id)]
 
     def leftovers(self, job_id: str) -> list[str]:
-        """Work streams, marks and leases of a job."""
+        """Work streams, marks and leases of a job in the queue server; files in the making in its folder."""
         kept = {keys.events(job_id), keys.metrics(job_id)}
-        return [key.decode() for key in self.redis.scan_iter(f"{keys.job(job_id)}:*") if key.decode() not in kept]
+        streams = [key.decode() for key in self.redis.scan_iter(f"{keys.job(job_id)}:*") if key.decode() not in kept]
+        return streams + [str(path) for path in self.job(job_id).root.rglob("*") if is_temporary(path)]
 
 
 def process_state(pid: int) -> str:

@@ -6,6 +6,7 @@ import random
 import signal
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from tests.chaos.harness import Chaos, clock, job, until
@@ -14,6 +15,7 @@ MEAN_GAP_S = 3.0
 """Exponential gaps: some kills come while the last one is not dealt with."""
 PAIR_SHARE = 0.2
 """Share of the kills that hit a second process in the same moment."""
+ROLES = ("gateway", "sampler", "teacher", "trainer", "valkey")
 JOBS = 2
 """Jobs that run at once."""
 
@@ -38,16 +40,17 @@ class Kills:
 
 
 def random_kills(chaos: Chaos, number: int, seed: int, *, mean_gap_s: float = MEAN_GAP_S, steps: int = 30) -> Kills:
-    """Kill `number` processes, uniformly chosen, while jobs run one after the other; all of them must succeed."""
+    """Kill `number` processes, roles in shuffled rounds, while jobs run; all of them must succeed."""
     draw = random.Random(f"{seed}/kills")
-    kills, started = Kills(seed), time.monotonic()
+    kills, roles, started = Kills(seed), shuffled_rounds(draw), time.monotonic()
     while len(kills.victims) < number:
         _keep_busy(chaos, kills, draw, steps)
         until(clock(draw.expovariate(1 / mean_gap_s)), "the next kill", 60)
-        victims = sorted(chaos.pids())
-        for victim in draw.sample(victims, 2 if draw.random() < PAIR_SHARE else 1)[: number - len(kills.victims)]:
-            chaos.kill(victim, signal.SIGKILL)
-            kills.victims.append(victim)
+        for _ in range(2 if draw.random() < PAIR_SHARE else 1):
+            if len(kills.victims) < number:
+                victim = draw.choice(_living(chaos, next(roles)))
+                chaos.kill(victim, signal.SIGKILL)
+                kills.victims.append(victim)
     for job_id in kills.jobs:
         record = chaos.ended(job_id, 180)
         kills.epochs += record.epoch
@@ -56,6 +59,16 @@ def random_kills(chaos: Chaos, number: int, seed: int, *, mean_gap_s: float = ME
         kills.violations += [f"{job_id}: {violation}" for violation in chaos.violations(job_id)]
     kills.seconds = time.monotonic() - started
     return kills
+
+
+def _living(chaos: Chaos, role: str) -> list[str]:
+    return until(lambda: sorted(chaos.pids(role)), f"a {role} to kill")
+
+
+def shuffled_rounds(draw: random.Random) -> Iterator[str]:
+    """Every role once in each round, in a random order, for ever."""
+    while True:
+        yield from draw.sample(ROLES, len(ROLES))
 
 
 def _keep_busy(chaos: Chaos, kills: Kills, draw: random.Random, steps: int) -> None:

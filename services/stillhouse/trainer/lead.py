@@ -20,9 +20,10 @@ from typing import Any, Final
 
 from redis.exceptions import RedisError
 
-from stillhouse.core.blobs import sealed, sha256_file, write_json
+from stillhouse.core.blobs import is_no_space, sealed, sha256_file, write_json
 from stillhouse.core.errors import ConflictError, JobFailedError, LeaseLostError, StillhouseError
 from stillhouse.core.failpoints import failpoint
+from stillhouse.core.queue.epochs import close_epochs
 from stillhouse.core.queue.jobs import JobRecord, final_document
 from stillhouse.core.queue.streams import Scope
 from stillhouse.core.service import Context
@@ -253,6 +254,8 @@ class Lead:
         try:
             if self._start.exchange is not None:
                 await self._start.exchange.close()
+            else:  # it ended before it had streams; those of a trainer that died before it may still be there
+                await close_epochs(self._ctx.redis, self._ctx.queue, self.scope.job_id, through=self.scope.epoch)
             if end.status == HANDED_ON:
                 message = f"{self._ctx.instance} drains; another trainer may take over"
                 await self._release("draining", message, "job.handed_on", "info")

@@ -1,0 +1,42 @@
+"""A sample that ends every process which touches it: the job goes on without it, and says so."""
+
+from __future__ import annotations
+
+import pytest
+
+from stillhouse.core.queue.streams import MAX_DELIVERIES
+from stillhouse.trainer.journal import read_step
+from tests.chaos.harness import Chaos, job
+
+POISON = "9/1"
+STEPS = 5
+
+
+@pytest.mark.full
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("action", ["kill", "raise"])
+@pytest.mark.parametrize("point", ["sampler.sampled", "teacher.scoring"])
+def test_a_poisoned_sample_is_given_up_and_counted(chaos: Chaos, point: str, action: str, chaos_seed: int) -> None:
+    chaos.arm(point, action, match=POISON, times=MAX_DELIVERIES + 1)
+    name = f"poison-{point}-{action}-{chaos_seed}"
+    job_id = chaos.submit(job(name, steps=STEPS, max_failed_fraction=0.5))
+    record = chaos.ended(job_id, 240)
+    assert record.status == "succeeded", record.error
+    ends = {
+        score.rollout.sample_id: score.failed
+        for step in range(STEPS)
+        for score in read_step(journal(chaos, job_id, step)).scores
+        if score.WhichOneof("result") == "failed"
+    }
+    # a group is claimed as a whole: its other sample may not have been handed over either
+    assert {POISON} <= set(ends) <= {POISON, "9/0"}, "samples that were with it in a batch are not given up"
+    assert {failed.reason for failed in ends.values()} == {"exhausted"}
+    assert ends[POISON].attempts == MAX_DELIVERIES + 1
+    assert record.usage["failed_samples"] == len(ends)
+    assert chaos.violations(job_id) == []
+
+
+def journal(chaos: Chaos, job_id: str, step: int):
+    artifacts = chaos.job(job_id)
+    paths = [artifacts.journal(epoch, step) for epoch in range(1, artifacts.highest_epoch() + 1)]
+    return [path for path in paths if path.is_file()][-1]
