@@ -4,11 +4,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help install demo test test-full check fmt protos up down clean
+.PHONY: help install demo test test-full chaos check fmt protos up down clean
 help:
 	@echo "make demo       distil a real model on this machine's CPU, from nothing to a report (about 10 minutes)"
 	@echo "make test       the test suite (a few minutes)"
 	@echo "make test-full  slow tests: real models, kills, whole deployments"
+	@echo "make chaos      every failpoint x kill, freeze, error on real processes, then random kills (half an hour)"
 	@echo "make check      linters, types, import rules, protos"
 	@echo "make install    virtual environment in $(VENV) for development"
 	@echo "make up / down  a local deployment in the background"
@@ -42,6 +43,10 @@ test: $(VENV)/.dev
 
 test-full: $(VENV)/.dev
 	$(BIN)/python -m pytest -m full
+
+# CHAOS_SEED repeats a run, CHAOS_KILLS sets how many random kills follow, CHAOS_RESULTS names the file of JSON lines.
+chaos: $(VENV)/.dev
+	$(BIN)/python -m tests.chaos.sweep
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
