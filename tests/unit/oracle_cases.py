@@ -57,7 +57,7 @@ class Job:
         """What the epoch opened from."""
         self.last: manifests.ManifestRef | None = None
         self.record = JobRecord(id=JOB_ID, status="queued", spec=self.spec.model_dump(mode="json"), created_at=1.0)
-        write_json(self.artifacts.job_json, {"id": JOB_ID, "spec": self.record.spec})
+        write_json(self.artifacts.job_json, sealed({"id": JOB_ID, "spec": self.record.spec}))
         self.event("job.status", status="queued")
 
     # -- what a trainer does -----------------------------------------------------------------------------------------
@@ -160,7 +160,7 @@ class Job:
             folder.mkdir()
             shutil.copyfile(self.last.folder(self.artifacts) / "model.safetensors", folder / "model.safetensors")
         self.set(status=status, error=error, finished_at=time.time())
-        write_json(self.artifacts.root / "final.json", final_document(self.record))
+        write_json(self.artifacts.root / "final.json", sealed(final_document(self.record)))
         self.event("job.status", status=status)
 
     # -- its parts ---------------------------------------------------------------------------------------------------

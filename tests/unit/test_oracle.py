@@ -115,6 +115,15 @@ def _trouble(job: Job, draw: random.Random) -> None:
         (job.epoch, job.step, job.ledger, job.last), job.record = now, record
 
 
+def test_a_stalled_job_goes_back_to_what_it_did(tmp_path: Path) -> None:
+    job = Job(tmp_path)
+    job.open()
+    job.event("job.status", status="stalled", epoch=1, reason="no_teacher")
+    job.event("job.status", status="running", epoch=1)
+    report = verify_job(job.artifacts, job.record)
+    assert report.ok, report.text()
+
+
 def test_a_deterministic_job_takes_exactly_one_version(tmp_path: Path) -> None:
     job = Job(tmp_path, deterministic=True)
     job.open()
@@ -256,6 +265,7 @@ EDITS: dict[str, tuple[str, Callable[[Job], Any]]] = {
         lambda job: (job.finish("cancelled"), job.event("job.status", status="running", epoch=5)),
     ),
     "back to validating": ("status", lambda job: job.event("job.status", status="validating", epoch=1)),
+    "starting after running": ("status", lambda job: job.event("job.status", status="starting", epoch=1)),
     "an unknown state": ("status", lambda job: job.event("job.status", status="happy")),
     "no export": ("success", lambda job: (job.run(STEPS), job.finish(export=False))),
     "a leftover folder": ("leftovers", lambda job: (_leftover(job), job.finish("cancelled"))),
@@ -311,7 +321,7 @@ def test_rows_are_covered_and_planned_once(tmp_path: Path) -> None:
 
 def test_a_spec_that_does_not_parse(tmp_path: Path) -> None:
     job = Job(tmp_path)
-    write_json(job.artifacts.job_json, {"id": "job_0123456789", "spec": {"student": 1}})
+    write_json(job.artifacts.job_json, sealed({"id": "job_0123456789", "spec": {"student": 1}}))
     assert verify_job(job.artifacts).broken_rules() == {"spec"}
 
 
@@ -333,19 +343,27 @@ def _extend(path: Path, draw: random.Random) -> None:
     path.write_bytes(path.read_bytes() + draw.randbytes(draw.randint(1, 40)))
 
 
+def _is_noticed(job: Job) -> bool:
+    try:
+        report = verify_job(job.artifacts, job.record)
+    except NotFoundError:
+        return not job.artifacts.job_json.exists()
+    return not report.ok or bool(report.damage)
+
+
 def test_no_damaged_file_goes_unnoticed(tmp_path: Path) -> None:
-    """Bit flips, truncations, deletions and garbage at the end in every journal, checkpoint and opening."""
+    """Bit flips, truncations, deletions and garbage at the end in every file but the histories."""
     job = finished(tmp_path)
     draw = random.Random(SEED)
-    files = [path for path in sorted(job.artifacts.epochs.rglob("*")) if path.is_file()]
+    history = {job.artifacts.events, job.artifacts.metrics}
+    files = [path for path in sorted(job.artifacts.root.rglob("*")) if path.is_file() and path not in history]
     kinds: list[Callable[[Path, random.Random], Any]] = [_flip, _truncate, _extend, lambda path, _: path.unlink()]
     unnoticed, number = [], 0
     for path in files:
         for kind in [*kinds, *[_flip] * 4, *[_truncate] * 2]:
             data = path.read_bytes()
             kind(path, draw)
-            report = verify_job(job.artifacts, job.record)
-            if report.ok and not report.damage:
+            if not _is_noticed(job):
                 unnoticed.append((path, kind))
             number += 1
             path.write_bytes(data)

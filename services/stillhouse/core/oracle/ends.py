@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any, Final
 
-from stillhouse.core.blobs import JobArtifacts, read_jsonl
+from stillhouse.core.blobs import JobArtifacts, read_jsonl, unsealed
 from stillhouse.core.errors import CorruptError, NotFoundError
 from stillhouse.core.oracle.checkpoints import check_export
 from stillhouse.core.oracle.lineage import Lineage, lineage_of, working_epochs
@@ -43,7 +43,7 @@ class EndChecks:
 
     def _read_final(self) -> dict[str, Any] | None:
         try:
-            return read_document(self._artifacts.root / "final.json")
+            return unsealed(self._artifacts.root / "final.json")
         except NotFoundError:
             return None
         except CorruptError as error:
@@ -125,7 +125,7 @@ class EndChecks:
 
     def _check_events(self) -> None:
         end = ""
-        ranks: dict[int, int] = {}
+        walk = _Walk(self._report)
         for event in read_jsonl(self._artifacts.events):
             data = event.get("data") or {}
             if event.get("type") == "job.rewound":
@@ -133,25 +133,23 @@ class EndChecks:
             if event.get("type") != "job.status":
                 continue
             self._report.counts["status_events"] += 1
-            status, epoch = data.get("status"), data.get("epoch")
+            status, epoch = data.get("status"), int(data.get("epoch") or 0)
             if status not in STATUSES:
                 self._report.violate("status", f"a state named {status!r}")
             elif status in TERMINAL:
                 if end:
                     self._report.violate("status", f"the job ended '{end}' and then '{status}'")
                 end = status
-            elif status in LED:
-                if end and int(epoch or 0) >= int(self.end.get("epoch") or 0):
-                    # an older epoch's word may come late: whoever said it was stopped by the fence
-                    self._report.violate("status", f"the job ended '{end}' and was '{status}' afterwards", epoch=epoch)
-                rank = LED.index(status)
-                if rank <= ranks.get(int(epoch or 0), -1):
-                    message = f"'{status}' came after '{LED[ranks[int(epoch or 0)]]}' in epoch {epoch}"
-                    self._report.violate("status", message, epoch=epoch)
-                ranks[int(epoch or 0)] = rank
+            elif status in LED and end and epoch >= int(self.end.get("epoch") or 0):
+                # an older epoch's word may come late: whoever said it was stopped by the fence
+                self._report.violate("status", f"the job ended '{end}' and was '{status}' afterwards", epoch=epoch)
+            walk.step(epoch, status)
         said = self.end.get("status")
         if end and said and end != said:
             self._report.violate("status", f"the events say the job ended '{end}', it is '{said}'")
+        # whoever says "succeeded" has written final.json before
+        if end == "succeeded" and not (self._artifacts.root / "final.json").exists():
+            self._report.violate("final", "the events say the job succeeded, and there is no final.json")
 
     def _check_rewound(self, data: dict[str, Any]) -> None:
         """A takeover may fall behind what was trained only if a file of those steps is damaged."""
@@ -214,6 +212,25 @@ class EndChecks:
                     continue
                 if is_old:
                     self._report.violate("leftovers", f"{path} is left over; the job has ended")
+
+
+class _Walk:
+    """The states that a trainer announces under one claim: forward only, except back from a stall."""
+
+    def __init__(self, report: Report) -> None:
+        self._report = report
+        self._last: dict[int, str] = {}
+        self._stalled: set[int] = set()
+
+    def step(self, epoch: int, status: Any) -> None:
+        if status == "stalled":
+            self._stalled.add(epoch)
+        if status not in LED:
+            return
+        last = self._last.get(epoch)
+        if last is not None and LED.index(status) <= LED.index(last) and epoch not in self._stalled:
+            self._report.violate("status", f"'{status}' came after '{last}' in epoch {epoch}", epoch=epoch)
+        self._last[epoch] = status
 
 
 def is_temporary(path: Path) -> bool:

@@ -81,13 +81,22 @@ class SampleCheck:
     def _check_values(self, score: rollout_pb2.Score, result: Any, where: dict[str, Any]) -> int:
         """Lengths and numbers; returns T."""
         rollout = score.rollout
+        arrays = {}
         try:
-            ids = from_tensor(rollout.completion_ids)
-            arrays = {
-                "rollout_logprobs": from_tensor(rollout.rollout_logprobs),
-                "teacher_logprobs": from_tensor(result.teacher_logprobs),
-            }
+            ids = np.atleast_1d(from_tensor(rollout.completion_ids))
+            arrays["rollout_logprobs"] = from_tensor(rollout.rollout_logprobs)
+            # a score too big for the queue stays with the teacher, all of it; of hidden states these are never left out
+            if isinstance(result, rollout_pb2.TopKScore) and result.HasField("teacher_topk_logprobs"):
+                num_ids, num_logprobs = result.teacher_topk_ids.shape, result.teacher_topk_logprobs.shape
+                if list(num_ids) != list(num_logprobs) or list(num_ids[:1]) != [len(ids)]:
+                    raise WireError(f"top k ids {list(num_ids)} and {list(num_logprobs)} for {len(ids)} tokens")
+            if result.HasField("teacher_logprobs") or score.WhichOneof("result") in ("sampled", "hidden"):
+                arrays["teacher_logprobs"] = from_tensor(result.teacher_logprobs)
+            elif not result.blob.key:
+                raise WireError("neither teacher_logprobs nor the key of a payload")
             mask = from_tensor(rollout.loss_mask) if rollout.HasField("loss_mask") else None
+            if odd := [array.shape for array in (ids, *arrays.values()) if array.ndim != 1]:
+                raise WireError(f"an array of shape {odd[0]}, expected [T]")
         except WireError as error:
             self._report.violate("values", f"sample {rollout.sample_id}: {error.message}", **where)
             return 0

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from pydantic import ValidationError
 
-from stillhouse.core.blobs import JobArtifacts
+from stillhouse.core.blobs import JobArtifacts, unsealed
 from stillhouse.core.errors import CorruptError
 from stillhouse.core.oracle.checkpoints import CheckpointChecks
 from stillhouse.core.oracle.ends import EndChecks
 from stillhouse.core.oracle.lineage import Lineage, check_openings, lineage_of, working_epochs
-from stillhouse.core.oracle.read import Epoch, read_document, read_epochs, read_journal
+from stillhouse.core.oracle.read import Epoch, read_epochs, read_journal
 from stillhouse.core.oracle.report import Report
 from stillhouse.core.oracle.steps import StepChecks
 from stillhouse.core.queue.jobs import JobRecord
@@ -33,7 +33,7 @@ def verify_job(artifacts: JobArtifacts, record: JobRecord | None = None, *, deep
     """
     report = Report(artifacts.root.name)
     try:
-        document = read_document(artifacts.job_json)
+        document = unsealed(artifacts.job_json)
         spec = JobSpec.model_validate(document["spec"])
         job_id = str(document["id"])
     except (CorruptError, KeyError, ValidationError) as error:
