@@ -155,11 +155,11 @@ _unwritten: dict[Path, list[bytes]] = {}
 
 
 def is_no_space(error: BaseException | None) -> bool:
-    """Whether an error, or what caused it, is a full disk. safetensors only says so in the text of its own error."""
+    """Whether an error, or what caused it, is a full disk. Libraries in Rust only say so in the text of their errors."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in NO_SPACE:
             return True
-        if type(error).__name__ == "SafetensorError" and any(f"(os error {code})" in str(error) for code in NO_SPACE):
+        if any(f"(os error {code})" in str(error) for code in NO_SPACE):
             return True
         error = error.__cause__ or error.__context__
     return False

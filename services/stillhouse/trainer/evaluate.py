@@ -20,6 +20,7 @@ from stillhouse.trainer.batch import TeacherHead
 from stillhouse.trainer.exchange import ScoredGroup, ScoredSample
 from stillhouse.trainer.prompts import Prompt, Renderer
 from stillhouse.trainer.samplers import SamplerPool
+from stillhouse.trainer.space import Space
 from stillhouse.trainer.train import LearnerThread, to_sample
 from stillhouse.v1 import rollout_pb2, sampler_pb2, tensor_pb2
 
@@ -50,6 +51,7 @@ class HeldOut:
         done: Callable[[Sequence[ScoredSample]], Awaitable[None]],
         race: Callable[[Awaitable[Any]], Awaitable[Any]],
         fence: Callable[[], Awaitable[None]],
+        space: Space,
         learner: LearnerThread,
         heads: Mapping[str, TeacherHead],
         teacher_models: Mapping[str, str],
@@ -65,6 +67,7 @@ class HeldOut:
         self._race = race
         self._fence = fence
         """Raises LeaseLostError when another claim leads the job."""
+        self._space = space
         self._learner = learner
         self._heads = heads
         self._teacher_models = teacher_models
@@ -104,7 +107,8 @@ class HeldOut:
             "created_at": time.time(),
         }
         await self._fence()  # what a zombie measured is of weights that nobody will have
-        await asyncio.to_thread(write_json, self._artifacts.evaluations / f"{step:08d}.json", result)
+        path = self._artifacts.evaluations / f"{step:08d}.json"
+        await self._space.insist("an evaluation", lambda: asyncio.to_thread(write_json, path, result))
         return result
 
     def read(self, step: int) -> dict[str, Any]:

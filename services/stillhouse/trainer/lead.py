@@ -35,6 +35,7 @@ from stillhouse.trainer.manifests import Opening
 from stillhouse.trainer.progress import Progress
 from stillhouse.trainer.run import Run
 from stillhouse.trainer.samplers import SamplerPool
+from stillhouse.trainer.space import Space
 from stillhouse.trainer.start import Start
 from stillhouse.trainer.train import LearnerThread
 from stillhouse.trainer.watch import Watch
@@ -73,6 +74,7 @@ class Lead:
         self.run_: Run | None = None
         self._log = ctx.log.bind(job_id=scope.job_id, epoch=scope.epoch)
         self._background: list[asyncio.Task[None]] = []
+        self.space = Space(self.artifacts.root, self.interrupt, self._log)
         self._start = Start(
             ctx=ctx,
             scope=scope,
@@ -80,6 +82,7 @@ class Lead:
             record=record,
             artifacts=self.artifacts,
             interrupt=self.interrupt,
+            space=self.space,
             progress=self.progress,
             samplers=SamplerPool(
                 scope,
@@ -106,6 +109,7 @@ class Lead:
             min_samplers=self.spec.samplers.min,
             status=lambda: self.status,
             idle_s=lambda: self._start.exchange.idle_s() if self._start.exchange else 0.0,
+            trouble=self.space.trouble,
         )
         self._run_beside(watch.run(), "renew lease")
         end: _End | None = None
@@ -147,7 +151,7 @@ class Lead:
     async def _lead(self) -> _End:
         failpoint("trainer.claimed")
         number, message = await asyncio.to_thread(manifests.fruitless_claims, self.artifacts)
-        opening = await asyncio.to_thread(self._open)
+        opening = await self._guard(self.space.insist("the new claim", lambda: asyncio.to_thread(self._open)))
         if self._record.status == "cancelling":
             raise Interrupted("cancelled")
         if number >= MAX_FRUITLESS:
@@ -201,7 +205,8 @@ class Lead:
         await self.progress.show("exporting")
         result = self._result(run)
         student = self._ctx.models.get(self.spec.student.model)
-        await self._guard(run.export(Path(student.path), self._card(result)))
+        card = self._card(result)
+        await self._guard(self.space.insist("the export", lambda: run.export(Path(student.path), card)))
         failpoint("trainer.exported")
         return _End("succeeded", result=result)
 
@@ -246,7 +251,12 @@ class Lead:
         """A clean stop between steps: what is trained is committed; a cancelled job ends, else it is handed on."""
         failpoint("trainer.stopping", reason)
         if self.run_ is not None:
-            await self.run_.commit()
+            try:
+                await self.run_.commit()
+            except Exception as error:
+                if not is_no_space(error):
+                    raise
+                self._log.error("no room for a last checkpoint; the journals have all of it", error=str(error))
         return _End("cancelled") if reason == "cancelled" else _End(HANDED_ON)
 
     async def _write_end(self, end: _End) -> None:

@@ -178,8 +178,13 @@ def open_epoch(
         "opened_from": opening.base.as_json() if opening.base else None,
         "replay": [[ref.epoch, ref.step] for ref in opening.replay],
     }
-    write_json(folder / OPENED, sealed(document))
-    fsync_dir(artifacts.epochs)
+    try:
+        write_json(folder / OPENED, sealed(document))
+        fsync_dir(artifacts.epochs)
+    except OSError:  # no room, perhaps: as if the epoch never was, so that the claim may try again
+        (folder / OPENED).unlink(missing_ok=True)
+        folder.rmdir()
+        raise
     failpoint("trainer.epoch_opened")
     return opening
 
@@ -298,6 +303,12 @@ def _refs(artifacts: JobArtifacts, epoch: int) -> Iterator[ManifestRef]:
 def _journalled_steps(artifacts: JobArtifacts, epoch: int) -> list[int]:
     folder = artifacts.epoch(epoch) / "steps"
     return [int(path.stem) for path in folder.glob("*.journal")] if folder.is_dir() else []
+
+
+def size_bytes(artifacts: JobArtifacts, ref: ManifestRef | None) -> int | None:
+    """What a checkpoint takes on disk, which the next one will, too; None if that is not known."""
+    document = _read(ref.folder(artifacts) / MANIFEST) if ref else None
+    return int(document["size_bytes"]) if document else None
 
 
 def list_manifests(artifacts: JobArtifacts) -> list[ManifestRef]:

@@ -28,6 +28,7 @@ from stillhouse.trainer.prompts import Prompt, PromptOrder, make_group, sample_s
 from stillhouse.trainer.publish import Publisher
 from stillhouse.trainer.retention import retain
 from stillhouse.trainer.samplers import SamplerPool
+from stillhouse.trainer.space import Space
 from stillhouse.trainer.train import LearnerThread, micro_batch_plans, plan_from_journal, to_sample
 from stillhouse.v1 import rollout_pb2
 
@@ -54,6 +55,7 @@ class Run:
     heads: Mapping[str, TeacherHead]
     stop_ids: Sequence[int]
     threads: int
+    space: Space
     ledger: Ledger
     """What the learner consumed."""
     held_out: HeldOut | None = None
@@ -92,7 +94,7 @@ class Run:
         message = make_group(prompt, job_id=self.scope.job_id, epoch=self.scope.epoch, seeds=seeds, **fields)
         if self.spec.deterministic:  # the oldest version allowed, and no other: chosen by schedule, not by time
             message.exact_policy_version_plus_one = message.min_policy_version + 1
-        return await self.exchange.plan(message)
+        return await self.space.insist("more prompts", lambda: self.exchange.plan(message))
 
     async def done(self, groups: Sequence[ScoredGroup]) -> None:
         await self.exchange.done([sample for group in groups for sample in group.samples])
@@ -107,7 +109,7 @@ class Run:
         with self.progress.timed("journal"):
             samples = self._samples(scored)
             plan = await self.learner.plan(samples, self.stage.schedule.micro_batch_tokens)
-            await StepJournal(self.artifacts, self.scope).write(
+            await self._write_journal(
                 step,
                 [sample.score for group in groups for sample in group.samples],
                 groups=[group.group for group in groups],
@@ -117,6 +119,13 @@ class Run:
         failpoint("trainer.journalled")
         self._batch = (samples, plan)
         self._busy = self._busy_seconds(scored)
+
+    async def _write_journal(self, step: int, scores: Sequence[rollout_pb2.Score], **header: Any) -> None:
+        await self.space.insist(
+            f"the journal of step {step}",
+            lambda: StepJournal(self.artifacts, self.scope).write(step, scores, **header),
+            needed=lambda: sum(score.ByteSize() for score in scores),
+        )
 
     def _samples(self, scored: Sequence[ScoredSample]) -> list[TrainSample]:
         if not scored:
@@ -201,7 +210,7 @@ class Run:
             fresh = {sample.sample_id: sample for sample in group.samples}
         samples = [fresh.get(score.rollout.sample_id) or ScoredSample(score) for score in scores]
         if any(sample.is_failed for sample in fresh.values()):
-            await StepJournal(self.artifacts, self.scope).write(
+            await self._write_journal(
                 header.step,
                 [sample.score for sample in samples],
                 groups=header.groups,
@@ -244,8 +253,12 @@ class Run:
             "ledger": self.ledger.as_json(),
             "threads": self.threads,
         }
-        ref = await self.learner.save(
-            lambda save: manifests.commit(self.artifacts, self.scope.epoch, step, facts, save)
+        ref = await self.space.insist(
+            f"the checkpoint of step {step}",
+            lambda: self.learner.save(
+                lambda save: manifests.commit(self.artifacts, self.scope.epoch, step, facts, save)
+            ),
+            needed=lambda: manifests.size_bytes(self.artifacts, base),
         )
         failpoint("trainer.committed")
         self._last_commit, self._last_commit_at = ref, time.monotonic()

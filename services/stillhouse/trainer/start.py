@@ -28,6 +28,7 @@ from stillhouse.trainer.prompts import Prompt, PromptOrder, Renderer, check_leng
 from stillhouse.trainer.publish import Publisher
 from stillhouse.trainer.run import Run
 from stillhouse.trainer.samplers import SamplerPool
+from stillhouse.trainer.space import Space
 from stillhouse.trainer.tokens import stop_token_ids
 from stillhouse.trainer.train import LearnerThread
 
@@ -43,6 +44,7 @@ class Start:
     """As it was when the job was claimed."""
     artifacts: JobArtifacts
     interrupt: Interrupt
+    space: Space
     progress: Progress
     samplers: SamplerPool
     learner: LearnerThread
@@ -88,6 +90,7 @@ class Start:
             heads=heads,
             stop_ids=stop_token_ids(student),
             threads=threads,
+            space=self.space,
             step_done=first_step,
             ledger=ledger,
         )
@@ -156,7 +159,7 @@ class Start:
             },
             log=self.log,
         )
-        await exchange.open()
+        await self.space.insist("the streams of the job", exchange.open)
         return exchange
 
     async def _load_teachers(
@@ -185,6 +188,7 @@ class Start:
             done=run.exchange.done,
             race=self.interrupt.race,
             fence=lambda: self.ctx.jobs.update(self.scope),
+            space=self.space,
             learner=self.learner,
             heads=run.heads,
             teacher_models={name: entry.name for name, entry in teachers.items()},

@@ -8,6 +8,8 @@ A job whose trainer is well but cannot go on is `stalled`, with a reason, and go
     teacher_silent     computation makes no progress
     no_weights       its samplers wait for weights of which nothing arrives
     no_progress      no score arrives although groups are in flight, and no service works
+    no_space         the disk of the artifacts is full
+    queue_full       the queue server has no memory for more work
 
 A slow machine is no reason: as long as a service beats, token by token or batch by batch, it works.
 """
@@ -17,7 +19,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Final
+from typing import Any, Final
 
 from redis.exceptions import RedisError
 
@@ -29,6 +31,8 @@ from stillhouse.core.service import Context
 from stillhouse.trainer.loop import Interrupt
 from stillhouse.trainer.samplers import SamplerPool
 
+ASK_S: Final = 3.0
+"""Time without a score after which the queue server is asked whether it has room."""
 QUIET_S: Final = 12.0
 """Time without a score, and without a service that works on one, after which a job makes no progress."""
 SILENT_S: Final = 60.0
@@ -57,6 +61,7 @@ class Watch:
         min_samplers: int,
         status: Callable[[], str],
         idle_s: Callable[[], float],
+        trouble: Callable[[], tuple[str, str] | None] = lambda: None,
     ) -> None:
         self._ctx = ctx
         self._scope = scope
@@ -65,6 +70,8 @@ class Watch:
         self._min_samplers = min_samplers
         self._status = status
         self._idle_s = idle_s
+        self._trouble = trouble
+        """(reason, message) of what the trainer itself waits for."""
 
     async def run(self) -> None:
         """Keep the lease; pass on a user's wish to cancel and the process's wish to stop; until cancelled.
@@ -81,7 +88,7 @@ class Watch:
                 record = await self._ctx.jobs.get(self._scope.job_id)
                 if record.status == "cancelling":
                     self._interrupt.set("cancelled")
-                elif self._status() in ("starting", "running"):
+                elif self._status() in ("starting", "running") or self._trouble() is not None:
                     with suppress(ConflictError):  # it ended or was cancelled just now
                         await self._tell(record)
             except (RedisError, OSError) as error:
@@ -91,13 +98,12 @@ class Watch:
     async def _tell(self, record: JobRecord) -> None:
         """Say in the record what the job waits for, and take it back when it goes on."""
         services = await self._ctx.registry.services()
-        reason, message = self._missing(services) or ("", "")
+        reason, message = await self._queue_full() or self._missing(services) or ("", "")
         status = "stalled" if reason else self._status()
-        if (record.status, record.status_reason) == (status, reason):
-            return
-        allowed = ("starting", "running", "stalled")
+        if (record.status, record.status_reason) == (status, reason) or status == "validating":
+            return  # a claim says by itself when it begins
         await self._ctx.jobs.update(
-            self._scope, allowed=allowed, status=status, status_reason=reason, status_message=message
+            self._scope, allowed=(record.status,), status=status, status_reason=reason, status_message=message
         )
         level = "warning" if reason else "info"
         data = {"status": status, "reason": reason, "epoch": self._scope.epoch}
@@ -105,8 +111,24 @@ class Watch:
             self._scope.job_id, "job.status", message or f"job {status} again", level=level, **data
         )
 
+    async def _queue_full(self) -> tuple[str, str] | None:
+        """Samplers and teachers cannot hand over, and the trainer only sees that nothing comes."""
+        if self._idle_s() < ASK_S:
+            return None
+        memory: Any = await self._ctx.redis.info("memory")
+        used, limit = int(memory["used_memory"]), int(memory["maxmemory"])
+        if limit == 0 or used < limit:
+            return None
+        return "queue_full", (
+            f"the queue server uses {used} bytes, its maxmemory is {limit}: raise it, or finish or cancel other jobs; "
+            "the job goes on by itself"
+        )
+
     def _missing(self, services: Sequence[ServiceInfo]) -> tuple[str, str] | None:
         """(reason, message) of what keeps the job from going on; None if nothing does."""
+        trouble = self._trouble()
+        if trouble is not None or self._status() == "validating":
+            return trouble
         samplers = [info for info in services if info.role == "sampler"]
         teachers = [info for info in services if info.role == "teacher"]
         if self._samplers.size < self._min_samplers and not samplers:
