@@ -63,6 +63,16 @@ def test_violations_are_told_and_are_the_exit_code(tmp_path: Path, job: Job) -> 
     assert "--shallow" in shallow.stdout
 
 
+def test_a_job_that_goes_on_is_not_praised_for_its_end(tmp_path: Path) -> None:
+    made = Job(tmp_path / "artifacts")
+    made.open()
+    made.run(2)
+    answer = stillhouse(tmp_path, "verify", JOB_ID)
+    assert answer.returncode == 0, answer.stderr
+    assert "not ended" in answer.stdout
+    assert "every promise was kept" not in answer.stdout
+
+
 def test_an_unknown_job_and_no_job_at_all(tmp_path: Path, job: Job) -> None:
     unknown = stillhouse(tmp_path, "verify", "job_nowhere")
     assert unknown.returncode == 2

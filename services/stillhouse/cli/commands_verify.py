@@ -94,7 +94,7 @@ def _show(report: Report, *, is_deep: bool) -> None:
         + ("" if is_deep else "; weights were not read (--shallow)")
     )
     broken = report.broken_rules()
-    skipped = set() if is_deep else {"non_finite", "export"}
+    skipped = _skipped(report, is_deep=is_deep)
     print_table(
         ("", "checked"),
         [("BROKEN" if rule in broken else "-" if rule in skipped else "ok", text) for rule, text in RULES.items()],
@@ -103,7 +103,26 @@ def _show(report: Report, *, is_deep: bool) -> None:
     _list("damaged, and nothing rests on it", report.damage)
     for note in report.notes:
         say(f"note: {note}")
-    say("every promise was kept" if report.ok else f"{len(report.violations)} violations")
+    if not report.ok:
+        say(f"{len(report.violations)} violations")
+    elif skipped:
+        say("no violation; '-' was not checked: " + ("the job did not succeed" if is_deep else "see --shallow"))
+    else:
+        say("every promise was kept")
+
+
+def _skipped(report: Report, *, is_deep: bool) -> set[str]:
+    """Rules that say nothing about this job as it is."""
+    from stillhouse.core.oracle.report import RULES
+
+    if "spec" in report.broken_rules():
+        return set(RULES) - {"spec"}
+    skipped = set() if is_deep else {"non_finite", "export"}
+    if report.status != "succeeded":
+        skipped |= {"success", "export"}
+    if report.status not in ("succeeded", "failed", "cancelled"):
+        skipped |= {"leftovers", "final"}
+    return skipped
 
 
 def _list(title: str, findings: list[Finding]) -> None:
