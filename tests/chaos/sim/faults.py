@@ -1,0 +1,74 @@
+"""What goes wrong in a run: drawn from its seed before it starts."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Final
+
+from stillhouse.core.failpoints import POINTS
+
+NEVER: Final = {"gateway.job_json_written", "gateway.record_written", "gateway.cancel_requested"}
+"""Points where a process is not frozen: its one caller would only wait."""
+FULL_DISK: Final = ("disk.written", "disk.synced", "trainer.committing", "trainer.planned")
+LEASE_S: Final = 2.0
+
+
+@dataclass
+class Fault:
+    """One thing that goes wrong, at a named point or at a moment."""
+
+    action: str
+    point: str = ""
+    """Name of a failpoint; empty = at `at_s`."""
+    skip: int = 0
+    """Visits of the point that pass before."""
+    role: str = ""
+    """Kind of process it happens to; empty = any."""
+    at_s: float = 0.0
+    seconds: float = 0.0
+    """How long it lasts."""
+    amount: float = 0.0
+    """How bad it is."""
+    is_done: bool = False
+
+    def __str__(self) -> str:
+        where = f"{self.point} after {self.skip} visits" if self.point else f"{self.at_s:.2f} s"
+        size = f" for {self.seconds:.1f} s" if self.seconds else ""
+        return f"{self.action} {self.role} at {where}{size}".replace("  ", " ")
+
+
+POINT_ACTIONS: Final = ("kill", "kill", "kill", "freeze", "freeze", "raise", "term", "power", "full")
+MOMENT_ACTIONS: Final = ("kill", "freeze", "term", "down", "flush", "lost", "refused", "slow", "rpc", "full", "power")
+ROLES: Final = ("trainer", "trainer", "sampler", "teacher", "gateway")
+
+
+def draw_faults(draw: random.Random, *, cancels: bool) -> list[Fault]:
+    """Up to five faults."""
+    faults = [_at_point(draw) if draw.random() < 0.6 else _at_moment(draw) for _ in range(draw.randint(0, 5))]
+    if cancels:
+        faults.append(Fault("cancel", at_s=draw.uniform(0.3, 4.0)))
+    return faults
+
+
+def _at_point(draw: random.Random) -> Fault:
+    point = draw.choice(sorted(POINTS))
+    action = draw.choice(POINT_ACTIONS)
+    if action == "freeze" and point in NEVER:
+        action = "kill"
+    if action == "full" and point not in FULL_DISK:
+        action = "kill"
+    role = draw.choice(("trainer", "trainer", "gateway")) if point.startswith("disk.") else point.partition(".")[0]
+    return Fault(action, point, draw.randint(0, draw.choice((2, 12))), role, seconds=_seconds(draw))
+
+
+def _at_moment(draw: random.Random) -> Fault:
+    action = draw.choice(MOMENT_ACTIONS)
+    role = draw.choice(ROLES) if action in ("kill", "freeze", "term") else ""
+    return Fault(
+        action, role=role, at_s=draw.uniform(0.1, 5.0), seconds=_seconds(draw), amount=draw.choice((0.05, 0.3, 0.8))
+    )
+
+
+def _seconds(draw: random.Random) -> float:
+    return LEASE_S * draw.choice((0.5, 1.5, 3.0, 6.0)) * draw.uniform(0.9, 1.1)

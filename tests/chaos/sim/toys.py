@@ -1,0 +1,223 @@
+"""Toys in place of models: what they compute follows from seeds, and the learner remembers all it was ever trained on.
+
+The weights are a chain: every step mixes the samples into them, in order. Two learners have equal weights only if they
+were trained on the same samples in the same order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stillhouse.core.blobs import staged_dir
+from stillhouse.core.errors import NonFiniteError, NotFoundError
+from stillhouse.core.failpoints import failpoint
+from stillhouse.core.models import ModelEntry
+from stillhouse.core.spec import JobSpec
+from stillhouse.sampler.engines.base import Completion, SampleRequest
+from stillhouse.teacher.engines.base import Head, Scored, ScoreItem, Unscored
+from stillhouse.trainer.batch import TeacherHead, TrainSample
+from stillhouse.trainer.train import LearnerThread
+from stillhouse.v1 import rollout_pb2
+
+WIDTH = 4
+VOCABULARY = 64
+POISON = 29
+"""One sample of so many makes the teacher's arithmetic overflow."""
+
+
+def entry(name: str) -> ModelEntry:
+    """A registered model without files."""
+    digest = hashlib.sha256(name.encode()).hexdigest()
+    return ModelEntry(
+        name=name,
+        path="/nowhere",
+        sha256=digest,
+        tokenizer_sha256=hashlib.sha256(b"tokenizer").hexdigest(),
+        architecture="Toy",
+        vocab_size=VOCABULARY,
+        tokenizer_size=VOCABULARY,
+        max_sequence_length=512,
+        hidden_size=WIDTH,
+        num_layers=1,
+        num_parameters=WIDTH,
+        size_bytes=4 * WIDTH,
+        has_chat_template=True,
+        files={},
+    )
+
+
+class ToyModels:
+    """`ModelRegistry` with two models."""
+
+    def __init__(self) -> None:
+        self._entries = {name: entry(name) for name in ("student", "teacher")}
+
+    def get(self, name: str) -> ModelEntry:
+        if name not in self._entries:
+            raise NotFoundError(f"unknown model '{name}'")
+        return self._entries[name]
+
+
+class ToyRenderer:
+    """`Renderer`: bytes as tokens."""
+
+    def __init__(self, model_dir: Path) -> None:
+        return
+
+    def ids(self, conversation: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
+        return tuple(byte % VOCABULARY for message in conversation for byte in message["content"].encode())
+
+    def text(self, ids: Sequence[int]) -> str:
+        return " ".join(str(token) for token in ids)
+
+
+def digest(*parts: Any) -> np.ndarray:
+    """[8] float32 in [0, 1): follows from the parts."""
+    raw = hashlib.sha256(repr(parts).encode()).digest()
+    return (np.frombuffer(raw, dtype="<u4") / 2**32).astype(np.float32)
+
+
+class ToySampler:
+    """`sampler.engines.base.Engine`: tokens follow from the seed."""
+
+    name = "toy"
+    vocab_size = VOCABULARY
+    max_sequence_length = 512
+
+    def __init__(self) -> None:
+        self.weights: dict[str, np.ndarray] = {}
+
+    def generate(
+        self,
+        requests: Sequence[SampleRequest],
+        on_finished: Callable[[Completion], None],
+        should_abort: Callable[[str], bool],
+    ) -> None:
+        for request in requests:
+            length = 1 + request.seed % request.max_tokens
+            ids, reason = [], "length"
+            for index in range(length):
+                if should_abort(request.key):
+                    reason = "abort"
+                    break
+                ids.append((request.seed >> (index % 48)) % VOCABULARY)
+            on_finished(Completion(request.key, reason, ids, [-1.0] * len(ids), 0.001))
+
+    def load_weights(self, arrays: dict[str, np.ndarray], dtypes: dict[str, int]) -> None:
+        self.weights = arrays
+
+
+class ToyTeacher:
+    """`teacher.engines.base.Engine`: scores follow from the tokens; some overflow."""
+
+    vocab_size = VOCABULARY
+    max_sequence_length = 512
+    size_bytes = 4 * WIDTH
+    hides_overflow = False
+    """For the planted bug."""
+
+    def score(self, items: Sequence[ScoreItem]) -> list[Scored | Unscored]:
+        return [self._score(item) for item in items]
+
+    def _score(self, item: ScoreItem) -> Scored | Unscored:
+        logprobs = np.array([-float(token + 1) / VOCABULARY for token in item.completion_ids], dtype=np.float32)
+        if int.from_bytes(hashlib.sha256(item.key.encode()).digest()[:4], "big") % POISON == 0:
+            logprobs[-1] = np.nan
+        if not np.isfinite(logprobs).all() and not self.hides_overflow:
+            return Unscored(item.key, "non_finite", "the toy teacher overflowed")
+        hidden = None
+        if item.kind == rollout_pb2.SCORE_KIND_HIDDEN:
+            hidden = np.tile(logprobs[:, None], (1, WIDTH)).astype(np.float16)
+        return Scored(item.key, logprobs, hidden=hidden)
+
+    def head(self) -> Head:
+        weight = np.ones((VOCABULARY, WIDTH), dtype=np.float32)
+        data = weight.tobytes()
+        sha256 = hashlib.sha256(data).hexdigest()
+        return Head(sha256, "float32", (VOCABULARY, WIDTH), False, VOCABULARY, 1.0, 0.0, [memoryview(data)])
+
+
+class ToyLearner:
+    """What `LearnerThread` needs of a learner."""
+
+    keeps_nan = False
+    """For the planted bug."""
+
+    def __init__(self, seed: int) -> None:
+        self.weights = digest("init", seed)[:WIDTH]
+        self.policy_version = 0
+        self.trained: list[list[Any]] = []
+        """[step, sample id] of everything behind the weights, in order."""
+
+    def step(
+        self, samples: Sequence[TrainSample], heads: Mapping[str, TeacherHead], plan: Sequence[Sequence[int]]
+    ) -> dict[str, float]:
+        weights, trained = self.weights, []
+        for batch in plan:
+            for index in batch:
+                sample = samples[index]
+                signal = sample.teacher_logprobs if sample.hidden is None else sample.hidden.astype(np.float32)
+                weights = 0.5 * weights + digest(sample.sample_id, sample.completion_ids.tolist(), signal.tolist())[:4]
+                if not np.isfinite(signal).all():
+                    weights = weights * np.float32(np.nan)
+                trained.append([self.policy_version, sample.sample_id])
+            failpoint("trainer.mid_backward")
+        if not np.isfinite(weights).all() and not self.keeps_nan:
+            raise NonFiniteError(f"step {self.policy_version}: the toy's weights are not finite")
+        self.weights = weights.astype(np.float32)
+        self.trained += sorted(trained, key=lambda item: [int(part) for part in item[1].split("/")])
+        self.policy_version += 1
+        lag = [self.policy_version - 1 - sample.oldest_policy_version for sample in samples]
+        return {"tokens/trained": float(sum(s.num_loss_tokens for s in samples)), "staleness/max": float(max(lag))}
+
+    def skip(self) -> dict[str, float]:
+        self.policy_version += 1
+        return {"step/skipped": 1.0}
+
+    def state_arrays(self) -> list[tuple[str, np.ndarray, str]]:
+        return [("w", self.weights.copy(), "float32")]
+
+    def save(self, folder: Path) -> None:
+        write_safetensors(folder / "model.safetensors", self.weights)
+        state = {"policy_version": self.policy_version, "trained": self.trained}
+        (folder / "state.json").write_text(json.dumps(state))
+
+    def load(self, folder: Path) -> None:
+        self.weights = read_safetensors(folder / "model.safetensors")
+        state = json.loads((folder / "state.json").read_text())
+        self.policy_version, self.trained = state["policy_version"], state["trained"]
+
+
+class ToyLearnerThread(LearnerThread):
+    """`LearnerThread` around a toy: everything that does not need torch is the real class."""
+
+    async def load(self, model_dir: Path, spec: JobSpec, threads: int) -> None:
+        def build() -> ToyLearner:
+            return ToyLearner(spec.seed)
+
+        self._learner = await self.call(build)
+
+    async def export(self, source_dir: Path, folder: Path, card: dict[str, Any]) -> None:
+        def write() -> None:
+            shutil.rmtree(folder, ignore_errors=True)
+            with staged_dir(folder) as staged:
+                write_safetensors(staged.path / "model.safetensors", self._learner.weights)
+
+        await self.call(write)
+
+
+def write_safetensors(path: Path, weights: np.ndarray) -> None:
+    header = json.dumps({"w": {"dtype": "F32", "shape": list(weights.shape), "data_offsets": [0, weights.nbytes]}})
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + weights.tobytes())
+
+
+def read_safetensors(path: Path) -> np.ndarray:
+    data = path.read_bytes()
+    return np.frombuffer(data[8 + int.from_bytes(data[:8], "little") :], dtype="<f4").copy()

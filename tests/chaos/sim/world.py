@@ -1,0 +1,433 @@
+"""A deployment in one thread: two trainers, two samplers, one or two teachers and a gateway, all of them the real classes.
+
+Real: queue, records, registry, claims, loop, exchange, journal, manifests, publisher, workers, sweeper, submit, the
+frame of a service. Simulated: time, the queue server, the network, the disk's behaviour at a power loss, processes.
+Toys: student, teachers, learner, tokenizer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import random
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any, Final
+
+from stillhouse.core.blobs import Artifacts, is_no_space
+from stillhouse.core.config import Settings
+from stillhouse.core.errors import DeadlineError, StillhouseError, UnavailableError
+from stillhouse.core.failpoints import InjectedError
+from stillhouse.core.queue.claims import QUEUE_ERRORS
+from stillhouse.core.queue.jobs import JobStore
+from stillhouse.core.queue.registry import Registry
+from stillhouse.core.queue.streams import WorkQueue
+from stillhouse.core.service import Context, heartbeat_forever, serve
+from stillhouse.core.spec import JobSpec
+from stillhouse.gateway import jobs as gateway_jobs
+from stillhouse.gateway.sweeper import Sweeper
+from stillhouse.sampler.app import SamplerApp
+from stillhouse.teacher.app import TeacherApp
+from stillhouse.trainer.app import TrainerApp
+from tests.chaos.sim.clock import Clock
+from tests.chaos.sim.disk import Disk
+from tests.chaos.sim.faults import LEASE_S, Fault, draw_faults
+from tests.chaos.sim.process import PROCESS, Process, SimulatedKill, current
+from tests.chaos.sim.redis_client import Line, SimRedis
+from tests.chaos.sim.redis_server import RedisServer
+from tests.chaos.sim.rpc import Network, SimPeers
+from tests.chaos.sim.toys import ToyLearnerThread, ToyModels, ToySampler, ToyTeacher
+
+FAULTY_S: Final = 30.0
+"""Virtual time in which faults may happen; then everything heals."""
+HEALED_S: Final = 240.0
+"""A job must end within so much virtual time after that."""
+QUIET_S: Final = 15.0
+"""Time after the end of the jobs: what is late comes now."""
+
+
+class World:
+    """One run."""
+
+    def __init__(self, seed: int, root: Path, clock: Clock, draw: random.Random) -> None:
+        self.seed = seed
+        self.clock = clock
+        self._draw = draw
+        plan = random.Random(f"plan {seed}")
+        self.spec = draw_job(plan)
+        self.num_jobs = plan.choice((1, 1, 1, 2))
+        self.num_teachers = plan.choice((1, 2))
+        self.faults = draw_faults(plan, cancels=plan.random() < 0.08)
+        self.keeps_names = plan.random() < 0.5
+        self._hash = hashlib.sha256()
+        self.lines: list[str] = []
+        """The log, for -v."""
+        self.is_verbose = False
+        self.violations: list[str] = []
+        self.visits: Counter[str] = Counter()
+        self.kills: Counter[str] = Counter()
+        self.settings = Settings(
+            home=root,
+            internal_token="of-the-simulation",
+            lease_s=LEASE_S,
+            threads=1,
+            sampler_max_sequences=8,
+            teacher_batch_tokens=64,
+        ).resolved()
+        self.artifacts = Artifacts(self.settings.artifacts_dir())
+        self.server = RedisServer()
+        self.line = Line(self.server, draw, self.trace)
+        self.network = Network(draw, self.trace)
+        self.disk = Disk(root, draw, self.trace)
+        self.models = ToyModels()
+        self.processes: dict[str, Process] = {}
+        """The one that runs, by slot ("trainer-1")."""
+        self.job_ids: list[str] = []
+        self.published: dict[tuple[str, int, int], str] = {}
+        """(job, epoch, version) -> sha256 of the weights that were held for it."""
+        self.statuses: dict[str, str] = {}
+        self._lives: Counter[str] = Counter()
+        self._is_over = False
+        self.is_healed = False
+
+    # -- what happened -----------------------------------------------------------------------------------------------
+
+    def trace(self, *parts: Any) -> None:
+        """Note an event: two runs of a seed have the same ones."""
+        line = f"{self.clock.now:.6f} {' '.join(map(str, parts))}"
+        self._hash.update(line.encode())
+        if self.is_verbose:
+            self.lines.append(line)
+
+    def trace_hash(self) -> str:
+        return self._hash.hexdigest()[:16]
+
+    def violate(self, message: str) -> None:
+        self.violations.append(message)
+
+    # -- processes ---------------------------------------------------------------------------------------------------
+
+    def start(self, slot: str) -> None:
+        """Start a process, and again whenever it ends."""
+        role = slot.partition("-")[0]
+        self._lives[slot] += 1
+        name = slot if self.keeps_names else f"{slot}.{self._lives[slot]}"
+        process = Process(name, role, self.trace)
+        process.address = f"sim:{slot}.{self._lives[slot]}"
+        process.log = SimLog(self, process)
+        self.processes[slot] = process
+        self.network.processes[process.address] = process
+        process.ctx = self._context(process)
+        self.trace("start", process.address)
+        process.main = process.run(_gateway(process.ctx) if role == "gateway" else serve(process.ctx, self._build))
+        asyncio.get_running_loop().create_task(self._supervise(slot, process))
+
+    def _context(self, process: Process) -> Context:
+        redis: Any = SimRedis(self.line)
+        blocking: Any = SimRedis(self.line, retries=0)
+        peers: Any = SimPeers(self.network)
+        models: Any = self.models
+        return Context(
+            settings=self.settings,
+            role=process.role,
+            instance=process.name,
+            redis=redis,
+            blocking=blocking,
+            queue=WorkQueue(redis, blocking),
+            jobs=JobStore(redis, self.artifacts),
+            registry=Registry(redis),
+            peers=peers,
+            models=models,
+            artifacts=self.artifacts,
+            log=process.log,
+        )
+
+    def _build(self, ctx: Context) -> Any:
+        if ctx.role == "trainer":
+            return TrainerApp(ctx, lambda: ToyLearnerThread(ctx.pulse, ctx.settings.hang_s))
+        load_engine: Any = lambda entry, dtype: ToySampler() if ctx.role == "sampler" else ToyTeacher()  # noqa: E731
+        return SamplerApp(ctx, load_engine) if ctx.role == "sampler" else TeacherApp(ctx, load_engine)
+
+    async def _supervise(self, slot: str, process: Process) -> None:
+        assert process.main is not None
+        died = asyncio.ensure_future(process.died.wait())
+        await asyncio.wait({process.main, died}, return_when=asyncio.FIRST_COMPLETED)
+        died.cancel()
+        if process.is_dead:
+            self.kills[process.role] += 1
+        else:
+            self._judge_exit(process)
+            process.is_dead = True
+            process.thaw()
+        self.network.processes.pop(process.address, None)
+        await asyncio.sleep(self._draw.uniform(0.2, 3.0))
+        if not self._is_over:
+            self.start(slot)
+
+    def _judge_exit(self, process: Process) -> None:
+        """A process may end by a fault, by SIGTERM, or because the queue server is gone for long."""
+        main = process.main
+        assert main is not None
+        error = None if main.cancelled() else main.exception()
+        self.trace("exit", process.name, type(error).__name__)
+        if error is None and not process.ctx.stop.is_set() and not self._is_over:
+            self.violate(f"exit: {process.name} ended by itself")
+        if error is not None and not is_expected(error):
+            text = "".join(traceback.format_exception(error)[-6:])
+            self.violate(f"crash: {process.name}: {type(error).__name__}: {error}\n{text}")
+
+    def alive(self, role: str) -> list[Process]:
+        return [p for slot, p in sorted(self.processes.items()) if slot.startswith(role) and not p.is_dead]
+
+    # -- faults ------------------------------------------------------------------------------------------------------
+
+    def on_failpoint(self, name: str, detail: str) -> None:
+        """The handler of every failpoint."""
+        process = current()
+        if process is None:
+            return
+        process.check()
+        self.visits[name] += 1
+        self.trace("point", process.name, name)
+        for fault in self.faults:
+            if fault.is_done or fault.point != name or fault.role not in ("", process.role) or self.is_healed:
+                continue
+            if fault.skip > 0:
+                fault.skip -= 1
+                continue
+            self._hurt(fault, process)
+
+    def _hurt(self, fault: Fault, process: Process | None) -> None:
+        """Make a fault happen."""
+        fault.is_done = True
+        self.trace("fault", fault)
+        match fault.action:
+            case "kill":
+                if process is not None:
+                    process.kill()
+                    process.check() if process is current() else None
+            case "freeze":
+                if process is not None:
+                    process.freeze(fault.seconds)
+            case "term":
+                if process is not None:
+                    process.ctx.stop.set()
+            case "raise":
+                raise InjectedError(f"injected at {fault.point}")
+            case "power":
+                self._lose_power()
+            case "full":
+                self._for(fault.seconds, self.disk, "is_full", True)
+                if fault.point.startswith("disk."):
+                    raise OSError(28, "no space left on the simulated disk")
+            case "down":
+                self.line.go_down()
+                self._for(fault.seconds, self.line, "is_down", True)
+            case "flush":
+                self.server.flush()
+            case "lost":
+                self._for(fault.seconds, self.line, "lost_answers", fault.amount / 2)
+            case "refused":
+                self._for(fault.seconds, self.line, "refused", fault.amount / 2)
+            case "slow":
+                self._for(fault.seconds, self.line, "slow_s", fault.amount / 5)
+            case "rpc":
+                self._for(fault.seconds, self.network, "lost", fault.amount)
+            case "cancel":
+                self._spawn(self._cancel())
+
+    def _for(self, seconds: float, target: Any, name: str, value: Any) -> None:
+        before = type(value)()
+        setattr(target, name, value)
+        asyncio.get_running_loop().call_later(seconds, setattr, target, name, before)
+
+    def _lose_power(self) -> None:
+        """The machine that all processes and the artifacts are on; the queue server syncs every write."""
+        for process in list(self.processes.values()):
+            process.kill()
+        self.disk.crash()
+        process = current()
+        if process is not None:
+            process.check()
+
+    async def _at_moments(self) -> None:
+        for fault in sorted((f for f in self.faults if not f.point), key=lambda fault: fault.at_s):
+            await asyncio.sleep(max(0.0, fault.at_s - self.clock.now))
+            candidates = self.alive(fault.role) if fault.role else []
+            self._hurt(fault, self._draw.choice(candidates) if candidates else None)
+
+    async def _heal(self) -> None:
+        """From now on nothing goes wrong any more."""
+        await asyncio.sleep(FAULTY_S)
+        self.is_healed = True
+        self.trace("healed")
+        self.line.is_down, self.line.lost_answers, self.line.refused, self.line.slow_s = False, 0.0, 0.0, 0.0
+        self.disk.is_full, self.network.lost = False, 0.0
+        for process in self.processes.values():
+            process.thaw()
+
+    # -- the user ----------------------------------------------------------------------------------------------------
+
+    async def _user(self, call: Any) -> Any:
+        """Call something of the gateway until it answers."""
+        while True:
+            for gateway in self.alive("gateway"):
+                task = gateway.run(call(gateway.ctx))
+                await asyncio.wait({task}, timeout=30)
+                if task.done() and not task.cancelled() and task.exception() is None:
+                    return task.result()
+                task.cancel()
+            await asyncio.sleep(0.5)
+
+    async def _submit(self, number: int) -> None:
+        submission = gateway_jobs.Submission(self.spec, "", f"key-{number}")
+        record, _ = await self._user(lambda ctx: gateway_jobs.submit(ctx, submission))
+        self.trace("submitted", record.id)
+        self.job_ids.append(record.id)
+
+    async def _cancel(self) -> None:
+        if self.job_ids:
+
+            async def cancel(ctx: Context) -> None:
+                try:
+                    await gateway_jobs.cancel(ctx, self.job_ids[0])
+                except StillhouseError:
+                    return  # it has ended
+
+            await self._user(cancel)
+
+    async def _ended(self) -> None:
+        """Until every job has ended and its final.json is there."""
+        while True:
+            if len(self.job_ids) == self.num_jobs:
+                roots = [self.artifacts.job(job_id).root for job_id in self.job_ids]
+                if all((root / "final.json").is_file() for root in roots) and not self._is_running():
+                    return
+            await asyncio.sleep(0.25)
+
+    def _is_running(self) -> bool:
+        return bool(self.server.call("ZRANGE", "sh:jobs:active", 0, -1))
+
+    def _spawn(self, coro: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        return asyncio.get_running_loop().create_task(coro, context=_empty())  # type: ignore[call-arg]
+
+    async def run(self) -> None:
+        """Everything from the first process to the last end."""
+        slots = ["gateway-1", "trainer-1", "trainer-2", "sampler-1", "sampler-2"]
+        for slot in slots + [f"teacher-{number}" for number in range(1, self.num_teachers + 1)]:
+            self.start(slot)
+        beside = [self._spawn(self._at_moments()), self._spawn(self._heal())]
+        users = [self._spawn(self._submit(number)) for number in range(self.num_jobs)]
+        try:
+            async with asyncio.timeout(FAULTY_S + HEALED_S):
+                await self._ended()
+        except TimeoutError:
+            states = {job_id: self.server.call("HGETALL", f"sh:job:{job_id}") for job_id in self.job_ids}
+            facts = {k: {n: v[n] for n in (b"status", b"status_reason", b"step") if n in v} for k, v in states.items()}
+            self.violate(f"hang: not ended {HEALED_S:g} s after everything was well: {facts}")
+        self.trace("ended")
+        await asyncio.sleep(QUIET_S)
+        self._is_over = True
+        for task in beside + users:
+            task.cancel()
+
+    def stop(self) -> None:
+        """Nothing of any process happens from now on."""
+        self._is_over = True
+        for process in self.processes.values():
+            process.is_dead = True
+            process.thaw()
+
+
+def _empty() -> Any:
+    import contextvars
+
+    return contextvars.Context()
+
+
+async def _gateway(ctx: Context) -> None:
+    """What of a gateway runs without being asked."""
+    beat = asyncio.create_task(heartbeat_forever(ctx, lambda: ("ready", ""), "", ""))
+    try:
+        await Sweeper(ctx).run()
+    finally:
+        beat.cancel()
+
+
+def is_expected(error: BaseException | None) -> bool:
+    """Errors that faults may end a process with."""
+    if isinstance(error, BaseExceptionGroup):
+        return all(is_expected(part) for part in error.exceptions)
+    if isinstance(error, InjectedError | SimulatedKill | UnavailableError | DeadlineError | asyncio.CancelledError):
+        return True
+    return isinstance(error, QUEUE_ERRORS) or is_no_space(error)
+
+
+class SimLog:
+    """A logger of a process; what crashed for no injected reason is a violation."""
+
+    def __init__(self, world: World, process: Process) -> None:
+        self._world = world
+        self._process = process
+
+    def bind(self, **_: Any) -> SimLog:
+        return self
+
+    def _say(self, level: str, message: str, **values: Any) -> None:
+        if self._world.is_verbose:
+            text = f"{self._world.clock.now:.6f} {self._process.name} {level} {message} {values}"
+            self._world.lines.append(text)
+
+    def debug(self, message: str, **values: Any) -> None:
+        return
+
+    def info(self, message: str, **values: Any) -> None:
+        self._say("info", message, **values)
+
+    def warning(self, message: str, **values: Any) -> None:
+        self._say("warning", message, **values)
+
+    def error(self, message: str, **values: Any) -> None:
+        self._say("error", message, **values)
+
+    def exception(self, message: str, **values: Any) -> None:
+        error = sys.exc_info()[1]
+        self._say("exception", message, error=repr(error))
+        if not is_expected(error):
+            text = "".join(traceback.format_exception(error)[-6:])
+            self._world.violate(f"crash: {self._process.name}: {message}: {error!r}\n{text}")
+
+
+def draw_job(draw: random.Random) -> JobSpec:
+    """A small job."""
+    per_step, size = draw.randint(1, 3), draw.randint(1, 2)
+    return JobSpec.model_validate(
+        {
+            "student": {"model": "student"},
+            "teachers": {"main": {"model": "teacher"}},
+            "seed": draw.randint(0, 1000),
+            "deterministic": draw.random() < 0.25,
+            "max_failed_fraction": 0.6,
+            "stages": [
+                {
+                    "data": {"rows": [{"prompt": f"row {number}"} for number in range(draw.randint(3, 7))]},
+                    "sampling": {"max_tokens": 6},
+                    "loss": {"objective": draw.choice(("policy_gradient", "full_vocabulary"))},
+                    "schedule": {
+                        "steps": draw.randint(3, 7),
+                        "prompts_per_step": per_step,
+                        "group_size": size,
+                        "max_staleness": draw.randint(0, 2),
+                        "micro_batch_tokens": 24,
+                    },
+                }
+            ],
+            "checkpoint": {"every_steps": draw.randint(1, 3), "keep_last": draw.randint(1, 3)},
+        }
+    )
+
+
+__all__ = ["PROCESS", "World"]
