@@ -373,6 +373,17 @@ def test_no_damaged_file_goes_unnoticed(tmp_path: Path) -> None:
     print(f"{number} damaged files, all noticed (seed {SEED})")
 
 
+def test_a_damaged_history_never_stops_the_oracle(tmp_path: Path) -> None:
+    """events.jsonl and metrics.jsonl are not hashed: they may be wrong, and the rest is still checked."""
+    job = finished(tmp_path)
+    draw = random.Random(SEED)
+    for path in [job.artifacts.events, job.artifacts.metrics] * 40:
+        data = path.read_bytes()
+        draw.choice((_flip, _truncate, _extend))(path, draw)
+        assert verify_job(job.artifacts, job.record).counts["steps"] == STEPS
+        path.write_bytes(data)
+
+
 def test_damage_on_which_nothing_rests_is_no_violation(tmp_path: Path) -> None:
     job = Job(tmp_path)
     job.open()

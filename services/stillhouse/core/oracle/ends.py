@@ -69,7 +69,7 @@ class EndChecks:
                 self._report.violate("reason", f"the job failed, and nothing says why: error is {error!r}")
         if status in TERMINAL:
             self._check_leftovers()
-            if self._lineage.head > int(self.end.get("epoch") or 0):
+            if self._lineage.head > _number(self.end.get("epoch")):
                 epoch = self.end.get("epoch")
                 message = f"the job ended '{status}' in epoch {epoch}, and epoch {self._lineage.head} has opened"
                 self._report.violate("final", message, epoch=self._lineage.head)
@@ -104,19 +104,27 @@ class EndChecks:
         for name, value in facts.items():
             if value != stop_step:
                 self._report.violate("success", f"the job succeeded with {name} = {value}, its end is step {stop_step}")
+        if self._spec.evaluation.data is not None:
+            self._check_measured(stop_step)
         if self.end.get("error"):
             self._report.violate("success", f"the job succeeded, and carries the error {self.end['error']!r}")
         check_export(self._artifacts, self._lineage, stop_step, self._report, deep=deep)
+
+    def _check_measured(self, stop_step: int) -> None:
+        """The held-out prompts were measured before the first step and after the last."""
+        for step in (0, stop_step):
+            if not (path := self._artifacts.evaluations / f"{step:08d}.json").is_file():
+                self._report.violate("success", f"the job succeeded, and {path} is missing", step=step)
 
     def _check_record(self, committed_step: int) -> None:
         """What the end or the record says was done is there, unless a damaged file explains its loss."""
         if self._report.damage or self._lineage.is_cut or self._report.broken_rules() & {"journal", "checkpoint"}:
             return
-        said = int(self.end.get("committed_step") or 0)
+        said = _number(self.end.get("committed_step"))
         if said > committed_step:
             message = f"checkpoint {said} was committed, the newest on the lineage is {committed_step}"
             self._report.violate("retention", message, step=said)
-        said = int(self.end.get("step") or 0)
+        said = _number(self.end.get("step"))
         if said > self._lineage.num_steps:
             message = f"{said} steps were trained, the lineage has journals of {self._lineage.num_steps}"
             self._report.violate("trained", message, step=said)
@@ -127,20 +135,22 @@ class EndChecks:
         end = ""
         walk = _Walk(self._report)
         for event in read_jsonl(self._artifacts.events):
-            data = event.get("data") or {}
+            data = event.get("data")
+            if not isinstance(data, dict):
+                continue  # a history may lose its last second; a flipped bit in it proves nothing
             if event.get("type") == "job.rewound":
                 self._check_rewound(data)
             if event.get("type") != "job.status":
                 continue
             self._report.counts["status_events"] += 1
-            status, epoch = data.get("status"), int(data.get("epoch") or 0)
+            status, epoch = data.get("status"), _number(data.get("epoch"))
             if status not in STATUSES:
                 self._report.violate("status", f"a state named {status!r}")
             elif status in TERMINAL:
                 if end:
                     self._report.violate("status", f"the job ended '{end}' and then '{status}'")
                 end = status
-            elif status in LED and end and epoch >= int(self.end.get("epoch") or 0):
+            elif status in LED and end and epoch >= _number(self.end.get("epoch")):
                 # an older epoch's word may come late: whoever said it was stopped by the fence
                 self._report.violate("status", f"the job ended '{end}' and was '{status}' afterwards", epoch=epoch)
             walk.step(epoch, status)
@@ -153,7 +163,7 @@ class EndChecks:
 
     def _check_rewound(self, data: dict[str, Any]) -> None:
         """A takeover may fall behind what was trained only if a file of those steps is damaged."""
-        was, now, epoch = int(data.get("from") or 0), int(data.get("to") or 0), int(data.get("epoch") or 0)
+        was, now, epoch = (_number(data.get(name)) for name in ("from", "to", "epoch"))
         if now >= was or self._report.damage or self._lineage.is_cut:
             return
         before = next((number for number in working_epochs(self._epochs) if number < epoch), None)
@@ -212,6 +222,11 @@ class EndChecks:
                     continue
                 if is_old:
                     self._report.violate("leftovers", f"{path} is left over; the job has ended")
+
+
+def _number(value: Any) -> int:
+    """A count in an event; 0 if it is none."""
+    return value if isinstance(value, int) else 0
 
 
 class _Walk:
