@@ -52,7 +52,8 @@ class Cell:
         return bool(self.violations) or not self.is_hit
 
     def as_json(self) -> dict[str, Any]:
-        return asdict(self)
+        facts = asdict(self)
+        return {"hit": facts.pop("is_hit"), **facts}
 
 
 def all_cells(seed: int) -> list[tuple[str, str]]:
@@ -72,11 +73,13 @@ def diagonal(seed: int) -> list[tuple[str, str]]:
 def run_cell(chaos: Chaos, point: str, action: str, seed: int) -> Cell:
     """Run one cell. What goes wrong is in its violations; nothing is raised."""
     cell = Cell(point, action, seed)
+    play = _Play(chaos, cell)
     try:
-        _Play(chaos, cell).run()
+        play.run()
     except AssertionError as error:
         cell.violations.append(str(error)[:4000])
     finally:
+        play.clients.shutdown(wait=False)
         chaos.disarm()
     return cell
 

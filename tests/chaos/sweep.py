@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +46,17 @@ def run_cells(chaos: Chaos, cells: Sequence[tuple[str, str]], seed: int, results
 
 def write(results: Path, cell: Cell, seconds: float) -> None:
     """Append a cell to the results and say how it went."""
-    line = {"commit": commit(), **cell.as_json(), "seconds": seconds}
-    with results.open("a") as stream:
-        stream.write(json.dumps(line) + "\n")
+    append(results, {**cell.as_json(), "seconds": seconds})
     verdict = "VIOLATED" if cell.violations else "ok" if cell.is_hit else "NOT REACHED"
     recovery = f"recovery {cell.recovery_s:.1f} s" if cell.recovery_s is not None else ""
     print(f"{cell.point:28} {cell.action:6} {verdict:12} {cell.status:10} {recovery:16} {seconds:.1f} s", flush=True)
     for violation in cell.violations:
         print(f"    {violation}", flush=True)
+
+
+def append(results: Path, line: dict[str, Any]) -> None:
+    with results.open("a") as stream:
+        stream.write(json.dumps({"commit": commit(), **line}) + "\n")
 
 
 def commit() -> str:
@@ -113,6 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bad = [cell for cell in cells if cell.is_bad]
     if kills:
         print(kills.text())
+        append(results, {"point": "random kills", **asdict(kills)})
     print(f"seed {options.seed}, results in {results}")
     if options.home is None and not bad and not (kills and kills.violations):
         shutil.rmtree(home, ignore_errors=True)
