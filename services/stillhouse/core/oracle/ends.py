@@ -230,7 +230,7 @@ def _number(value: Any) -> int:
 
 
 class _Walk:
-    """The states that a trainer announces under one claim: forward only, except back from a stall."""
+    """The states that a trainer announces under one claim: never back, except from a stall. It may say one twice."""
 
     def __init__(self, report: Report) -> None:
         self._report = report
@@ -243,7 +243,7 @@ class _Walk:
         if status not in LED:
             return
         last = self._last.get(epoch)
-        if last is not None and LED.index(status) <= LED.index(last) and epoch not in self._stalled:
+        if last is not None and LED.index(status) < LED.index(last) and epoch not in self._stalled:
             self._report.violate("status", f"'{status}' came after '{last}' in epoch {epoch}", epoch=epoch)
         self._last[epoch] = status
 
