@@ -23,7 +23,6 @@ from stillhouse.trainer import manifests
 from stillhouse.trainer.journal import encode, read_step
 from stillhouse.trainer.ledger import Ledger
 from stillhouse.trainer.prompts import PromptOrder, sample_seed
-from stillhouse.trainer.retention import retain
 from stillhouse.v1 import journal_pb2, rollout_pb2
 from tests.cluster import job_spec
 
@@ -150,8 +149,15 @@ class Job:
         if not is_zombie:
             self.set(committed_step=self.step)
             self.event("checkpoint.saved", step=self.step)
-            retain(self.artifacts, self.spec.checkpoint.keep_last, self.base)
+            self.clean_up()
         return self.last
+
+    def clean_up(self) -> None:
+        """Keep the newest two checkpoints and what the epoch opened from."""
+        refs = manifests.list_manifests(self.artifacts)
+        for ref in refs[:-2]:
+            if ref != self.base:
+                shutil.rmtree(ref.folder(self.artifacts))
 
     def finish(self, status: str = "succeeded", error: dict[str, Any] | None = None, *, export: bool = True) -> None:
         """Export and end."""
