@@ -81,9 +81,18 @@ def fsync_file(path: Path) -> None:
         os.close(fd)
 
 
+def make_dirs(folder: Path) -> None:
+    """Create a folder and the missing ones above it, durably: a file is lost with a folder whose name was not synced."""
+    if folder.is_dir():
+        return
+    make_dirs(folder.parent)
+    folder.mkdir(exist_ok=True)
+    fsync_dir(folder.parent)
+
+
 def write_atomic(path: Path, data: bytes, *, mode: int = 0o644) -> None:
     """Replace `path` by `data`, durably: temp, fsync, rename, fsync of the folder. A reader sees old or new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_dirs(path.parent)
     temp = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
@@ -227,7 +236,7 @@ def staged_dir(target: Path) -> Iterator[Staged]:
     Raises:
         FileExistsError: `target` exists: committed folders are never overwritten.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_dirs(target.parent)
     staged = Staged(target.with_name(f"tmp.{target.name}.{secrets.token_hex(4)}"), target)
     staged.path.mkdir()
     try:

@@ -19,6 +19,7 @@ from typing import Any, Final
 from stillhouse.core.blobs import (
     JobArtifacts,
     fsync_dir,
+    make_dirs,
     read_json,
     sealed,
     sha256_bytes,
@@ -164,7 +165,8 @@ def open_epoch(
         raise LeaseLostError(f"epoch {previous} is open already, cannot open {epoch}")
     opening = _opening(artifacts, previous, epoch, on_damage, lag)
     folder = artifacts.epoch(epoch)
-    artifacts.epochs.mkdir(parents=True, exist_ok=True)
+    make_dirs(artifacts.epochs)
+    fsync_dir(artifacts.root)  # whoever made `epochs` may have died before it was durable
     try:
         folder.mkdir()
     except FileExistsError:
@@ -303,6 +305,30 @@ def _refs(artifacts: JobArtifacts, epoch: int) -> Iterator[ManifestRef]:
 def _journalled_steps(artifacts: JobArtifacts, epoch: int) -> list[int]:
     folder = artifacts.epoch(epoch) / "steps"
     return [int(path.stem) for path in folder.glob("*.journal")] if folder.is_dir() else []
+
+
+@dataclass(frozen=True, slots=True)
+class LineageRefs:
+    """The checkpoints behind the weights of a job."""
+
+    manifests: list[ManifestRef]
+    """Oldest first; some may be deleted."""
+    base: ManifestRef | None
+    """What the newest epoch opened from."""
+    is_whole: bool
+    """It reaches back to the start of the job."""
+
+
+def lineage(artifacts: JobArtifacts, *, has_ended: bool = False) -> LineageRefs | None:
+    """Of the newest epoch; None if that is being opened just now. When the job `has_ended` nobody opens one."""
+    for epoch in range(artifacts.highest_epoch(), 0, -1):
+        past = _past(artifacts, epoch, lambda _: None)
+        if past is not None:
+            opened = (_read(artifacts.epoch(epoch) / OPENED) or {}).get("opened_from") if past.is_whole else None
+            return LineageRefs(past.manifests, ManifestRef(**opened) if opened else None, past.is_whole)
+        if not has_ended:
+            return None
+    return None
 
 
 def size_bytes(artifacts: JobArtifacts, ref: ManifestRef | None) -> int | None:

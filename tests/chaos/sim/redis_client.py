@@ -110,6 +110,10 @@ class SimRedis:
     async def aclose(self) -> None:
         return
 
+    async def info(self, section: str) -> Any:
+        await self._do("PING")
+        return {"used_memory": 0, "maxmemory": 0}
+
     async def ping(self) -> Any:
         return await self._do("PING")
 

@@ -60,6 +60,7 @@ def simulate(seed: int, plant: Plant | None = None, *, is_verbose: bool = False)
         with virtual_time(clock, draw) as loop, ExitStack() as stack:
             world = World(seed, root, clock, draw)
             world.is_verbose = is_verbose
+            world.artifacts.root.mkdir()  # what the first gateway of a deployment does
             stack.enter_context(world.disk.installed())
             stack.enter_context(_in_place_of_heavy_parts(world))
             stack.enter_context(plant(world) if plant else nullcontext())

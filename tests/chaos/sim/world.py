@@ -376,24 +376,24 @@ class SimLog:
     def bind(self, **_: Any) -> SimLog:
         return self
 
-    def _say(self, level: str, message: str, **values: Any) -> None:
+    def _say(self, level: str, message: str, /, **values: Any) -> None:
         if self._world.is_verbose:
             text = f"{self._world.clock.now:.6f} {self._process.name} {level} {message} {values}"
             self._world.lines.append(text)
 
-    def debug(self, message: str, **values: Any) -> None:
+    def debug(self, message: str, /, **values: Any) -> None:
         return
 
-    def info(self, message: str, **values: Any) -> None:
+    def info(self, message: str, /, **values: Any) -> None:
         self._say("info", message, **values)
 
-    def warning(self, message: str, **values: Any) -> None:
+    def warning(self, message: str, /, **values: Any) -> None:
         self._say("warning", message, **values)
 
-    def error(self, message: str, **values: Any) -> None:
+    def error(self, message: str, /, **values: Any) -> None:
         self._say("error", message, **values)
 
-    def exception(self, message: str, **values: Any) -> None:
+    def exception(self, message: str, /, **values: Any) -> None:
         error = sys.exc_info()[1]
         self._say("exception", message, error=repr(error))
         if not is_expected(error):
