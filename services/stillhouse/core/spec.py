@@ -256,7 +256,9 @@ class CheckpointSpec(Closed):
     max_redo_s: float = Field(default=60, ge=1, le=86_400)
     """And at the latest after so many seconds of training, so that a crash costs no more."""
     keep_last: int = Field(default=2, ge=1, le=1000)
-    """Older checkpoints are deleted."""
+    """Older checkpoints are deleted. At least two that verify are always kept."""
+    keep_best: int = Field(default=1, ge=0, le=1000)
+    """Of the checkpoints that were evaluated, so many with the lowest held-out reverse KL stay, however old."""
 
 
 class EvaluationSpec(Closed):

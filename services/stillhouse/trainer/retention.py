@@ -1,24 +1,150 @@
-"""Which checkpoints stay: the newest, the best, and whatever a claim may need to start from."""
+"""Which checkpoints stay: the newest, the best, and whatever a claim may need to start from.
+
+    committed -> kept: one of the newest `keep_last` (at least two) that verify, or newer than those; one of the best
+                 `keep_best` by held-out reverse KL; the base of the newest epoch; for a deterministic job the newest
+                 that lies `lag` steps back, whose replay gives the old versions again
+              -> gone: renamed to tmp.gone.*, then deleted. So no reader finds half of one
+
+What is kept is hashed before anything goes: a checkpoint that rotted on disk is no reason to delete an older, good one.
+Journals always stay: they are the ledger.
+"""
 
 from __future__ import annotations
 
+import secrets
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
 
-from stillhouse.core.blobs import JobArtifacts
+from stillhouse.core.blobs import JobArtifacts, fsync_dir, read_json
+from stillhouse.core.errors import CorruptError, NotFoundError
 from stillhouse.core.failpoints import failpoint
-from stillhouse.trainer.manifests import ManifestRef, list_manifests
+from stillhouse.trainer.manifests import ManifestRef, lineage, list_manifests, verify
+
+KEEP_AT_LEAST: Final = 2
+"""The newest may turn out to be damaged on disk."""
+GONE: Final = "tmp.gone."
+_good: set[tuple[Path, str]] = set()
+"""Manifests that verified in this process, by folder and hash: a checkpoint of 2 GiB is hashed once, not per commit."""
 
 
-def retain(artifacts: JobArtifacts, keep_last: int, base: ManifestRef | None) -> int:
-    """Delete all but the newest checkpoints; never the one that this epoch opened from. Returns how many went.
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What a job's spec says about its checkpoints."""
 
-    Two are kept at least: the newest may turn out to be damaged on disk.
-    """
-    keep = set(list_manifests(artifacts)[-max(keep_last, 2) :])
-    if base is not None:
-        keep.add(base)
-    gone = [ref for ref in list_manifests(artifacts) if ref not in keep]
+    keep_last: int
+    keep_best: int = 0
+    lag: int = 0
+    """Steps that the base of a deterministic job must lie back."""
+
+
+def retain(
+    artifacts: JobArtifacts,
+    keep_last: int,
+    base: ManifestRef | None,
+    *,
+    keep_best: int = 0,
+    lag: int = 0,
+    on_damage: Callable[[str], None] = lambda _: None,
+) -> int:
+    """Delete the checkpoints of a running job that may go; `base` is what its epoch opened from. Returns how many."""
+    gone = superfluous(artifacts, Policy(keep_last, keep_best, lag), on_damage)
     for ref in gone:
-        shutil.rmtree(ref.folder(artifacts), ignore_errors=True)
-        failpoint("trainer.retaining", ref.name)
-    return len(gone)
+        if ref != base:
+            delete(artifacts, ref)
+    clear_gone(artifacts)
+    return len([ref for ref in gone if ref != base])
+
+
+def superfluous(
+    artifacts: JobArtifacts,
+    policy: Policy,
+    on_damage: Callable[[str], None] = lambda _: None,
+    *,
+    has_ended: bool = False,
+) -> list[ManifestRef]:
+    """The checkpoints that may go, oldest first; none as long as too few are known to be good."""
+    past = lineage(artifacts, has_ended=has_ended)
+    if past is None:  # a claim opens its epoch at this moment: what it opens from is not known
+        return []
+    on_disk = list_manifests(artifacts)
+    known = [ref for ref in past.manifests if ref in on_disk]
+    kept = _newest(artifacts, known, max(policy.keep_last, KEEP_AT_LEAST), on_damage)
+    if len(kept) == len(known) and len(known) == len(on_disk):
+        return []
+    kept |= _best(artifacts, known, policy.keep_best, on_damage)
+    if policy.lag and known:
+        start = known[-1].step - policy.lag
+        kept |= {ref for ref in known if ref.step > start}  # what lies back far enough later on is among these
+        kept |= _newest(artifacts, [ref for ref in known if ref.step <= start], 1, on_damage)
+    if past.base is not None:
+        kept.add(past.base)
+    # where the lineage is not whole, what looks like a zombie's may be ours
+    return [ref for ref in (on_disk if past.is_whole else known) if ref not in kept]
+
+
+def _newest(
+    artifacts: JobArtifacts, refs: list[ManifestRef], number: int, on_damage: Callable[[str], None]
+) -> set[ManifestRef]:
+    """The newest `number` that verify and all that are newer; every one, if fewer verify."""
+    kept: set[ManifestRef] = set()
+    for ref in reversed(refs):
+        kept.add(ref)
+        number -= _is_good(artifacts, ref, on_damage)
+        if number == 0:
+            break
+    return kept
+
+
+def _best(
+    artifacts: JobArtifacts, refs: list[ManifestRef], number: int, on_damage: Callable[[str], None]
+) -> set[ManifestRef]:
+    """Those with the lowest held-out reverse KL that verify."""
+    measured = [(value, ref) for ref in refs if (value := _reverse_kl(artifacts, ref.step)) is not None]
+    best: set[ManifestRef] = set()
+    for _, ref in sorted(measured, key=lambda pair: (pair[0], -pair[1].step)):
+        if len(best) == number:
+            break
+        if _is_good(artifacts, ref, on_damage):
+            best.add(ref)
+    return best
+
+
+def _reverse_kl(artifacts: JobArtifacts, step: int) -> float | None:
+    try:
+        return float(read_json(artifacts.evaluations / f"{step:08d}.json")["reverse_kl"])
+    except (NotFoundError, CorruptError, KeyError, TypeError):
+        return None
+
+
+def _is_good(artifacts: JobArtifacts, ref: ManifestRef, on_damage: Callable[[str], None]) -> bool:
+    key = (ref.folder(artifacts), ref.sha256)
+    if key not in _good:
+        try:
+            verify(artifacts, ref)
+        except (CorruptError, OSError) as error:
+            on_damage(str(error))
+            return False
+        _good.add(key)
+    return True
+
+
+def delete(artifacts: JobArtifacts, ref: ManifestRef) -> None:
+    """Delete a checkpoint: at once for every reader, and for good in the end."""
+    folder = ref.folder(artifacts)
+    doomed = folder.with_name(f"{GONE}{ref.name}.{secrets.token_hex(4)}")
+    try:
+        folder.rename(doomed)
+    except FileNotFoundError:  # another process was faster
+        return
+    fsync_dir(folder.parent)
+    failpoint("trainer.retaining", ref.name)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def clear_gone(artifacts: JobArtifacts) -> None:
+    """Delete what a process died over."""
+    for path in artifacts.epochs.glob(f"*/manifests/{GONE}*"):
+        shutil.rmtree(path, ignore_errors=True)

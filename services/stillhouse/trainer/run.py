@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -58,6 +58,8 @@ class Run:
     space: Space
     ledger: Ledger
     """What the learner consumed."""
+    on_damage: Callable[[str], None]
+    """Told about files that do not verify."""
     held_out: HeldOut | None = None
     step_done: int = 0
     """Optimizer steps in the learner."""
@@ -266,7 +268,15 @@ class Run:
         await self.jobs.event(
             self.scope.job_id, "checkpoint.saved", f"checkpoint at step {step}", step=step, name=ref.name
         )
-        await asyncio.to_thread(retain, self.artifacts, self.spec.checkpoint.keep_last, self.opening.base)
+        await asyncio.to_thread(
+            retain,
+            self.artifacts,
+            self.spec.checkpoint.keep_last,
+            self.opening.base,
+            keep_best=self.spec.checkpoint.keep_best,
+            lag=self.stage.schedule.max_staleness if self.spec.deterministic else 0,
+            on_damage=self.on_damage,
+        )
 
     # -- Evaluator ---------------------------------------------------------------------------------------------------
 

@@ -91,6 +91,7 @@ class Start:
             stop_ids=stop_token_ids(student),
             threads=threads,
             space=self.space,
+            on_damage=lambda message: self.log.error("a checkpoint does not verify", error=message),
             step_done=first_step,
             ledger=ledger,
         )
