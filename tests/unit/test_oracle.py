@@ -268,6 +268,8 @@ EDITS: dict[str, tuple[str, Callable[[Job], Any]]] = {
     "starting after running": ("status", lambda job: job.event("job.status", status="starting", epoch=1)),
     "an unknown state": ("status", lambda job: job.event("job.status", status="happy")),
     "no export": ("success", lambda job: (job.run(STEPS), job.finish(export=False))),
+    "one checkpoint left": ("retention", lambda job: (job.run(4), _take_oldest(job))),
+    "no newest checkpoint": ("retention", lambda job: (job.run(4), _take_oldest(job), _take_oldest(job))),
     "a leftover folder": ("leftovers", lambda job: (_leftover(job), job.finish("cancelled"))),
     "a metric without a journal": ("trained", lambda job: job.train(4, job.scores(4))),
     "work without opened.json": ("lineage", lambda job: (job.artifacts.epoch(1) / "opened.json").unlink()),
@@ -282,6 +284,10 @@ def _retokened(score: rollout_pb2.Score) -> rollout_pb2.Score:
 
 def _journal(job: Job, step: int) -> Path:
     return job.artifacts.journal(1, step)
+
+
+def _take_oldest(job: Job) -> None:
+    shutil.rmtree(manifests.list_manifests(job.artifacts)[0].folder(job.artifacts))
 
 
 def _leftover(job: Job) -> None:

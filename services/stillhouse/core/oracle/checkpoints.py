@@ -51,6 +51,7 @@ class CheckpointChecks:
         """Order, parents and ledgers of the lineage's checkpoints."""
         self._check_order(epochs)
         self._check_base(epochs)
+        self._check_pair()
         for checkpoint, document in self.documents.items():
             self._check_facts(checkpoint, document)
             self._check_ledger(checkpoint, document, sums)
@@ -156,6 +157,20 @@ class CheckpointChecks:
         if found is not None and found.sha256 != base.sha256:
             message = f"{base.name} has sha256 {found.sha256[:12]}, epoch {head.number} opened from {base.sha256[:12]}"
             self._report.violate("checkpoint", message, epoch=base.epoch, step=base.step)
+
+    def _check_pair(self) -> None:
+        """Clean-up leaves two checkpoints of the lineage: the newest may turn out to be damaged.
+
+        A fall-back over a damaged one leaves one, and so does that of a deterministic job to older versions.
+        """
+        left = self._lineage.checkpoints
+        is_excused = self._spec.deterministic or self._report.damage or "checkpoint" in self._report.broken_rules()
+        if len(left) != 1 or is_excused:
+            return
+        parent = self.documents.get(left[0], {}).get("parent")
+        if parent is not None:
+            message = f"{left[0].name} is the only checkpoint left; clean-up took the one before: {parent}"
+            self._report.violate("retention", message, epoch=left[0].epoch, step=left[0].step)
 
     def _is_broken(self, epochs: dict[int, Epoch], base: Base) -> bool:
         epoch = epochs.get(base.epoch)
