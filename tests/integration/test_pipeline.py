@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from stillhouse.core.errors import UnavailableError
 from stillhouse.core.queue import keys
+from stillhouse.core.tensors import ids_list
 from stillhouse.sampler.service import SamplerServicer
+from stillhouse.teacher import messages as teacher_messages
 from stillhouse.trainer import manifests
 from stillhouse.trainer.journal import read_step
 from tests.cluster import Cluster, cluster, job_spec
@@ -55,9 +57,12 @@ async def at_step(made: Cluster, job_id: str, step: int) -> None:
     [
         {"objective": "full_vocabulary", "divergence": "reverse_kl"},
         {"objective": "full_vocabulary", "divergence": "forward_kl"},
+        {"objective": "full_vocabulary", "divergence": "jsd", "beta": 0.5, "beta_rescale": True},
         {"objective": "policy_gradient", "advantage_clip": 5.0, "reduction": "seq_mean_token_mean"},
+        {"objective": "top_k", "k": 128, "divergence": "reverse_kl"},
+        {"objective": "top_k", "k": 128, "divergence": "forward_kl", "correction": "generalised"},
     ],
-    ids=["reverse_kl", "forward_kl", "policy_gradient"],
+    ids=["reverse_kl", "forward_kl", "jsd", "policy_gradient", "top_k reverse", "top_k forward"],
 )
 async def test_a_job_makes_a_better_student(deployment: Cluster, loss: dict[str, Any]) -> None:
     held_out = [{"prompt": f"tell me about {word}"} for word in ("tea", "rain", "bread", "maps")]
@@ -82,19 +87,31 @@ async def test_a_job_makes_a_better_student(deployment: Cluster, loss: dict[str,
     assert await deployment.ctx.queue.length(keys.scored(job_id, record.epoch)) == 0
 
 
-@pytest.mark.parametrize("objective", ["full_vocabulary", "policy_gradient"])
+@pytest.mark.parametrize("objective", ["full_vocabulary", "policy_gradient", "top_k"])
 async def test_a_student_that_is_its_teacher_has_nothing_to_learn(deployment: Cluster, objective: str) -> None:
     """Through the whole pipeline: templates, alignment, wire, heads. An off-by-one anywhere gives nats, not 1e-4."""
     job_id = await deployment.submit(
         job_spec(
             teachers__main__model="student",
-            stages__0__loss={"objective": objective},
+            stages__0__loss={"objective": objective, **({"k": 16} if objective == "top_k" else {})},
             stages__0__schedule={"steps": 1, "prompts_per_step": 5, "group_size": 2, "max_staleness": 0},
         )
     )
     assert (await deployment.ended(job_id)).status == "succeeded"
     (reverse_kl,) = await metrics(deployment, job_id, "loss/reverse_kl/mean")
     assert abs(reverse_kl) <= 1e-4
+
+
+async def test_a_top_k_that_is_too_big_for_the_queue_is_fetched(
+    deployment: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the journal holds it, so that a replay needs no teacher."""
+    monkeypatch.setattr(teacher_messages, "INLINE_BYTES", 0)
+    job_id = await deployment.submit(job_spec(stages__0__loss={"objective": "top_k", "k": 8}))
+    assert (await deployment.ended(job_id)).status == "succeeded"
+    for score in read_step(deployment.ctx.artifacts.job(job_id).journal(1, 0)).scores:
+        assert not score.topk.HasField("blob")
+        assert list(score.topk.teacher_topk_ids.shape) == [len(ids_list(score.rollout.completion_ids)), 8]
 
 
 async def test_sampler_and_trainer_agree_at_equal_weights_at_every_step(deployment: Cluster) -> None:

@@ -192,7 +192,23 @@ _KNOBS = {
 """Fields that only some divergences read: given with another, they would be ignored in silence."""
 
 
-LossSpec = Annotated[PolicyGradientLoss | FullVocabularyLoss, Field(discriminator="objective")]
+class TopKLoss(Closed):
+    """KL over the tokens the teacher finds likeliest, with what is outside accounted for: 8*k bytes a token."""
+
+    objective: Literal["top_k"]
+    """Selects this loss."""
+    divergence: Literal["reverse_kl", "forward_kl"] = "reverse_kl"
+    """reverse_kl: KL(student || teacher), mode-seeking. forward_kl: KL(teacher || student), mass-covering."""
+    correction: Literal["tail", "generalised"] = "tail"
+    """tail: all other tokens are one more bucket. generalised: terms -p + q make the mass on the k tokens right. Leaving
+    the rest out, or renormalising over the k tokens, would train towards another distribution and is not offered."""
+    k: int = Field(default=64, ge=1, le=1024)
+    """Tokens per position."""
+    reduction: Literal["token_mean", "seq_mean_token_mean"] = "token_mean"
+    """As in policy_gradient."""
+
+
+LossSpec = Annotated[PolicyGradientLoss | TopKLoss | FullVocabularyLoss, Field(discriminator="objective")]
 
 
 class OptimizerSpec(Closed):

@@ -39,6 +39,10 @@ class TrainSample:
     """Oldest weights that wrote a token of it."""
     finish_reason: int
     """`v1.FinishReason`."""
+    topk_ids: np.ndarray | None = None
+    """[T, K] int32 - the teacher's likeliest tokens at each position."""
+    topk_logprobs: np.ndarray | None = None
+    """[T, K] float16 or float32, nats - under the teacher's whole distribution, at the same temperature."""
 
     def __post_init__(self) -> None:
         num_tokens = len(self.completion_ids)
@@ -47,7 +51,7 @@ class TrainSample:
                 f"sample {self.sample_id}: {len(self.prompt_ids)} prompt and {num_tokens} completion tokens; "
                 "both need one at least"
             )
-        for name in ("loss_mask", "rollout_logprobs", "teacher_logprobs", "hidden"):
+        for name in ("loss_mask", "rollout_logprobs", "teacher_logprobs", "hidden", "topk_ids", "topk_logprobs"):
             array = getattr(self, name)
             if array is not None and len(array) != num_tokens:
                 raise WireError(f"sample {self.sample_id}: {len(array)} rows of {name} for {num_tokens} tokens")

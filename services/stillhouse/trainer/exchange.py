@@ -233,10 +233,10 @@ class Exchange:
             # nobody waits for it: a group that was given up, or a second score of the same sample
             await self._remove([entry])
             return
-        if score.WhichOneof("result") == "hidden":
+        if _is_elsewhere(score):
             try:
                 async with self._fetches:
-                    sample.hidden = await self._fetch(score)
+                    await self._fetch(sample)
             except (StillhouseError, RedisError) as error:
                 await self._retry_scoring(sample, str(error))
                 return
@@ -251,17 +251,22 @@ class Exchange:
             samples = sorted(pending.arrived.values(), key=lambda sample: sample.score.rollout.index)
             pending.future.set_result(ScoredGroup(pending.group, samples))
 
-    async def _fetch(self, score: rollout_pb2.Score) -> np.ndarray:
-        """Hidden states of a score from the teacher that holds them."""
-        blob = score.hidden.blob
+    async def _fetch(self, sample: ScoredSample) -> None:
+        """Complete a sample with the payload that the teacher holds."""
+        score = sample.score
+        payload = score.hidden if score.WhichOneof("result") == "hidden" else score.topk
+        blob = payload.blob
         info = await self._registry.find("teacher", blob.instance)
         peer = self._peers.get(info.address, teacher_pb2_grpc.TeacherServiceStub, f"teacher {blob.instance}")
         request = teacher_pb2.FetchScoreRequest(blob=blob, release=True)
         parts = peer.stream("FetchScore", request, timeout_s=FETCH_TIMEOUT_S)
-        data = await collect((part.chunk async for part in parts), blob.size_bytes, score.rollout.sample_id)
+        data = await collect((part.chunk async for part in parts), blob.size_bytes, sample.sample_id)
         if xxh3(data) != blob.xxh3_128:
-            raise WireError(f"sample {score.rollout.sample_id}: the hidden states do not match their checksum")
-        return from_bytes(data, score.hidden.dtype, score.hidden.shape)
+            raise WireError(f"sample {sample.sample_id}: the payload does not match its checksum")
+        if isinstance(payload, rollout_pb2.HiddenScore):
+            sample.hidden = from_bytes(data, payload.dtype, payload.shape)
+        else:
+            score.topk.CopyFrom(rollout_pb2.TopKScore.FromString(bytes(data)))
 
     async def _retry_scoring(self, sample: ScoredSample, error: str) -> None:
         rollout = sample.score.rollout
@@ -300,6 +305,12 @@ class Exchange:
                 f"{self.num_failed} of {self.num_ended} samples failed, more than max_failed_fraction "
                 f"{max_fraction:g}; the events of the job name the reasons"
             )
+
+
+def _is_elsewhere(score: rollout_pb2.Score) -> bool:
+    """Its payload is with the teacher: hidden states always are, a top k when it is too big for the queue."""
+    kind = score.WhichOneof("result")
+    return kind == "hidden" or (kind == "topk" and score.topk.HasField("blob"))
 
 
 def _closed(scope: Scope) -> StillhouseError:

@@ -84,6 +84,8 @@ class Learner:
         """
         if self.stage.loss.objective == "full_vocabulary":
             _require_hidden(samples, heads)
+        elif self.stage.loss.objective == "top_k":
+            _require_topk(samples, self.stage.loss.k)
         weights = loss_weights(
             samples, [self.teachers[sample.teacher].weight for sample in samples], self.stage.loss.reduction
         )
@@ -212,7 +214,11 @@ class Learner:
 
     def _teacher_rows(self, batch: MicroBatch, heads: Mapping[str, TeacherHead], *, full: bool) -> TeacherRows:
         if not full:
-            return TeacherRows(logprobs=self._tensor(batch.teacher_logprobs))
+            return TeacherRows(
+                logprobs=self._tensor(batch.teacher_logprobs),
+                topk_ids=None if batch.topk_ids is None else self._tensor(batch.topk_ids),
+                topk_logprobs=None if batch.topk_logprobs is None else self._tensor(batch.topk_logprobs),
+            )
         assert batch.hidden is not None, "checked by _require_hidden"
         head = self._teacher_head(batch.teacher, heads[batch.teacher])
         if batch.hidden.shape[1] != head.weight.shape[1]:
@@ -242,6 +248,12 @@ class Learner:
             raise WireError(
                 f"sample {sample.sample_id}: token id {batch.ids[bad[0]]} is outside the vocabulary of {vocab_size} "
                 f"that student and teacher '{sample.teacher}' share"
+            )
+        named = batch.topk_ids
+        if named is not None and named.size and not 0 <= named.min() <= named.max() < vocab_size:
+            raise WireError(
+                f"teacher '{batch.teacher}' names token ids {named.min()} to {named.max()} among its likeliest; the "
+                f"student's vocabulary has {vocab_size}"
             )
 
     def _tensor(self, array: np.ndarray) -> Tensor:
@@ -312,6 +324,17 @@ def _require_hidden(samples: Sequence[TrainSample], heads: Mapping[str, TeacherH
         if sample.teacher not in heads:
             raise WireError(
                 f"sample {sample.sample_id}: no output head of teacher '{sample.teacher}'; got those of {sorted(heads)}"
+            )
+
+
+def _require_topk(samples: Sequence[TrainSample], k: int) -> None:
+    """Refuse samples without the teacher's k likeliest tokens."""
+    for sample in samples:
+        found = 0 if sample.topk_ids is None else sample.topk_ids.shape[1]
+        if found != k:
+            raise WireError(
+                f"sample {sample.sample_id}: {found} likeliest tokens of teacher '{sample.teacher}' per position, the "
+                f"objective needs {k}"
             )
 
 

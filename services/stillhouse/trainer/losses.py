@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stillhouse.core.spec import FullVocabularyLoss, LossSpec, PolicyGradientLoss
+from stillhouse.core.spec import FullVocabularyLoss, LossSpec, PolicyGradientLoss, TopKLoss
 from stillhouse.trainer.objectives.base import Head, Objective, StudentChunk, TeacherRows
 from stillhouse.trainer.objectives.full_vocabulary import (
     EntropyMix,
@@ -25,6 +25,7 @@ from stillhouse.trainer.objectives.full_vocabulary import (
     SkewReverseKL,
 )
 from stillhouse.trainer.objectives.sampled import PolicyGradient
+from stillhouse.trainer.objectives.topk import TopK
 
 CHUNK_ROWS = 512
 """Rows whose logits exist at once: the weight gradient is read and written once per chunk, which below 256 rows costs
@@ -36,6 +37,8 @@ def make_objective(spec: LossSpec) -> Objective:
     match spec:
         case PolicyGradientLoss():
             return PolicyGradient(spec.advantage_clip)
+        case TopKLoss():
+            return TopK("reverse" if spec.divergence == "reverse_kl" else "forward", spec.correction)
         case FullVocabularyLoss():
             return _divergence(spec)
 

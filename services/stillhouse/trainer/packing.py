@@ -87,6 +87,10 @@ class MicroBatch:
     """[R] float32."""
     hidden: np.ndarray | None
     """[R, D] float16 or float32."""
+    topk_ids: np.ndarray | None
+    """[R, K] int64."""
+    topk_logprobs: np.ndarray | None
+    """[R, K] float32."""
 
 
 def collate(samples: Sequence[TrainSample], indices: Sequence[int], weights: Sequence[float]) -> MicroBatch:
@@ -110,6 +114,7 @@ def collate(samples: Sequence[TrainSample], indices: Sequence[int], weights: Seq
         return np.concatenate([getattr(sample, name)[kept] for sample, kept in zip(chosen, rows, strict=True)])
 
     has_hidden = all(sample.hidden is not None for sample in chosen)
+    has_topk = all(sample.topk_ids is not None for sample in chosen)
     counts = [len(kept) for kept in rows]
     return MicroBatch(
         teacher=teachers[0],
@@ -122,4 +127,6 @@ def collate(samples: Sequence[TrainSample], indices: Sequence[int], weights: Seq
         rollout_logprobs=gather("rollout_logprobs").astype(np.float32),
         teacher_logprobs=gather("teacher_logprobs").astype(np.float32),
         hidden=gather("hidden") if has_hidden else None,
+        topk_ids=gather("topk_ids").astype(np.int64) if has_topk else None,
+        topk_logprobs=gather("topk_logprobs").astype(np.float32) if has_topk else None,
     )

@@ -14,7 +14,7 @@ from stillhouse.core.errors import JobFailedError, NonFiniteError
 from stillhouse.core.failpoints import failpoint
 from stillhouse.core.queue.jobs import JobStore
 from stillhouse.core.queue.streams import Scope
-from stillhouse.core.spec import FullVocabularyLoss, JobSpec, StageSpec
+from stillhouse.core.spec import FullVocabularyLoss, JobSpec, PolicyGradientLoss, StageSpec, TopKLoss
 from stillhouse.core.tensors import DTYPE_NAMES
 from stillhouse.trainer import manifests
 from stillhouse.trainer.batch import TeacherHead, TrainSample
@@ -310,14 +310,16 @@ class Run:
         )
 
     def _score_spec(self) -> rollout_pb2.ScoreSpec:
-        loss = self.stage.loss
-        if isinstance(loss, FullVocabularyLoss):
-            return rollout_pb2.ScoreSpec(
-                kind=rollout_pb2.SCORE_KIND_HIDDEN,
-                temperature=self.stage.sampling.temperature,
-                dtype=DTYPE_NAMES[loss.hidden_dtype],
-            )
-        return rollout_pb2.ScoreSpec(kind=rollout_pb2.SCORE_KIND_SAMPLED, temperature=self.stage.sampling.temperature)
+        loss, temperature = self.stage.loss, self.stage.sampling.temperature
+        match loss:
+            case FullVocabularyLoss():
+                kind, dtype = rollout_pb2.SCORE_KIND_HIDDEN, DTYPE_NAMES[loss.hidden_dtype]
+                return rollout_pb2.ScoreSpec(kind=kind, temperature=temperature, dtype=dtype)
+            case TopKLoss():
+                kind, dtype = rollout_pb2.SCORE_KIND_TOPK, DTYPE_NAMES["float32"]
+                return rollout_pb2.ScoreSpec(kind=kind, temperature=temperature, top_k=loss.k, dtype=dtype)
+            case PolicyGradientLoss():
+                return rollout_pb2.ScoreSpec(kind=rollout_pb2.SCORE_KIND_SAMPLED, temperature=temperature)
 
     async def export(self, source_dir: Path, card: dict[str, Any]) -> None:
         """Write the finished student beside the artifacts, in place of an older export."""

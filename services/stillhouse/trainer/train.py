@@ -46,6 +46,9 @@ def to_sample(sample: ScoredSample, weight: float) -> TrainSample:
     }
     if sample.hidden is not None:
         arrays["hidden"] = sample.hidden
+    if sample.score.WhichOneof("result") == "topk":
+        arrays["topk_ids"] = from_tensor(sample.score.topk.teacher_topk_ids)
+        arrays["topk_logprobs"] = from_tensor(sample.score.topk.teacher_topk_logprobs)
     for name, array in arrays.items():
         if len(array) != num_tokens:
             raise WireError(f"sample {rollout.sample_id}: got {len(array)} {name} for {num_tokens} tokens")
@@ -63,6 +66,8 @@ def to_sample(sample: ScoredSample, weight: float) -> TrainSample:
         weight=weight,
         oldest_policy_version=min(span.policy_version for span in rollout.spans),
         finish_reason=int(rollout.finish_reason),
+        topk_ids=arrays.get("topk_ids"),
+        topk_logprobs=arrays.get("topk_logprobs"),
     )
 
 

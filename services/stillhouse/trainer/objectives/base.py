@@ -56,20 +56,23 @@ class Head:
 
 @dataclass(frozen=True, eq=False)
 class TeacherRows:
-    """The teacher's signal for R rows: sampled log-probabilities, or hidden states with the head to apply."""
+    """The teacher's signal for R rows: of the sampled tokens, of its top k, or hidden states with the head to apply."""
 
     logprobs: Tensor | None = None
     """[R] log q of the sampled tokens."""
     hidden: Tensor | None = None
     """[R, D_teacher]."""
     head: Head | None = None
+    topk_ids: Tensor | None = None
+    """[R, K] int64, no id twice in a row."""
+    topk_logprobs: Tensor | None = None
+    """[R, K] log q of them, under the whole vocabulary."""
 
     def __getitem__(self, rows: slice) -> TeacherRows:
-        return TeacherRows(
-            None if self.logprobs is None else self.logprobs[rows],
-            None if self.hidden is None else self.hidden[rows],
-            self.head,
-        )
+        def cut(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[rows]
+
+        return TeacherRows(cut(self.logprobs), cut(self.hidden), self.head, cut(self.topk_ids), cut(self.topk_logprobs))
 
     def log_q(self, temperature: float) -> Tensor:
         """[R, V] log-probabilities of the whole vocabulary; the caller may overwrite them."""
