@@ -35,16 +35,12 @@ def test_a_service_that_is_asked_to_stop_hands_its_work_on(patient: Chaos, point
     taken = until(lambda: patient.taken(point), f"a process to come to {point}")
     code, seconds = exit_of(patient, role, taken["pid"])
     record = patient.ended(job_id)
-    recovery_s = patient.recovery_s(job_id, taken["at"])
-    print(f"{point}: exit {code} after {seconds:.1f} s, next step {recovery_s} s after the signal")
+    gap_s = max(after - before for before, after in pairwise(patient.steps_at(job_id)))
+    print(f"{point}: exit {code} after {seconds:.1f} s, longest time without a step {gap_s:.1f} s")
     assert code == 0
     assert seconds < DRAIN_S
-    assert recovery_s is not None
-    assert recovery_s < RETAKEN_S
     assert record.status == "succeeded", record.error
-    times = patient.steps_at(job_id)
-    gaps = [after - before for before, after in pairwise(times)]
-    assert max(gaps) < LEASE_S / 2, "somebody waited for a lease to run out"
+    assert gap_s < RETAKEN_S, "somebody waited for a lease to run out"
     assert patient.violations(job_id) == []
 
 
