@@ -14,7 +14,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for other progr
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    for command in (submit, watch, jobs, job, events, cancel, download, plot):
+    for command in (submit, watch, jobs, job, events, dead_letters, cancel, download, plot):
         app.command(rich_help_panel=PANEL)(command)
 
 
@@ -82,6 +82,16 @@ def events(
     from stillhouse.cli import jobs as implementation
 
     implementation.show_events(job, follow=follow, as_json=as_json)
+
+
+def dead_letters(job: JobId, as_json: AsJson = False) -> None:
+    """List the samples that a job gave up, and why. Its steps went on without them.
+
+    Example:  stillhouse dead-letters job_3f9c0a12b4d5e6f70819
+    """
+    from stillhouse.cli import jobs as implementation
+
+    implementation.show_dead_letters(job, as_json=as_json)
 
 
 def cancel(job: JobId) -> None:

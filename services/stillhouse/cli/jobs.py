@@ -182,6 +182,26 @@ def show_events(job_id: str, *, follow: bool, as_json: bool) -> None:
             sys.exit(EXIT_INTERRUPTED)
 
 
+def show_dead_letters(job_id: str, *, as_json: bool) -> None:
+    """A table of the samples that were given up."""
+    with Client() as client:
+        letters = client.jobs.dead_letters(job_id)
+    if as_json:
+        print_json(letters)
+        return
+    if not letters:
+        say(f"{job_id} has given up no sample")
+        return
+    rows = []
+    for letter in letters:
+        step = "-" if letter["step"] is None else str(letter["step"])
+        who = f"{letter['service']} ({letter['attempts']}x)"
+        rows.append(
+            (letter["id"], step, str(letter["row"]), letter["teacher"], letter["reason"], who, letter["message"])
+        )
+    print_table(("sample", ">step", ">row", "teacher", "reason", "given up by", "message"), rows)
+
+
 def cancel(job_id: str) -> None:
     """Ask for the stop of a job."""
     with Client() as client:

@@ -179,6 +179,13 @@ def get_part(job_id: str, part: str) -> Call:
     return Call("GET", f"/v1/jobs/{job_id}/{part}")
 
 
+def list_dead_letters(job_id: str, after: str) -> Call:
+    params: dict[str, Any] = {"limit": 10 * PAGE}
+    if after:
+        params["after"] = after
+    return Call("GET", f"/v1/jobs/{job_id}/dead_letters", params=params)
+
+
 def download_checkpoint(job_id: str, checkpoint: str | None) -> Call:
     return Call("GET", f"/v1/jobs/{job_id}/checkpoints/{checkpoint or 'ckpt_export'}/download")
 

@@ -221,6 +221,15 @@ class Jobs:
         """Held-out measurements by step."""
         return self._sender.send(calls.get_part(job_id, "evaluations"))["data"]
 
+    def dead_letters(self, job_id: str) -> list[Json]:
+        """Samples that could not be sampled or scored, by step, with the reason."""
+        found: list[Json] = []
+        while True:
+            page = self._sender.send(calls.list_dead_letters(job_id, found[-1]["id"] if found else ""))
+            found += page["data"]
+            if not page["has_more"]:
+                return found
+
     def checkpoints(self, job_id: str) -> list[Json]:
         """Checkpoints, oldest first; the finished student (`ckpt_export`) last."""
         return self._sender.send(calls.get_part(job_id, "checkpoints"))["data"]

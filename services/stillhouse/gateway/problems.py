@@ -103,13 +103,9 @@ def problem_response(error: BaseException, path: str, request_id: str) -> JSONRe
 def queue_trouble(error: BaseException) -> str:
     """What is wrong with the queue server and what helps; '' = it calls our command wrong, trying again cannot help."""
     if isinstance(error, OutOfMemoryError):
-        return (
-            "the queue server is out of memory: raise its maxmemory, or finish or cancel jobs; nothing is lost"
-        )
+        return "the queue server is out of memory: raise its maxmemory, or finish or cancel jobs; nothing is lost"
     if isinstance(error, ReadOnlyError):
-        return (
-            "the queue server is a read-only replica: point redis_url at the primary, or wait for the failover"
-        )
+        return "the queue server is a read-only replica: point redis_url at the primary, or wait for the failover"
     if isinstance(error, BusyLoadingError):
         return "the queue server is loading its data after a start; try again"
     if isinstance(error, ResponseError):

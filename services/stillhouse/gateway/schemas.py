@@ -119,6 +119,28 @@ class Checkpoint(Answer):
     """sha256 of its manifest; empty for the export."""
 
 
+class DeadLetter(Answer):
+    """A sample that could not be sampled or scored."""
+
+    id: str
+    """The sample: group/index."""
+    object: Literal["dead_letter"] = "dead_letter"
+    step: int | None
+    """Optimizer step that goes on without it; null for samples of an evaluation."""
+    epoch: int
+    row: int
+    """Row of the data, from 0."""
+    teacher: str
+    reason: str
+    """Short code, for programs."""
+    message: str
+    service: str
+    """Who gave up: sampler, teacher or trainer."""
+    attempts: int
+    is_journalled: bool
+    """For good; else its step is still being collected."""
+
+
 class File(Answer):
     """An uploaded file of prompts."""
 

@@ -1,0 +1,69 @@
+"""/v1/jobs/{id}/dead_letters: samples that were given up."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Query
+from pydantic import BaseModel, ConfigDict, Field
+
+from stillhouse.core import dead_letters
+from stillhouse.core.errors import NotFoundError
+from stillhouse.core.queue import keys
+from stillhouse.core.queue.jobs import JobRecord
+from stillhouse.core.queue.streams import PAYLOAD
+from stillhouse.core.service import Context
+from stillhouse.gateway.deps import get_context
+from stillhouse.gateway.routes.deadline import DeadlineRoute
+from stillhouse.gateway.schemas import DeadLetter, JobId, Page
+
+router = APIRouter(prefix="/v1/jobs/{job_id}", tags=["history"], route_class=DeadlineRoute)
+Ctx = Annotated[Context, Depends(get_context)]
+MOST_QUEUED = 10_000
+"""Letters read from the queue: a job with more in flight fails by max_failed_fraction."""
+
+
+class LettersQuery(BaseModel):
+    """Which dead letters."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    after: str = Field(default="", max_length=200)
+    """Id (sample) of the last letter of the page before."""
+    limit: int = Field(default=100, ge=1, le=1000)
+    """Letters in a page, at most."""
+
+
+@router.get("/dead_letters")
+async def get_dead_letters(ctx: Ctx, job_id: JobId, query: Annotated[LettersQuery, Query()]) -> Page[DeadLetter]:
+    """Samples that could not be sampled or scored, by step: from the job's journals, and those given up just now."""
+    record = await ctx.jobs.get(job_id)
+    artifacts = ctx.artifacts.job(job_id)
+
+    def tell(error: str) -> None:
+        ctx.log.warning("a journal cannot be read", job_id=job_id, error=error)
+
+    live = await _queued(ctx, record)  # before the journals: what leaves the queue meanwhile is in them
+    found = {letter.sample_id: letter for letter in live}
+    found |= {letter.sample_id: letter for letter in await asyncio.to_thread(dead_letters.journalled, artifacts, tell)}
+    letters = sorted(found.values(), key=lambda letter: letter.order)
+    if query.after:
+        if query.after not in found:
+            raise NotFoundError(f"job {job_id} has no dead letter '{query.after}' (any more)", param="after")
+        letters = [letter for letter in letters if letter.order > found[query.after].order]
+    page = letters[: query.limit]
+    return Page(data=[_view(letter) for letter in page], has_more=len(letters) > len(page))
+
+
+async def _queued(ctx: Context, record: JobRecord) -> list[dead_letters.DeadLetter]:
+    if record.is_terminal:
+        return []
+    entries: Any = await ctx.redis.xrange(keys.dead(record.id, record.epoch), count=MOST_QUEUED)
+    per_step = int(record.spec["stages"][0]["schedule"]["prompts_per_step"])
+    return dead_letters.queued([fields[PAYLOAD.encode()] for _, fields in entries], record.epoch, per_step)
+
+
+def _view(letter: dead_letters.DeadLetter) -> DeadLetter:
+    names = ("step", "epoch", "row", "teacher", "reason", "message", "service", "attempts", "is_journalled")
+    return DeadLetter(id=letter.sample_id, **{name: getattr(letter, name) for name in names})
