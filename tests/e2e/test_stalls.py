@@ -58,9 +58,13 @@ class Watched(Stillhouse):
     def job(self, job_id: str) -> dict[str, Any]:
         return self.http.get(f"/v1/jobs/{job_id}").raise_for_status().json()
 
-    def freeze(self, job_id: str, name: str, at_step: int = 3) -> tuple[int, float]:
-        """Stop a service once the job runs; its pid, and when that was."""
-        wait_until(lambda: self.job(job_id)["progress"]["step"] >= at_step, f"step {at_step}", 90)
+    def runs(self, job_id: str) -> str:
+        """The job, once it has made some steps."""
+        wait_until(lambda: self.job(job_id)["progress"]["step"] >= 3, "a few steps", 90)
+        return job_id
+
+    def freeze(self, name: str) -> tuple[int, float]:
+        """Stop a service; its pid, and when that was."""
         pid = self.restarts()[name][0]
         os.kill(pid, signal.SIGSTOP)
         return pid, time.monotonic()
@@ -70,15 +74,16 @@ class Watched(Stillhouse):
         state = json.loads((self.home / "run" / "state.json").read_text())
         return {service["name"]: (service["pid"], service["restarts"]) for service in state["services"]}
 
-    def stalls(self, job_id: str, since: float) -> tuple[str, float]:
-        """(reason, seconds since then) once the job is stalled."""
+    def waits(self, job_id: str, since: float) -> tuple[str, str, float]:
+        """(status, reason, seconds since then) once the job says what it waits for."""
 
-        def reason() -> str:
+        def has_reason() -> dict[str, Any] | None:
             job = self.job(job_id)
             assert not job["is_terminal"], f"it should have stalled: {job['status']}, {job['error']}"
-            return job["status"] == "stalled" and job["status_reason"]
+            return job if job["status_reason"] else None
 
-        return wait_until(reason, "the job to be stalled"), time.monotonic() - since
+        job = wait_until(has_reason, "the job to say what it waits for")
+        return job["status"], job["status_reason"], time.monotonic() - since
 
 
 @pytest.fixture(scope="module")
@@ -104,35 +109,42 @@ def opened(command: Watched, *options: str) -> Iterator[Watched]:
 
 
 def test_a_job_says_that_its_teacher_is_silent_and_goes_on_when_it_wakes_up(unguarded: Watched) -> None:
-    job_id = unguarded.submit(steps=20)
-    pid, frozen_at = unguarded.freeze(job_id, "teacher-0")
-    reason, seconds = unguarded.stalls(job_id, frozen_at)
+    job_id = unguarded.runs(unguarded.submit(steps=20))
+    pid, frozen_at = unguarded.freeze("teacher-0")
+    status, reason, seconds = unguarded.waits(job_id, frozen_at)
     os.kill(pid, signal.SIGCONT)
-    assert (reason, seconds <= STALLED_S) == ("no_teacher", True), seconds
+    assert (status, reason, seconds <= STALLED_S) == ("stalled", "no_teacher", True), seconds
     wait_until(lambda: unguarded.job(job_id)["is_terminal"], "the job to end")
     job = unguarded.job(job_id)
     assert (job["status"], job["status_reason"]) == ("succeeded", ""), unguarded.logs()
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("when", ["before the job comes", "while it runs"])
 @pytest.mark.parametrize(
     ("victim", "reason"), [("sampler-0", "no_sampler"), ("teacher-0", "no_teacher"), ("trainer-0", "no_trainer")]
 )
-def test_a_frozen_service_stalls_the_job_and_is_restarted(made: Watched, victim: str, reason: str) -> None:
+def test_a_frozen_service_stalls_the_job_and_is_restarted(made: Watched, victim: str, reason: str, when: str) -> None:
     before = made.restarts()
-    job_id = made.submit(steps=40)
-    _, frozen_at = made.freeze(job_id, victim)
-    found, stalled_s = made.stalls(job_id, frozen_at)
-    assert (found, stalled_s <= STALLED_S) == (reason, True), stalled_s
-    succeeds(made, job_id, victim, before, frozen_at, f"stalled after {stalled_s:.1f} s")
+    if when == "while it runs":
+        job_id = made.runs(made.submit(steps=40))
+        _, frozen_at = made.freeze(victim)
+    else:
+        _, frozen_at = made.freeze(victim)
+        job_id = made.submit(steps=10)
+    status, found, seconds = made.waits(job_id, frozen_at)
+    # a job that no trainer ever had is not stalled: it is queued, and says why
+    expected = "queued" if (victim, when) == ("trainer-0", "before the job comes") else "stalled"
+    assert (status, found, seconds <= STALLED_S) == (expected, reason, True), seconds
+    succeeds(made, job_id, victim, before, frozen_at, f"{when}: {status} after {seconds:.1f} s")
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("victim", ["gateway-0", "valkey"])
 def test_nobody_hangs_when_the_gateway_or_the_queue_server_is_frozen(made: Watched, victim: str) -> None:
     before = made.restarts()
-    job_id = made.submit(steps=150)
-    _, frozen_at = made.freeze(job_id, victim)
+    job_id = made.runs(made.submit(steps=150))
+    _, frozen_at = made.freeze(victim)
     asked = subprocess.run(
         [sys.executable, "-m", "stillhouse.cli.main", "job", job_id],
         env=made.env,

@@ -33,7 +33,7 @@ from stillhouse.trainer.samplers import SamplerPool
 
 ASK_S: Final = 3.0
 """Time without a score after which the queue server is asked whether it has room."""
-QUIET_S: Final = 12.0
+QUIET_S: Final = 10.0
 """Time without a score, and without a service that works on one, after which a job makes no progress."""
 SILENT_S: Final = 60.0
 """Time without a token or batch after which a computation counts as silent: twice a slow forward pass on a CPU."""
