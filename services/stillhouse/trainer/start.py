@@ -100,6 +100,10 @@ class Start:
             await self.progress.show(f"replaying {len(opening.replay)} steps")
             await self.interrupt.race(run.replay())
         await self._tell_rewound(run.step_done)
+        # the claim before may have died between a step or checkpoint and its record, or the record was rebuilt
+        await self.ctx.jobs.update(
+            self.scope, step=run.step_done, committed_step=opening.base.step if opening.base else 0
+        )
         return run
 
     async def _check_services(self) -> None:

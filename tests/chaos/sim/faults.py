@@ -39,7 +39,7 @@ class Fault:
 
 
 POINT_ACTIONS: Final = ("kill", "kill", "kill", "freeze", "freeze", "raise", "term", "power", "full")
-MOMENT_ACTIONS: Final = ("kill", "freeze", "term", "down", "flush", "lost", "refused", "slow", "rpc", "full", "power")
+MOMENT_ACTIONS: Final = ("kill", "freeze", "term", "down", "flush", "lost", "lost", "refused", "slow", "rpc", "full", "power")
 ROLES: Final = ("trainer", "trainer", "sampler", "teacher", "gateway")
 
 

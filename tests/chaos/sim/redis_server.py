@@ -70,8 +70,8 @@ class RedisServer:
         self._expiry: dict[bytes, int] = {}
         self.on_change: Callable[[bytes], None] = lambda key: None
         """Called with a stream that got an entry or is gone."""
-        self.group_start = b""
-        """For planted bugs: where consumer groups begin instead of where they are told to."""
+        self.on_script: Callable[[str, Sequence[Any], Sequence[Any], Any], None] = lambda *_: None
+        """Called with every script that ran: its text, keys, arguments and answer."""
 
     def call(self, *parts: Any) -> Any:
         """Run a command; answers bytes, int, None, b"OK" or lists of these."""
@@ -233,7 +233,6 @@ class RedisServer:
         stream: Stream = self._make(key, Stream)
         if name in stream.groups:
             raise ResponseError("BUSYGROUP Consumer Group name already exists")
-        start = self.group_start or start
         stream.groups[name] = Group(stream.last if start == b"$" else parse_id(start))
         return b"OK"
 
@@ -317,7 +316,9 @@ class RedisServer:
         _servers[:] = [self]
         tables = [lua.table_from([raw(value) for value in values]) for values in (keys, args)]
         try:
-            return _answer(function(*tables))
+            answer = _answer(function(*tables))
+            self.on_script(text, keys, args, answer)
+            return answer
         except lupa.LuaError as error:
             raise ResponseError(str(error).partition("\n")[0]) from None
 

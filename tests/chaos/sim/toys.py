@@ -28,8 +28,8 @@ from stillhouse.v1 import rollout_pb2
 
 WIDTH = 4
 VOCABULARY = 64
-POISON = 29
-"""One sample of so many makes the teacher's arithmetic overflow."""
+POISON = 13
+"""One sample of so many makes the teacher's arithmetic overflow, but never the first of a group."""
 
 
 def entry(name: str) -> ModelEntry:
@@ -128,7 +128,7 @@ class ToyTeacher:
 
     def _score(self, item: ScoreItem) -> Scored | Unscored:
         logprobs = np.array([-float(token + 1) / VOCABULARY for token in item.completion_ids], dtype=np.float32)
-        if int.from_bytes(hashlib.sha256(item.key.encode()).digest()[:4], "big") % POISON == 0:
+        if not item.key.endswith("/0") and sum(item.completion_ids) % POISON == 0:
             logprobs[-1] = np.nan
         if not np.isfinite(logprobs).all() and not self.hides_overflow:
             return Unscored(item.key, "non_finite", "the toy teacher overflowed")

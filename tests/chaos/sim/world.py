@@ -21,6 +21,7 @@ from stillhouse.core.blobs import Artifacts, is_no_space
 from stillhouse.core.config import Settings
 from stillhouse.core.errors import DeadlineError, StillhouseError, UnavailableError
 from stillhouse.core.failpoints import InjectedError
+from stillhouse.core.queue import jobs as queue_jobs
 from stillhouse.core.queue.claims import QUEUE_ERRORS
 from stillhouse.core.queue.jobs import JobStore
 from stillhouse.core.queue.registry import Registry
@@ -79,6 +80,7 @@ class World:
         ).resolved()
         self.artifacts = Artifacts(self.settings.artifacts_dir())
         self.server = RedisServer()
+        self.server.on_script = self._check_fence
         self.line = Line(self.server, draw, self.trace)
         self.network = Network(draw, self.trace)
         self.disk = Disk(root, draw, self.trace)
@@ -107,6 +109,13 @@ class World:
 
     def violate(self, message: str) -> None:
         self.violations.append(message)
+
+    def _check_fence(self, text: str, keys: Any, args: Any, answer: Any) -> None:
+        """No write of an older claim may be accepted."""
+        if text == queue_jobs._UPDATE and answer == b"DONE":
+            epoch = self.server.call("HGET", keys[0], "epoch")
+            if str(args[0]).encode() != epoch:
+                self.violate(f"fence: a write of epoch {args[0]} was accepted, the claim is of epoch {epoch.decode()}")
 
     # -- processes ---------------------------------------------------------------------------------------------------
 
@@ -403,7 +412,7 @@ class SimLog:
 
 def draw_job(draw: random.Random) -> JobSpec:
     """A small job."""
-    per_step, size = draw.randint(1, 3), draw.randint(1, 2)
+    per_step, size = draw.randint(1, 3), draw.choice((1, 2, 2, 3))
     return JobSpec.model_validate(
         {
             "student": {"model": "student"},
