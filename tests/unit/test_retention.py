@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 from pathlib import Path
 
 import pytest
@@ -142,6 +141,17 @@ def test_a_zombies_checkpoints_go_and_count_for_nothing(artifacts: JobArtifacts)
     assert not any(ref.folder(artifacts).exists() for ref in zombie)
 
 
+def test_off_the_lineage_is_kept_too_while_the_lineage_has_too_few_good_ones(artifacts: JobArtifacts) -> None:
+    commit(artifacts, 1, 1)
+    open_epoch(artifacts, 2, "b")
+    (spare,) = commit(artifacts, 1, 7)
+    mine = commit(artifacts, 2, 2, 3)
+    for ref in (*mine, list_manifests(artifacts)[0]):
+        rot(artifacts, ref)
+    assert retain(artifacts, 2, None) == 0
+    assert spare in list_manifests(artifacts)
+
+
 def test_nothing_goes_while_a_claim_opens_its_epoch(artifacts: JobArtifacts) -> None:
     commit(artifacts, 1, 1, 2, 3, 4)
     artifacts.epoch(2).mkdir()
@@ -229,10 +239,3 @@ def is_good(artifacts: JobArtifacts, ref: ManifestRef) -> bool:
     except CorruptError:
         return False
     return True
-
-
-def old(path: Path) -> None:
-    """Make a file or folder look two hours old."""
-    then = time.time() - 7200
-    for entry in (path, *path.rglob("*")):
-        os.utime(entry, (then, then))

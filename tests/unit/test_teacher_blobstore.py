@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from stillhouse.core.blobs import xxh3
 from stillhouse.core.errors import NotFoundError
 from stillhouse.core.queue.streams import Scope
 from stillhouse.core.rpc import CHUNK_BYTES
+from stillhouse.core.spill import SpillFolder, dead_folders, remove_dead
 from stillhouse.teacher.blobstore import BlobStore
 from stillhouse.v1 import tensor_pb2
 
@@ -28,7 +32,7 @@ def read(store: BlobStore, ref: tensor_pb2.BlobRef) -> bytes:
 
 
 def files(tmp_path: Path) -> int:
-    return sum(path.is_file() for path in tmp_path.rglob("*"))
+    return sum(path.is_file() and path.suffix != ".lock" for path in tmp_path.rglob("*"))
 
 
 def test_payloads_come_back_from_memory_and_from_disk(store: BlobStore, tmp_path: Path) -> None:
@@ -90,3 +94,34 @@ def test_closing_leaves_nothing_behind(store: BlobStore, tmp_path: Path) -> None
     store.close()
     assert store.total_bytes == 0
     assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_leaves_no_half_payload(store: BlobStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, data: bytes) -> int:
+        path.touch()
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="no space"):
+        store.put(SCOPE, bytes(5000))
+    assert files(tmp_path) == 0
+    assert store.total_bytes == 0
+
+
+def test_spills_of_the_dead_are_found_and_those_of_the_living_are_not(tmp_path: Path) -> None:
+    command = "import os, sys, pathlib; from stillhouse.core.spill import SpillFolder\n"
+    command += f"folder = SpillFolder(pathlib.Path({str(tmp_path)!r}), 'scores')\n"
+    command += "(folder.path / 'payload').write_bytes(bytes(100)); os._exit(9)"
+    assert subprocess.run([sys.executable, "-c", command], check=False).returncode == 9
+    living = SpillFolder(tmp_path, "scores")
+    assert dead_folders(tmp_path) == [], "too young: its owner may be about to lock it"
+    for lock in tmp_path.glob("*.lock"):
+        os.utime(lock, (1, 1))
+    (dead,) = dead_folders(tmp_path)
+    remove_dead(living.path)
+    remove_dead(dead)
+    assert living.path.is_dir()
+    assert not dead.exists()
+    assert dead_folders(tmp_path) == []
+    living.close()
+    assert list(tmp_path.iterdir()) == []

@@ -116,6 +116,10 @@ class Settings(BaseModel):
         """Folder of jobs and files, resolved."""
         return self.artifacts or self.home / "artifacts"
 
+    def spill_dir(self) -> Path:
+        """Where services put what memory has no room for."""
+        return self.home / "spill"
+
     def models_path(self) -> Path:
         """The registry of models, resolved."""
         return self.models_file or self.home / "models.yaml"

@@ -7,6 +7,7 @@ from stillhouse.core.errors import ConfigError
 from stillhouse.core.models import ModelEntry
 from stillhouse.core.rpc import Server
 from stillhouse.core.service import Context
+from stillhouse.core.spill import dead_folders, remove_dead
 from stillhouse.core.worker import ComputeThread
 from stillhouse.teacher.blobstore import BlobStore
 from stillhouse.teacher.engines.base import Engine
@@ -23,7 +24,10 @@ class TeacherApp:
     def __init__(self, ctx: Context, load_engine: LoadEngine) -> None:
         settings = ctx.settings
         self._compute = ComputeThread("teacher", ctx.pulse)
-        self.blobs = BlobStore(ctx.instance, settings.blob_memory_mib << 20)
+        spill = settings.spill_dir()
+        for folder in dead_folders(spill):  # of teachers that were killed
+            remove_dead(folder)
+        self.blobs = BlobStore(ctx.instance, settings.blob_memory_mib << 20, spill)
         pool = ModelPool(ctx.models, load_engine, int(settings.teacher_memory_gib * 2**30))
         self.scorer = Scorer(self._compute, pool)
         self.worker = TeacherWorker(ctx, self.scorer, self.blobs)

@@ -17,6 +17,7 @@ from stillhouse.core.blobs import xxh3
 from stillhouse.core.errors import NotFoundError
 from stillhouse.core.queue.streams import Scope
 from stillhouse.core.rpc import CHUNK_BYTES, chunks
+from stillhouse.core.spill import SpillFolder
 from stillhouse.core.telemetry import BLOB_BYTES
 from stillhouse.v1 import tensor_pb2
 
@@ -34,11 +35,13 @@ class _Blob:
 class BlobStore:
     """Payloads by random key, scoped to job and epoch."""
 
-    def __init__(self, instance: str, memory_bytes: int) -> None:
+    def __init__(self, instance: str, memory_bytes: int, spill: Path | None = None) -> None:
         self._instance = instance
+        self._spill = spill
+        """Where payloads go that memory has no room for; None = where the system puts temporary files."""
         self._memory_bytes = memory_bytes
         self._blobs: dict[str, _Blob] = {}
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._folder: SpillFolder | None = None
         self.in_memory_bytes = 0
         self.total_bytes = 0
 
@@ -50,7 +53,11 @@ class BlobStore:
             self.in_memory_bytes += len(payload)
         else:
             path = self._spill_folder() / key
-            path.write_bytes(payload)
+            try:
+                path.write_bytes(payload)
+            except OSError:  # a full disk: the claim goes back, and another teacher or a later time scores it
+                path.unlink(missing_ok=True)
+                raise
             self._blobs[key] = _Blob(scope, len(payload), None, path)
         self._count(len(payload))
         return tensor_pb2.BlobRef(
@@ -104,7 +111,7 @@ class BlobStore:
         for key in list(self._blobs):
             self.release(key)
         if self._folder is not None:
-            self._folder.cleanup()
+            self._folder.close()
             self._folder = None
 
     def _count(self, change: int) -> None:
@@ -113,8 +120,9 @@ class BlobStore:
 
     def _spill_folder(self) -> Path:
         if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="stillhouse-scores-")
-        return Path(self._folder.name)
+            parent = self._spill or Path(tempfile.gettempdir()) / "stillhouse-spill"
+            self._folder = SpillFolder(parent, "scores")
+        return self._folder.path
 
 
 def _read_file(path: Path | None) -> Iterator[tuple[int, bytes]]:

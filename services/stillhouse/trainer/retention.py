@@ -74,6 +74,8 @@ def superfluous(
     kept = _newest(artifacts, known, max(policy.keep_last, KEEP_AT_LEAST), on_damage)
     if len(kept) == len(known) and len(known) == len(on_disk):
         return []
+    if sum(_is_good(artifacts, ref, lambda _: None) for ref in kept) < KEEP_AT_LEAST:
+        return []  # a claim may have to go back further, even off the lineage
     kept |= _best(artifacts, known, policy.keep_best, on_damage)
     if policy.lag and known:
         start = known[-1].step - policy.lag
