@@ -63,7 +63,8 @@ def test_every_command_teaches_with_an_example() -> None:
 
     callbacks = [command.callback for group in (app, models_app) for command in group.registered_commands]
     names = {callback.__name__ for callback in callbacks if callback}
-    expected = "up down ps doctor healthcheck version submit watch jobs job events dead_letters cancel download plot verify add ls rm"
+    expected = "up down ps doctor healthcheck version submit watch jobs job events dead_letters cancel download plot "
+    expected += "verify gc add ls rm"
     assert names == set(expected.split())
     for callback in callbacks:
         assert callback is not None

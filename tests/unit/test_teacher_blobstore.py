@@ -22,9 +22,8 @@ SCOPE = Scope("job_a", 1)
 
 
 @pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> BlobStore:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    return BlobStore("teacher-0", memory_bytes=1000)
+def store(tmp_path: Path) -> BlobStore:
+    return BlobStore("teacher-0", 1000, tmp_path)
 
 
 def read(store: BlobStore, ref: tensor_pb2.BlobRef) -> bytes:
