@@ -208,6 +208,16 @@ def test_a_silent_queue_server_is_the_only_one_to_blame(monkeypatch: pytest.Monk
     assert back == [[]] * 7, "the services have as long as ever to find it again"
 
 
+def test_heartbeats_that_all_stop_at_once_are_not_the_services_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A queue server whose disk is full answers and keeps no heartbeat."""
+    witness = Witness(monkeypatch)
+    witness.look(all_well(0))
+    assert [witness.look({**all_well(0), "valkey": look}) for look in range(1, 30)] == [[]] * 29
+    assert witness.look({**all_well(0), "valkey": 30, "trainer-0": 30}) == [], "one beat is the first of all"
+    late = [witness.look({**all_well(look), "sampler-0": 0}) for look in range(31, 40)]
+    assert late.index(["sampler-0"]) == 6, "but who stays silent is found: 15 s after they could beat again"
+
+
 def test_a_starting_process_has_more_time(monkeypatch: pytest.MonkeyPatch) -> None:
     witness = Witness(monkeypatch)
     witness.look(all_well(0))

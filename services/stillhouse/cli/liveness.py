@@ -2,6 +2,9 @@
 
 The sign of a service is its heartbeat in the registry, which its event loop sends every two seconds; that of the queue
 server is any answer at all. A look takes place in a thread, so that whoever asks never waits.
+
+When all heartbeats stop at once it is not the services: a queue server that answers and refuses writes (its disk is
+full) keeps none. Then nobody is accused.
 """
 
 from __future__ import annotations
@@ -85,6 +88,9 @@ class Liveness:
     def _judge(
         self, children: Sequence[Child], seen: Mapping[str, Hashable] | None, now: float
     ) -> list[tuple[Child, float]]:
+        can_tell = seen is not None and any(
+            self._is_new(child, seen.get(child.spec.name)) for child in children if child.spec.role != "valkey"
+        )
         guilty = []
         for child in children:
             name, silence = child.spec.name, self._silences.get(child.spec.name)
@@ -93,13 +99,17 @@ class Liveness:
                 continue
             if silence is None or silence.pid != child.pid:
                 self._silences[name] = silence = _Silence(child.pid, now)
-            if seen is None and child.spec.role != "valkey":  # it starts anew once somebody can tell
+            if not can_tell and child.spec.role != "valkey":  # it starts anew once somebody can tell
                 silence.since, silence.looks = now, 0
             elif not silence.is_over((seen or {}).get(name), now):
                 limit_s = self._start_s if silence.sign is None else self._hang_s
                 if silence.looks >= MIN_LOOKS and now - silence.since >= limit_s:
                     guilty.append((child, now - silence.since))
         return guilty
+
+    def _is_new(self, child: Child, sign: Hashable) -> bool:
+        known = self._silences.get(child.spec.name)
+        return sign is not None and (known is None or sign != known.sign)
 
 
 def look_at(deployment: Deployment, valkey_port: int, pid_of: Callable[[str], int | None]) -> Look:
@@ -111,8 +121,8 @@ def look_at(deployment: Deployment, valkey_port: int, pid_of: Callable[[str], in
         signs: dict[str, Hashable] = {"valkey": time.monotonic()}
         try:
             services = asyncio.run(live_services(deployment))
-        except StillhouseError:  # config.yaml is being edited
-            return None
+        except StillhouseError:  # config.yaml is being edited: nothing is known of the services
+            return signs
         for info in services:
             if info.pid == pid_of(info.instance):
                 signs[info.instance] = (info.pid, info.seen_at)
