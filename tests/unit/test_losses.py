@@ -13,7 +13,7 @@ from torch import Tensor
 from stillhouse.core.spec import FullVocabularyLoss, PolicyGradientLoss
 from stillhouse.trainer import losses
 from stillhouse.trainer.losses import exact_reverse_kl, make_objective, packed_loss
-from stillhouse.trainer.objectives.base import Head, TeacherRows
+from stillhouse.trainer.objectives.base import Head, Signals
 from stillhouse.trainer.objectives.full_vocabulary import ForwardKL, ReverseKL
 from stillhouse.trainer.objectives.sampled import PolicyGradient
 
@@ -44,7 +44,7 @@ class Case:
         )
         self.ids = torch.arange(R) % V
         self.weights = torch.tensor([1.0, 0.0, 0.0, 0.5, 2.0, 0.3, 1.1], dtype=torch.float64)
-        self.teacher = TeacherRows(draw(R, seed=seed + 5).abs().neg(), draw(R, D_TEACHER, seed=seed + 6), teacher_head)
+        self.teacher = Signals(draw(R, seed=seed + 5).abs().neg(), draw(R, D_TEACHER, seed=seed + 6), teacher_head)
 
     def leaves(self) -> list[Tensor]:
         return [self.hidden, self.weight] + ([self.bias] if self.bias is not None else [])
@@ -138,7 +138,7 @@ def test_measures_match_the_definition(objective) -> None:
 def test_equal_models_give_zero_loss_and_gradient(objective) -> None:
     case = Case(bias=True)
     own = case.p().detach()[torch.arange(R), case.ids].log()
-    case.teacher = TeacherRows(own, case.hidden.detach(), Head(case.weight.detach(), case.head.bias))
+    case.teacher = Signals(own, case.hidden.detach(), Head(case.weight.detach(), case.head.bias))
     result = case.packed(objective)
     torch.testing.assert_close(result.values, torch.zeros(R).double(), atol=1e-12, rtol=0)
     for grad in torch.autograd.grad(result.loss, case.leaves()):
@@ -161,7 +161,7 @@ def test_policy_gradient_averaged_over_the_vocabulary_is_that_of_the_reverse_kl(
     for token in range(V):
         ids = torch.full((R,), token)
         weights = case.weights * p[:, token]
-        teacher = TeacherRows(q[:, token].log())
+        teacher = Signals(q[:, token].log())
         result = packed_loss(PolicyGradient(), case.hidden, case.head, ids, weights, teacher, TEMPERATURE)
         for total, grad in zip(average, torch.autograd.grad(result.loss, case.leaves()), strict=True):
             total += grad
@@ -176,7 +176,7 @@ def test_number_and_order_of_rows_in_a_call_change_nothing(objective, monkeypatc
     order = [4, 0, 6, 2, 5, 1, 3]
     parts = []
     for rows in (order[:2], order[2:]):
-        teacher = TeacherRows(case.teacher.logprobs[rows], case.teacher.hidden[rows], case.teacher.head)  # type: ignore[index]
+        teacher = Signals(case.teacher.logprobs[rows], case.teacher.hidden[rows], case.teacher.head)  # type: ignore[index]
         parts.append(
             packed_loss(
                 objective, case.hidden[rows], case.head, case.ids[rows], case.weights[rows], teacher, TEMPERATURE
@@ -221,7 +221,7 @@ def test_heads_of_different_padding_compare_on_the_shared_vocabulary() -> None:
     shared = 8
     student, teacher = case.head.first(shared), case.teacher.head.first(shared)  # type: ignore[union-attr]
     assert case.head.first(V) is case.head
-    rows = TeacherRows(hidden=case.teacher.hidden, head=teacher)
+    rows = Signals(hidden=case.teacher.hidden, head=teacher)
     ids = case.ids % shared
     result = packed_loss(ReverseKL(), case.hidden, student, ids, case.weights, rows, TEMPERATURE)
     grad_hidden, grad_weight = torch.autograd.grad(result.loss, [case.hidden, case.weight])
@@ -237,7 +237,7 @@ def test_bfloat16_gradients_point_the_same_way(objective) -> None:
     hidden = case.hidden.detach().bfloat16().requires_grad_()
     weight = case.weight.detach().bfloat16().requires_grad_()
     logprobs, states, head = case.teacher.logprobs, case.teacher.hidden, case.teacher.head
-    teacher = TeacherRows(logprobs.float(), states.half(), Head(head.weight.float()))  # type: ignore[union-attr]
+    teacher = Signals(logprobs.float(), states.half(), Head(head.weight.float()))  # type: ignore[union-attr]
     result = packed_loss(objective, hidden, Head(weight), case.ids, case.weights, teacher, TEMPERATURE)
     assert result.values.dtype == torch.float32
     for grad, exact in zip(torch.autograd.grad(result.loss, [hidden, weight]), expected, strict=True):

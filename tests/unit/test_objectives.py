@@ -17,7 +17,7 @@ from torch import Tensor
 
 from stillhouse.core.spec import FullVocabularyLoss
 from stillhouse.trainer.losses import make_objective, packed_loss
-from stillhouse.trainer.objectives.base import Head, TeacherRows
+from stillhouse.trainer.objectives.base import Head, Signals
 from stillhouse.trainer.objectives.full_vocabulary import (
     EntropyMix,
     ForwardKL,
@@ -66,7 +66,7 @@ class Problem:
 
         self.hidden = normal(rows, width).requires_grad_()
         self.weight = (2 * normal(vocab, width)).requires_grad_()
-        self.teacher = TeacherRows(None, normal(rows, width + 1), Head(2 * normal(vocab, width + 1)))
+        self.teacher = Signals(None, normal(rows, width + 1), Head(2 * normal(vocab, width + 1)))
         self.ids = torch.randint(vocab, (rows,), generator=draw)
         self.weights = torch.rand(rows, generator=draw, dtype=torch.float64) * (torch.rand(rows, generator=draw) > 0.3)
         self.temperature = temperature
@@ -119,7 +119,7 @@ def test_value_and_gradient_are_those_of_the_definition(
 @pytest.mark.parametrize(("objective", "definition"), CASES, ids=NAMES)
 @given(problem=problems)
 def test_equal_models_give_no_loss_and_no_gradient(objective: Any, definition: Any, problem: Problem) -> None:
-    teacher = TeacherRows(None, problem.hidden.detach(), Head(problem.weight.detach()))
+    teacher = Signals(None, problem.hidden.detach(), Head(problem.weight.detach()))
     result = packed_loss(
         objective, problem.hidden, Head(problem.weight), problem.ids, problem.weights, teacher, problem.temperature
     )
@@ -157,7 +157,7 @@ def example() -> tuple[Tensor, Tensor]:
 def value(objective: Any) -> float:
     student, teacher = example()
     identity = torch.eye(50, dtype=torch.float64)
-    rows = TeacherRows(None, teacher[None], Head(identity))
+    rows = Signals(None, teacher[None], Head(identity))
     result = packed_loss(
         objective, student[None], Head(identity), torch.zeros(1, dtype=torch.long), torch.ones(1).double(), rows
     )

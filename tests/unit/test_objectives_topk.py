@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from stillhouse.trainer.losses import packed_loss
-from stillhouse.trainer.objectives.base import Head, TeacherRows
+from stillhouse.trainer.objectives.base import Head, Signals
 from stillhouse.trainer.objectives.full_vocabulary import ForwardKL, ReverseKL
 from stillhouse.trainer.objectives.topk import TopK
 
@@ -50,7 +50,7 @@ class Problem:
         q = self.q if q is None else q
         vocab = q.shape[1]
         head = Head(torch.eye(vocab, dtype=torch.float64))
-        teacher = TeacherRows(hidden=q.log(), head=head, topk_ids=self.ids, topk_logprobs=q.gather(1, self.ids).log())
+        teacher = Signals(hidden=q.log(), head=head, topk_ids=self.ids, topk_logprobs=q.gather(1, self.ids).log())
         return packed_loss(form, self.student, head, self.ids[:, 0], self.weights, teacher)
 
 

@@ -141,8 +141,39 @@ class PolicyGradientLoss(Closed):
     """Selects this loss."""
     advantage_clip: float | None = Field(default=None, gt=0, le=1000)
     """Clip of the per-token advantage log q - log p to +-this, nats; none = no clip."""
+    student_term: Literal["trainer", "sampler"] = "trainer"
+    """Whose p the advantage compares with the teacher's q: the current weights', or those that sampled."""
+    ratio_gate: Literal["none", "is", "tis", "icepop", "seq_mask"] = "none"
+    """Weight of tokens since which the policy has moved on, by rho = p(current) / p(sampled). is: rho. tis: rho clamped
+    to the band. icepop: rho inside the band, else 0. seq_mask: rho, and 0 for whole sequences outside the band."""
+    gate_low: float | None = Field(default=None, ge=0, le=1000)
+    """Lower end of the band; none = 0.5, for seq_mask 0.999."""
+    gate_high: float | None = Field(default=None, gt=0, le=1000)
+    """Upper end of the band; none = 2, for seq_mask 1.002."""
+    discount: float = Field(default=0.0, ge=0, le=1)
+    """0: each token answers for itself. Above: also for the later tokens of its sequence, discounted."""
+    estimator: Literal["advantage", "k2"] = "advantage"
+    """advantage: -A log p, A held fixed. k2: half the squared log-ratio, differentiated. Same gradient on average."""
     reduction: Literal["token_mean", "seq_mean_token_mean"] = "token_mean"
     """token_mean: mean over all completion tokens of the step. seq_mean_token_mean: mean of the sequences' means."""
+
+    def band(self) -> tuple[float, float]:
+        """Ends of the gate's band."""
+        low, high = (0.999, 1.002) if self.ratio_gate == "seq_mask" else (0.5, 2.0)
+        return low if self.gate_low is None else self.gate_low, high if self.gate_high is None else self.gate_high
+
+    @model_validator(mode="after")
+    def _gate_makes_sense(self) -> PolicyGradientLoss:
+        has_band = self.ratio_gate in ("tis", "icepop", "seq_mask")
+        if not has_band and (self.gate_low is not None or self.gate_high is not None):
+            raise ValueError(f"'gate_low' and 'gate_high' belong to tis, icepop and seq_mask, not to {self.ratio_gate}")
+        low, high = self.band()
+        if low >= high:
+            raise ValueError(f"the band of the ratio gate is empty: gate_low {low:g}, gate_high {high:g}")
+        has_advantage = self.advantage_clip is not None or self.discount > 0 or self.student_term != "trainer"
+        if self.estimator == "k2" and has_advantage:
+            raise ValueError("k2 has no advantage: leave out 'advantage_clip', 'discount' and 'student_term'")
+        return self
 
 
 class FullVocabularyLoss(Closed):
@@ -200,8 +231,8 @@ class TopKLoss(Closed):
     divergence: Literal["reverse_kl", "forward_kl"] = "reverse_kl"
     """reverse_kl: KL(student || teacher), mode-seeking. forward_kl: KL(teacher || student), mass-covering."""
     correction: Literal["tail", "generalised"] = "tail"
-    """tail: all other tokens are one more bucket. generalised: terms -p + q make the mass on the k tokens right. Leaving
-    the rest out, or renormalising over the k tokens, would train towards another distribution and is not offered."""
+    """tail: all other tokens are one more bucket. generalised: terms -p + q make the mass on the k tokens right.
+    Leaving the rest out, or renormalising over the k tokens, would train towards something else and is not offered."""
     k: int = Field(default=64, ge=1, le=1024)
     """Tokens per position."""
     reduction: Literal["token_mean", "seq_mean_token_mean"] = "token_mean"
@@ -262,6 +293,16 @@ class StageSpec(Closed):
     """How the weights move."""
     schedule: ScheduleSpec
     """For how long."""
+
+    @model_validator(mode="after")
+    def _ratios_are_of_one_distribution(self) -> StageSpec:
+        truncates = self.sampling.top_p < 1 or self.sampling.top_k > 0
+        if isinstance(self.loss, PolicyGradientLoss) and self.loss.ratio_gate != "none" and truncates:
+            raise ValueError(
+                f"ratio_gate '{self.loss.ratio_gate}' compares with the policy that sampled, but top_p "
+                f"{self.sampling.top_p:g} and top_k {self.sampling.top_k} sample from another; set top_p: 1, top_k: 0"
+            )
+        return self
 
 
 class CheckpointSpec(Closed):

@@ -25,7 +25,7 @@ from stillhouse.trainer import checkpoint
 from stillhouse.trainer.batch import TeacherHead, TrainSample
 from stillhouse.trainer.losses import PackedLoss, exact_reverse_kl, make_objective, packed_loss
 from stillhouse.trainer.metrics import StepMeasures
-from stillhouse.trainer.objectives.base import Head, TeacherRows
+from stillhouse.trainer.objectives.base import Head, Signals
 from stillhouse.trainer.packing import MicroBatch, collate, loss_weights, plan_micro_batches
 from stillhouse.trainer.student import load_student, student_head, student_hidden, teacher_head, tokenizer_size
 
@@ -129,10 +129,10 @@ class Learner:
             batch = collate(samples, indices, [0.0] * len(samples))
             if not len(batch.ids):
                 continue
-            teacher = self._teacher_rows(batch, heads, full=True)
-            head = self._student_head(teacher)
+            signals = self._signals(batch, heads, full=True)
+            head = self._student_head(signals)
             self._check_ids(batch, head, samples)
-            kls = exact_reverse_kl(self._hidden_rows(batch), head, teacher, temperature)
+            kls = exact_reverse_kl(self._hidden_rows(batch), head, signals, temperature)
             np.add.at(sums, batch.sample_of_row, kls.double().cpu().numpy())
             self.on_progress()
         return [
@@ -183,8 +183,8 @@ class Learner:
     # --- forward ---
 
     def _loss(self, batch: MicroBatch, samples: Sequence[TrainSample], heads: Mapping[str, TeacherHead]) -> PackedLoss:
-        teacher = self._teacher_rows(batch, heads, full=self.stage.loss.objective == "full_vocabulary")
-        head = self._student_head(teacher)
+        signals = self._signals(batch, heads, full=self.stage.loss.objective == "full_vocabulary")
+        head = self._student_head(signals)
         self._check_ids(batch, head, samples)
         result = packed_loss(
             self._objective,
@@ -192,7 +192,7 @@ class Learner:
             head,
             self._tensor(batch.ids),
             self._tensor(batch.weights),
-            teacher,
+            signals,
             self.stage.sampling.temperature,
         )
         bad = (~torch.isfinite(result.values)).nonzero().flatten().tolist()
@@ -212,10 +212,12 @@ class Learner:
         hidden_BLD = student_hidden(self.model, self._tensor(batch.input_ids))
         return hidden_BLD.flatten(0, 1).index_select(0, self._tensor(batch.positions))
 
-    def _teacher_rows(self, batch: MicroBatch, heads: Mapping[str, TeacherHead], *, full: bool) -> TeacherRows:
+    def _signals(self, batch: MicroBatch, heads: Mapping[str, TeacherHead], *, full: bool) -> Signals:
         if not full:
-            return TeacherRows(
+            return Signals(
                 logprobs=self._tensor(batch.teacher_logprobs),
+                rollout_logprobs=self._tensor(batch.rollout_logprobs),
+                sample=self._tensor(batch.sample_of_row),
                 topk_ids=None if batch.topk_ids is None else self._tensor(batch.topk_ids),
                 topk_logprobs=None if batch.topk_logprobs is None else self._tensor(batch.topk_logprobs),
             )
@@ -226,7 +228,7 @@ class Learner:
                 f"teacher '{batch.teacher}': hidden states of width {batch.hidden.shape[1]} for a head of width "
                 f"{head.weight.shape[1]}"
             )
-        return TeacherRows(hidden=self._tensor(batch.hidden), head=head.first(self._tokenizer_size))
+        return Signals(hidden=self._tensor(batch.hidden), head=head.first(self._tokenizer_size))
 
     def _teacher_head(self, teacher: str, head: TeacherHead) -> Head:
         """The head as tensors; only the last one used stays in memory."""
@@ -235,9 +237,9 @@ class Learner:
             self._resident_head = (head.sha256, teacher_head(head, self.device))
         return self._resident_head[1]
 
-    def _student_head(self, teacher: TeacherRows) -> Head:
+    def _student_head(self, signals: Signals) -> Head:
         """The live head, without tokens that are padding on either side."""
-        size = self._tokenizer_size if teacher.head is None else teacher.head.weight.shape[0]
+        size = self._tokenizer_size if signals.head is None else signals.head.weight.shape[0]
         return student_head(self.model).first(min(size, self._tokenizer_size))
 
     def _check_ids(self, batch: MicroBatch, head: Head, samples: Sequence[TrainSample]) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from stillhouse.core.spec import FullVocabularyLoss, LossSpec, PolicyGradientLoss, TopKLoss
-from stillhouse.trainer.objectives.base import Head, Objective, StudentChunk, TeacherRows
+from stillhouse.trainer.objectives.base import Head, Objective, SequenceObjective, Signals, StudentChunk
 from stillhouse.trainer.objectives.full_vocabulary import (
     EntropyMix,
     ForwardKL,
@@ -24,7 +24,7 @@ from stillhouse.trainer.objectives.full_vocabulary import (
     SkewForwardKL,
     SkewReverseKL,
 )
-from stillhouse.trainer.objectives.sampled import PolicyGradient
+from stillhouse.trainer.objectives.sampled import PolicyGradient, RatioGate
 from stillhouse.trainer.objectives.topk import TopK
 
 CHUNK_ROWS = 512
@@ -36,7 +36,8 @@ def make_objective(spec: LossSpec) -> Objective:
     """The objective that a stage asks for."""
     match spec:
         case PolicyGradientLoss():
-            return PolicyGradient(spec.advantage_clip)
+            gate = RatioGate(spec.ratio_gate, *spec.band())
+            return PolicyGradient(spec.advantage_clip, spec.student_term, gate, spec.discount, spec.estimator)
         case TopKLoss():
             return TopK("reverse" if spec.divergence == "reverse_kl" else "forward", spec.correction)
         case FullVocabularyLoss():
@@ -73,6 +74,8 @@ class PackedLoss:
     """[R] `student_logprobs` of the sampled tokens."""
     entropy: Tensor
     """[R] entropy of the student."""
+    gate: Tensor
+    """[R] weight that the objective gave each row: 1 without a ratio gate."""
 
 
 def packed_loss(
@@ -81,23 +84,35 @@ def packed_loss(
     head: Head,
     ids: Tensor,
     weights: Tensor,
-    teacher: TeacherRows,
+    signals: Signals,
     temperature: float = 1.0,
 ) -> PackedLoss:
     """sum_r weights[r] * loss of row r, for hidden [R, D], ids [R] and weights [R]; gradients reach hidden and head."""
-    call = _Call(objective, head.scale, head.soft_cap, ids, weights, teacher, temperature)
+    if isinstance(objective, SequenceObjective) and objective.needs_sequences:
+        signals = objective.prepare(sampled_logprobs(hidden, head, ids, temperature), signals)
+    call = _Call(objective, head.scale, head.soft_cap, ids, weights, signals, temperature)
     loss, measures = _HeadLoss.apply(hidden, head.weight, head.bias, call)  # type: ignore[misc]
     return PackedLoss(loss, *measures.unbind(0))
 
 
 @torch.no_grad()
-def exact_reverse_kl(hidden: Tensor, head: Head, teacher: TeacherRows, temperature: float = 1.0) -> Tensor:
+def sampled_logprobs(hidden: Tensor, head: Head, ids: Tensor, temperature: float = 1.0) -> Tensor:
+    """[R] log p of the sampled tokens, in float32 at least, without gradients."""
+    logprobs = []
+    for start in range(0, hidden.shape[0], CHUNK_ROWS):
+        rows = slice(start, start + CHUNK_ROWS)
+        logprobs.append(head.log_probs(hidden[rows], temperature).gather(1, ids[rows, None]).squeeze(1))
+    return torch.cat(logprobs)
+
+
+@torch.no_grad()
+def exact_reverse_kl(hidden: Tensor, head: Head, signals: Signals, temperature: float = 1.0) -> Tensor:
     """[R] KL(student || teacher) over the whole vocabulary, in float32 at least, without gradients."""
     kls = []
     for start in range(0, hidden.shape[0], CHUNK_ROWS):
         rows = slice(start, start + CHUNK_ROWS)
         log_p_CV = head.log_probs(hidden[rows], temperature)
-        difference_CV = log_p_CV - teacher[rows].log_q(temperature)
+        difference_CV = log_p_CV - signals[rows].log_q(temperature)
         kls.append(torch.linalg.vecdot(log_p_CV.exp_(), difference_CV))
     return torch.cat(kls) if kls else hidden.new_zeros(0, dtype=torch.float32)
 
@@ -111,19 +126,19 @@ class _Call:
     soft_cap: float
     ids: Tensor
     weights: Tensor
-    teacher: TeacherRows
+    signals: Signals
     temperature: float
 
 
 class _HeadLoss(torch.autograd.Function):
-    """(hidden [R, D], weight [V, D], bias [V] | None) -> (loss [], measures [4, R]); gradients made in forward."""
+    """(hidden [R, D], weight [V, D], bias [V] | None) -> (loss [], measures [5, R]); gradients made in forward."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _Call) -> tuple[Tensor, Tensor]:
         head = Head(weight, bias, call.scale, call.soft_cap)
         precise = torch.promote_types(weight.dtype, torch.float32)
         row_weights = call.weights.to(precise)
-        measures = torch.empty(4, hidden.shape[0], dtype=precise, device=hidden.device)
+        measures = torch.empty(5, hidden.shape[0], dtype=precise, device=hidden.device)
         grad_hidden = torch.zeros_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=precise)
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=precise)
@@ -154,7 +169,7 @@ class _HeadLoss(torch.autograd.Function):
         return *grads, None
 
 
-def _chunk(head: Head, hidden_CD: Tensor, call: _Call, rows: slice, measures_4C: Tensor) -> Tensor:
+def _chunk(head: Head, hidden_CD: Tensor, call: _Call, rows: slice, measures_5C: Tensor) -> Tensor:
     """[C, V] gradient with respect to hidden @ weight.T + bias; fills in the measures."""
     logits_CV = head.logits(hidden_CD)
     # d(cap * tanh(x / cap)) / dx = 1 - (capped / cap)^2
@@ -164,11 +179,12 @@ def _chunk(head: Head, hidden_CD: Tensor, call: _Call, rows: slice, measures_4C:
     p_CV = log_p_CV.exp()
     ids_C = call.ids[rows]
     logprobs_C = log_p_CV.gather(1, ids_C[:, None]).squeeze(1)
-    measures_4C[2] = logprobs_C
-    measures_4C[3] = -torch.linalg.vecdot(p_CV, log_p_CV)
-    result = call.objective(StudentChunk(log_p_CV, p_CV, ids_C, logprobs_C), call.teacher[rows], call.temperature)
-    measures_4C[0] = result.value
-    measures_4C[1] = result.reverse_kl
+    measures_5C[2] = logprobs_C
+    measures_5C[3] = -torch.linalg.vecdot(p_CV, log_p_CV)
+    result = call.objective(StudentChunk(log_p_CV, p_CV, ids_C, logprobs_C), call.signals[rows], call.temperature)
+    measures_5C[0] = result.value
+    measures_5C[1] = result.reverse_kl
+    measures_5C[4] = 1.0 if result.gate is None else result.gate
     factor = head.scale / call.temperature
     grad_CV = result.grad if factor == 1 else result.grad.mul_(factor)
     return grad_CV if slope_CV is None else grad_CV.mul_(slope_CV)

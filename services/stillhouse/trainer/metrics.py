@@ -24,12 +24,14 @@ class StepMeasures:
     entropy: list[np.ndarray] = field(default_factory=list)
     gap: list[np.ndarray] = field(default_factory=list)
     """|rollout_logprobs - student_logprobs|."""
+    gate: list[np.ndarray] = field(default_factory=list)
 
     def add(self, batch: MicroBatch, result: PackedLoss) -> None:
         """Take over the measures of a micro-batch."""
         self.loss += result.loss.item()
         self.reverse_kl.setdefault(batch.teacher, []).append(_array(result.reverse_kl))
         self.entropy.append(_array(result.entropy))
+        self.gate.append(_array(result.gate))
         self.gap.append(np.abs(batch.rollout_logprobs - _array(result.logprobs)))
 
     def summary(self, policy_version: int) -> dict[str, float]:
@@ -37,13 +39,15 @@ class StepMeasures:
         metrics = {"loss/total": self.loss, "tokens/trained": float(sum(len(rows) for rows in self.entropy))}
         if self.entropy:
             by_teacher = {teacher: np.concatenate(rows) for teacher, rows in self.reverse_kl.items()}
-            gap = np.concatenate(self.gap)
+            gap, gate = np.concatenate(self.gap), np.concatenate(self.gate)
             metrics |= {
                 "loss/reverse_kl/mean": _mean(np.concatenate(list(by_teacher.values()))),
                 "student/entropy": _mean(np.concatenate(self.entropy)),
                 "mismatch/logprob_abs_mean": _mean(gap),
                 "mismatch/logprob_abs_max": float(gap.max()),
             }
+            if (gate != 1).any():
+                metrics |= {"gate/mean": _mean(gate), "gate/dropped_fraction": _mean(gate == 0)}
             if len(by_teacher) > 1:
                 metrics |= {f"loss/reverse_kl/{teacher}": _mean(rows) for teacher, rows in by_teacher.items()}
         if self.samples:

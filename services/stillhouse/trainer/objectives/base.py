@@ -9,8 +9,8 @@ p is the student's distribution, q the teacher's, both of softmax(logits / tempe
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -55,24 +55,30 @@ class Head:
 
 
 @dataclass(frozen=True, eq=False)
-class TeacherRows:
-    """The teacher's signal for R rows: of the sampled tokens, of its top k, or hidden states with the head to apply."""
+class Signals:
+    """What teacher and sampler say about R rows. An objective takes what it needs; absent is what nobody sent."""
 
     logprobs: Tensor | None = None
-    """[R] log q of the sampled tokens."""
+    """[R] teacher's log q of the sampled tokens."""
     hidden: Tensor | None = None
-    """[R, D_teacher]."""
+    """[R, D_teacher] teacher's states, to which `head` is applied."""
     head: Head | None = None
     topk_ids: Tensor | None = None
-    """[R, K] int64, no id twice in a row."""
+    """[R, K] int64, the teacher's likeliest tokens, no id twice in a row."""
     topk_logprobs: Tensor | None = None
     """[R, K] log q of them, under the whole vocabulary."""
+    rollout_logprobs: Tensor | None = None
+    """[R] log mu of the sampled tokens, under the policy that sampled them."""
+    sample: Tensor | None = None
+    """[R] int64, which rows belong to the same sequence; they are neighbours and in order."""
+    gate: Tensor | None = None
+    """[R] weight of each row, where an objective has prepared it."""
+    advantage: Tensor | None = None
+    """[R] likewise."""
 
-    def __getitem__(self, rows: slice) -> TeacherRows:
-        def cut(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor[rows]
-
-        return TeacherRows(cut(self.logprobs), cut(self.hidden), self.head, cut(self.topk_ids), cut(self.topk_logprobs))
+    def __getitem__(self, rows: slice) -> Signals:
+        per_row = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "head"}
+        return Signals(head=self.head, **{name: None if v is None else v[rows] for name, v in per_row.items()})
 
     def log_q(self, temperature: float) -> Tensor:
         """[R, V] log-probabilities of the whole vocabulary; the caller may overwrite them."""
@@ -103,13 +109,29 @@ class ChunkLoss(NamedTuple):
     """[C, V] derivative of each row's loss with respect to logits / temperature."""
     reverse_kl: Tensor
     """[C] KL(student || teacher), or its estimate."""
+    gate: Tensor | None = None
+    """[C] weight that the objective gave the row; none = 1."""
 
 
 class Objective(Protocol):
     """A loss of each row that depends on the student's distribution there."""
 
-    def __call__(self, student: StudentChunk, teacher: TeacherRows, temperature: float) -> ChunkLoss:
+    def __call__(self, student: StudentChunk, signals: Signals, temperature: float) -> ChunkLoss:
         """Loss and gradient of each row, not weighted, not reduced."""
+        ...
+
+
+@runtime_checkable
+class SequenceObjective(Objective, Protocol):
+    """An objective whose rows depend on others of their sequence: it is shown all of them before the first chunk."""
+
+    @property
+    def needs_sequences(self) -> bool:
+        """False = its present settings need no first look."""
+        ...
+
+    def prepare(self, logprobs_R: Tensor, signals: Signals) -> Signals:
+        """The signals, completed from the student's log p of all R sampled tokens."""
         ...
 
 

@@ -22,15 +22,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stillhouse.trainer.objectives.base import ChunkLoss, StudentChunk, TeacherRows, through_softmax
+from stillhouse.trainer.objectives.base import ChunkLoss, Signals, StudentChunk, through_softmax
 
 
 @dataclass(frozen=True)
 class ReverseKL:
     """KL(student || teacher) = sum_v p (log p - log q); gradient p (log p - log q - KL)."""
 
-    def __call__(self, student: StudentChunk, teacher: TeacherRows, temperature: float) -> ChunkLoss:
-        difference_CV = student.log_p.sub_(teacher.log_q(temperature))
+    def __call__(self, student: StudentChunk, signals: Signals, temperature: float) -> ChunkLoss:
+        difference_CV = student.log_p.sub_(signals.log_q(temperature))
         kl_C = torch.linalg.vecdot(student.p, difference_CV)
         return ChunkLoss(kl_C, difference_CV.sub_(kl_C[:, None]).mul_(student.p), kl_C)
 
@@ -39,8 +39,8 @@ class ReverseKL:
 class ForwardKL:
     """KL(teacher || student) = sum_v q (log q - log p); gradient p - q. Also measures the reverse KL."""
 
-    def __call__(self, student: StudentChunk, teacher: TeacherRows, temperature: float) -> ChunkLoss:
-        log_q_CV = teacher.log_q(temperature)
+    def __call__(self, student: StudentChunk, signals: Signals, temperature: float) -> ChunkLoss:
+        log_q_CV = signals.log_q(temperature)
         difference_CV = student.log_p.sub_(log_q_CV)
         reverse_kl_C = torch.linalg.vecdot(student.p, difference_CV)
         q_CV = log_q_CV.exp_()
@@ -60,8 +60,8 @@ class GeneralisedJSD:
     """0 < b < 1."""
     rescale: bool = False
 
-    def __call__(self, student: StudentChunk, teacher: TeacherRows, temperature: float) -> ChunkLoss:
-        log_p_CV, log_q_CV = student.log_p, teacher.log_q(temperature)
+    def __call__(self, student: StudentChunk, signals: Signals, temperature: float) -> ChunkLoss:
+        log_p_CV, log_q_CV = student.log_p, signals.log_q(temperature)
         reverse_kl_C = torch.linalg.vecdot(student.p, log_p_CV - log_q_CV)
         log_m_CV = torch.logaddexp(log_q_CV + math.log(self.beta), log_p_CV + math.log1p(-self.beta))
         p_to_m_CV = log_p_CV.sub_(log_m_CV)
@@ -81,8 +81,8 @@ class SkewForwardKL:
     alpha: float
     """0 < a < 1; 0 would be the forward KL."""
 
-    def __call__(self, student: StudentChunk, teacher: TeacherRows, temperature: float) -> ChunkLoss:
-        log_p_CV, log_q_CV = student.log_p, teacher.log_q(temperature)
+    def __call__(self, student: StudentChunk, signals: Signals, temperature: float) -> ChunkLoss:
+        log_p_CV, log_q_CV = student.log_p, signals.log_q(temperature)
         reverse_kl_C = torch.linalg.vecdot(student.p, log_p_CV - log_q_CV)
         log_m_CV = torch.logaddexp(log_q_CV + math.log(self.alpha), log_p_CV + math.log1p(-self.alpha))
         q_to_m_CV = log_m_CV.neg_().add_(log_q_CV)
@@ -98,8 +98,8 @@ class SkewReverseKL:
     alpha: float
     """0 < a < 1; 0 would be the reverse KL."""
 
-    def __call__(self, student: StudentChunk, teacher: TeacherRows, temperature: float) -> ChunkLoss:
-        log_p_CV, log_q_CV = student.log_p, teacher.log_q(temperature)
+    def __call__(self, student: StudentChunk, signals: Signals, temperature: float) -> ChunkLoss:
+        log_p_CV, log_q_CV = student.log_p, signals.log_q(temperature)
         reverse_kl_C = torch.linalg.vecdot(student.p, log_p_CV - log_q_CV)
         log_n_CV = torch.logaddexp(log_q_CV + math.log1p(-self.alpha), log_p_CV + math.log(self.alpha))
         p_to_n_CV = log_p_CV.sub_(log_n_CV)
@@ -119,8 +119,8 @@ class EntropyMix:
     threshold: float
     weight: float
 
-    def __call__(self, student: StudentChunk, teacher: TeacherRows, temperature: float) -> ChunkLoss:
-        log_q_CV = teacher.log_q(temperature)
+    def __call__(self, student: StudentChunk, signals: Signals, temperature: float) -> ChunkLoss:
+        log_q_CV = signals.log_q(temperature)
         difference_CV = student.log_p.sub_(log_q_CV)
         reverse_C = torch.linalg.vecdot(student.p, difference_CV)
         q_CV = log_q_CV.exp()

@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from stillhouse.trainer.objectives.base import ChunkLoss, StudentChunk, TeacherRows
+from stillhouse.trainer.objectives.base import ChunkLoss, Signals, StudentChunk
 
 MIN_LOG_Q = -30.0
 """Teacher log-probabilities below it count as this much (1e-13): a token that the teacher forbids outright (-inf) would
@@ -37,11 +37,11 @@ class TopK:
     direction: Literal["forward", "reverse"]
     correction: Literal["generalised", "tail"]
 
-    def __call__(self, student: StudentChunk, teacher: TeacherRows, temperature: float) -> ChunkLoss:
-        assert teacher.topk_ids is not None, "this objective needs the teacher's top-k"
-        assert teacher.topk_logprobs is not None, "this objective needs the teacher's top-k"
-        ids_CK = teacher.topk_ids
-        log_q_CK = teacher.topk_logprobs.to(student.p.dtype).clamp(min=MIN_LOG_Q)
+    def __call__(self, student: StudentChunk, signals: Signals, temperature: float) -> ChunkLoss:
+        assert signals.topk_ids is not None, "this objective needs the teacher's top-k"
+        assert signals.topk_logprobs is not None, "this objective needs the teacher's top-k"
+        ids_CK = signals.topk_ids
+        log_q_CK = signals.topk_logprobs.to(student.p.dtype).clamp(min=MIN_LOG_Q)
         log_p_CK = student.log_p.gather(1, ids_CK)
         support = _Support(ids_CK, log_p_CK, log_q_CK)
         value_C, inside_CK, outside_C = self._slopes(support)
