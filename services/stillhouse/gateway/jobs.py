@@ -136,6 +136,7 @@ async def cancel(ctx: Context, job_id: str) -> JobRecord:
     record = await ctx.jobs.get(job_id)
     if record.status == "cancelling":
         return record
+    is_ended_here = True
     try:
         await ctx.jobs.request(
             job_id,
@@ -154,9 +155,11 @@ async def cancel(ctx: Context, job_id: str) -> JobRecord:
             status_reason="user",
             status_message="waiting for the trainer to stop",
         )
+        is_ended_here = False
         failpoint("gateway.cancel_requested")
     record = await ctx.jobs.get(job_id)
-    await ctx.jobs.event(job_id, "job.status", f"{record.status} on request", status=record.status)
+    if is_ended_here or not record.is_terminal:  # else its trainer was faster than we, and has told it
+        await ctx.jobs.event(job_id, "job.status", f"{record.status} on request", status=record.status)
     if record.is_terminal:
         await asyncio.to_thread(write_final, ctx, record)
     return record
