@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from stillhouse.client.client import Client
 from stillhouse.core.queue.streams import MAX_DELIVERIES
 from stillhouse.trainer.journal import read_step
 from tests.chaos.harness import Chaos, job
@@ -14,8 +15,7 @@ STEPS = 5
 
 @pytest.mark.full
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("action", ["kill", "raise"])
-@pytest.mark.parametrize("point", ["sampler.sampled", "teacher.scoring"])
+@pytest.mark.parametrize(("point", "action"), [("sampler.sampled", "kill"), ("teacher.scoring", "raise")])
 def test_a_poisoned_sample_is_given_up_and_counted(chaos: Chaos, point: str, action: str, chaos_seed: int) -> None:
     chaos.arm(point, action, match=POISON, times=MAX_DELIVERIES + 1)
     name = f"poison-{point}-{action}-{chaos_seed}"
@@ -33,6 +33,10 @@ def test_a_poisoned_sample_is_given_up_and_counted(chaos: Chaos, point: str, act
     assert {failed.reason for failed in ends.values()} == {"exhausted"}
     assert ends[POISON].attempts == MAX_DELIVERIES + 1
     assert record.usage["failed_samples"] == len(ends)
+    with Client(chaos.url, chaos.api_key) as client:
+        letters = {letter["id"]: letter for letter in client.jobs.dead_letters(job_id)}
+    assert letters.keys() == ends.keys()
+    assert (letters[POISON]["reason"], letters[POISON]["step"]) == ("exhausted", 3)
     assert chaos.violations(job_id) == []
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from redis import Redis
@@ -39,8 +40,8 @@ async def test_an_end_that_the_trainer_has_told_is_not_told_again(redis_url: str
     def end_it(point: str, detail: str) -> None:
         if point == "gateway.cancel_requested":
             with Redis.from_url(redis_url) as redis:
-                [job_id] = redis.zrange(keys.JOBS, 0, -1)  # type: ignore[misc]
-                redis.hset(keys.job(job_id.decode()), "status", "cancelled")
+                job_ids: Any = redis.zrange(keys.JOBS, 0, -1)
+                redis.hset(keys.job(job_ids[0].decode()), "status", "cancelled")
 
     failpoints.install(end_it)
     async with open_gateway(redis_url, tmp_path) as gateway:
