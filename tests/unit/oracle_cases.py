@@ -226,6 +226,19 @@ def failed(score: rollout_pb2.Score, reason: str, service: str = "teacher") -> r
     return score
 
 
+def finished(root: Path) -> Job:
+    """A job with a takeover that replayed a journal, and a sample that failed."""
+    job = Job(root)
+    job.open()
+    scores = job.scores(0)
+    job.train(0, job.journal(0, [failed(scores[0], "non_finite"), *scores[1:]]))
+    job.run(3)
+    job.open()
+    job.run(STEPS)
+    job.finish()
+    return job
+
+
 # -- the seeded bugs -------------------------------------------------------------------------------------------------
 
 
