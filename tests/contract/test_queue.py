@@ -1,8 +1,9 @@
-"""One behaviour suite for every queue back end: in memory, Valkey, and Debian's Redis where it is installed."""
+"""One behaviour suite for every queue back end: in memory, simulated, Valkey, and Debian's Redis where installed."""
 
 from __future__ import annotations
 
 import asyncio
+import random
 import shutil
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -16,6 +17,8 @@ from stillhouse.core.queue import keys
 from stillhouse.core.queue.claims import Claims
 from stillhouse.core.queue.client import connect, connect_blocking
 from stillhouse.core.queue.streams import MAX_DELIVERIES, MAX_ENTRY_BYTES, Outcome, QueueBackend, Scope, WorkQueue
+from tests.chaos.sim.redis_client import Line, SimRedis
+from tests.chaos.sim.redis_server import RedisServer
 from tests.conftest import free_port, server_answers, stop_valkey
 from tests.fakes import MemoryQueue
 from tests.waiting import wait_until
@@ -42,7 +45,20 @@ def debian_redis_url(tmp_path_factory: pytest.TempPathFactory) -> Any:
     stop_valkey(process)
 
 
-@pytest.fixture(params=["memory", "valkey", "redis"])
+async def simulated_queue() -> tuple[QueueBackend, SetEpoch]:
+    """The real class on the queue server of the simulation, here in real time."""
+    line = Line(RedisServer(), random.Random(0), lambda *_: None)
+    redis: Any = SimRedis(line)
+
+    async def set_simulated(epoch: int) -> None:
+        await redis.hset(keys.job(JOB.job_id), "epoch", str(epoch))
+
+    await set_simulated(JOB.epoch)
+    blocking: Any = SimRedis(line, retries=0)
+    return WorkQueue(redis, blocking), set_simulated
+
+
+@pytest.fixture(params=["memory", "simulated", "valkey", "redis"])
 async def backend(request: pytest.FixtureRequest) -> AsyncIterator[tuple[QueueBackend, SetEpoch]]:
     """(queue, function that does to the job's epoch what a claim does)."""
     if request.param == "memory":
@@ -53,6 +69,9 @@ async def backend(request: pytest.FixtureRequest) -> AsyncIterator[tuple[QueueBa
 
         await set_memory(JOB.epoch)
         yield memory, set_memory
+        return
+    if request.param == "simulated":
+        yield await simulated_queue()
         return
     url = request.getfixturevalue("redis_url" if request.param == "valkey" else "debian_redis_url")
     redis, blocking = connect(url), connect_blocking(url)

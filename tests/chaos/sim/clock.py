@@ -82,7 +82,8 @@ class SimLoop(asyncio.SelectorEventLoop):
         self._numbers = itertools.count(1)
         super().__init__(_Jump(clock))
         self.on_task: Callable[[SimTask, contextvars.Context], None] = lambda task, context: None
-        self.set_task_factory(self._make_task)
+        make: Any = self._make_task
+        self.set_task_factory(make)
         self.set_exception_handler(lambda loop, context: None)
 
     def time(self) -> float:

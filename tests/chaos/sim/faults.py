@@ -1,4 +1,4 @@
-"""What goes wrong in a run: drawn from its seed before it starts."""
+"""The job of a run and what goes wrong in it: drawn from its seed before it starts."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from stillhouse.core.failpoints import POINTS
+from stillhouse.core.spec import JobSpec
 
 NEVER: Final = {"gateway.job_json_written", "gateway.record_written", "gateway.cancel_requested"}
 """Points where a process is not frozen: its one caller would only wait."""
@@ -39,7 +40,20 @@ class Fault:
 
 
 POINT_ACTIONS: Final = ("kill", "kill", "kill", "freeze", "freeze", "raise", "term", "power", "full")
-MOMENT_ACTIONS: Final = ("kill", "freeze", "term", "down", "flush", "lost", "lost", "refused", "slow", "rpc", "full", "power")
+MOMENT_ACTIONS: Final = (
+    "kill",
+    "freeze",
+    "term",
+    "down",
+    "flush",
+    "lost",
+    "lost",
+    "refused",
+    "slow",
+    "rpc",
+    "full",
+    "power",
+)
 ROLES: Final = ("trainer", "trainer", "sampler", "teacher", "gateway")
 
 
@@ -72,3 +86,32 @@ def _at_moment(draw: random.Random) -> Fault:
 
 def _seconds(draw: random.Random) -> float:
     return LEASE_S * draw.choice((0.5, 1.5, 3.0, 6.0)) * draw.uniform(0.9, 1.1)
+
+
+def draw_job(draw: random.Random) -> JobSpec:
+    """A small job."""
+    per_step, size = draw.randint(1, 3), draw.choice((1, 2, 2, 3))
+    return JobSpec.model_validate(
+        {
+            "student": {"model": "student"},
+            "teachers": {"main": {"model": "teacher"}},
+            "seed": draw.randint(0, 1000),
+            "deterministic": draw.random() < 0.25,
+            "max_failed_fraction": 0.6,
+            "stages": [
+                {
+                    "data": {"rows": [{"prompt": f"row {number}"} for number in range(draw.randint(3, 7))]},
+                    "sampling": {"max_tokens": 6},
+                    "loss": {"objective": draw.choice(("policy_gradient", "full_vocabulary"))},
+                    "schedule": {
+                        "steps": draw.randint(3, 7),
+                        "prompts_per_step": per_step,
+                        "group_size": size,
+                        "max_staleness": draw.randint(0, 2),
+                        "micro_batch_tokens": 24,
+                    },
+                }
+            ],
+            "checkpoint": {"every_steps": draw.randint(1, 3), "keep_last": draw.randint(1, 3)},
+        }
+    )

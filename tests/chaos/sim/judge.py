@@ -85,6 +85,6 @@ def _check_weights(world: World, job_id: str, rollout: Any) -> None:
 
 def _check_leftovers(world: World, job_id: str) -> None:
     kept = {f"sh:job:{job_id}:events".encode(), f"sh:job:{job_id}:metrics".encode()}
-    left = [key for key in world.server.keys() if key.startswith(f"sh:job:{job_id}:".encode()) and key not in kept]
+    left = [key for key in world.server.names() if key.startswith(f"sh:job:{job_id}:".encode()) and key not in kept]
     if left:
         world.violate(f"leftovers: {job_id} has ended, in the queue server are {left}")

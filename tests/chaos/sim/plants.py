@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -139,8 +140,6 @@ def _fresh_seeds(prompt: Any, *, epoch: int, seeds: Sequence[int], **fields: Any
 
 
 def _keep_only_the_newest(artifacts: JobArtifacts, *_: Any, **__: Any) -> int:
-    import shutil
-
     refs = manifests.list_manifests(artifacts)
     for ref in refs[:-1]:
         shutil.rmtree(ref.folder(artifacts))

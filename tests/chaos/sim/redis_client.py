@@ -1,4 +1,4 @@
-"""The redis-py interface over a simulated server: latency, lost answers, outages, retries as the real clients do them."""
+"""redis-py over a simulated server: latency, lost answers, outages, retries as the real clients do them."""
 
 from __future__ import annotations
 

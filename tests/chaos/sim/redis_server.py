@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from lupa import lua51 as lupa
+from lupa import lua51
 from redis.exceptions import ResponseError
 
 Id = tuple[int, int]
@@ -84,7 +84,7 @@ class RedisServer:
         for key in gone:
             self.on_change(key)
 
-    def keys(self) -> list[bytes]:
+    def names(self) -> list[bytes]:
         return sorted(key for key in list(self._data) if self._find(key) is not None)
 
     # -- keys --------------------------------------------------------------------------------------------------------
@@ -319,10 +319,11 @@ class RedisServer:
             answer = _answer(function(*tables))
             self.on_script(text, keys, args, answer)
             return answer
-        except lupa.LuaError as error:
+        except lua51.LuaError as error:
             raise ResponseError(str(error).partition("\n")[0]) from None
 
 
+lupa: Any = lua51
 _servers: list[RedisServer] = []
 
 

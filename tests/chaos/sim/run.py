@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import json
 import shutil
@@ -91,8 +92,6 @@ def _finish(loop: SimLoop, world: World) -> None:
             task.add_done_callback(process.tasks.discard)
 
     loop.on_task = note
-    import asyncio
-
     asyncio.set_event_loop(loop)
     try:
         loop.run_until_complete(world.run())
@@ -114,12 +113,12 @@ def _in_place_of_heavy_parts(world: World) -> Iterator[None]:
 
     real_hold = trainer_publish.Publisher.hold
     with (
-        mock.patch.object(service, "Server", lambda settings: SimServer(PROCESS.get())),  # type: ignore[arg-type]
-        mock.patch.object(telemetry, "serve_metrics", lambda settings: ""),
+        mock.patch.object(service, "Server", _server),
+        mock.patch.object(telemetry, "serve_metrics", _no_address),
         mock.patch.object(trainer_start, "Renderer", ToyRenderer),
-        mock.patch.object(trainer_start, "stop_token_ids", lambda entry: [0]),
-        mock.patch.object(trainer_app.gc, "collect", lambda: 0),
-        mock.patch.object(gateway_jobs, "preflight", lambda *_: None),
+        mock.patch.object(trainer_start, "stop_token_ids", _stop_token_ids),
+        mock.patch.object(trainer_app.gc, "collect", _nothing),
+        mock.patch.object(gateway_jobs, "preflight", _nothing),
         mock.patch.object(trainer_publish.Publisher, "hold", hold),
     ):
         failpoints.install(world.on_failpoint)
@@ -127,6 +126,24 @@ def _in_place_of_heavy_parts(world: World) -> Iterator[None]:
             yield
         finally:
             failpoints.install(None)
+
+
+def _server(settings: Any) -> SimServer:
+    process = PROCESS.get()
+    assert process is not None, "a service runs in a process"
+    return SimServer(process)
+
+
+def _no_address(settings: Any) -> str:
+    return ""
+
+
+def _stop_token_ids(entry: Any) -> list[int]:
+    return [0]
+
+
+def _nothing(*_: Any) -> None:
+    return
 
 
 async def _hold(world: World, real_hold: Any, publisher: Any, policy_version: int, arrays: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A deployment in one thread: two trainers, two samplers, one or two teachers and a gateway, all of them the real classes.
+"""A deployment in one thread: two trainers, two samplers, one or two teachers and a gateway, all of the real classes.
 
 Real: queue, records, registry, claims, loop, exchange, journal, manifests, publisher, workers, sweeper, submit, the
 frame of a service. Simulated: time, the queue server, the network, the disk's behaviour at a power loss, processes.
@@ -8,26 +8,24 @@ Toys: student, teachers, learner, tokenizer.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import hashlib
 import random
-import sys
 import traceback
 from collections import Counter
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, Final
 
-from stillhouse.core.blobs import Artifacts, is_no_space
+from stillhouse.core.blobs import Artifacts
 from stillhouse.core.config import Settings
-from stillhouse.core.errors import DeadlineError, StillhouseError, UnavailableError
+from stillhouse.core.errors import StillhouseError
 from stillhouse.core.failpoints import InjectedError
 from stillhouse.core.queue import jobs as queue_jobs
-from stillhouse.core.queue.claims import QUEUE_ERRORS
 from stillhouse.core.queue.jobs import JobStore
 from stillhouse.core.queue.registry import Registry
 from stillhouse.core.queue.streams import WorkQueue
 from stillhouse.core.service import Context, heartbeat_forever, serve
-from stillhouse.core.spec import JobSpec
 from stillhouse.gateway import jobs as gateway_jobs
 from stillhouse.gateway.sweeper import Sweeper
 from stillhouse.sampler.app import SamplerApp
@@ -35,19 +33,20 @@ from stillhouse.teacher.app import TeacherApp
 from stillhouse.trainer.app import TrainerApp
 from tests.chaos.sim.clock import Clock
 from tests.chaos.sim.disk import Disk
-from tests.chaos.sim.faults import LEASE_S, Fault, draw_faults
-from tests.chaos.sim.process import PROCESS, Process, SimulatedKill, current
+from tests.chaos.sim.faults import LEASE_S, Fault, draw_faults, draw_job
+from tests.chaos.sim.log import SimLog, is_expected
+from tests.chaos.sim.process import Process, current
 from tests.chaos.sim.redis_client import Line, SimRedis
 from tests.chaos.sim.redis_server import RedisServer
 from tests.chaos.sim.rpc import Network, SimPeers
 from tests.chaos.sim.toys import ToyLearnerThread, ToyModels, ToySampler, ToyTeacher
 
-FAULTY_S: Final = 30.0
+FAULTY_S: Final = 20.0
 """Virtual time in which faults may happen; then everything heals."""
 HEALED_S: Final = 240.0
 """A job must end within so much virtual time after that."""
-QUIET_S: Final = 15.0
-"""Time after the end of the jobs: what is late comes now."""
+QUIET_S: Final = 5.0
+"""Time after the end of the jobs: what is late comes now, zombies wake up, the sweeper goes round twice."""
 
 
 class World:
@@ -104,6 +103,11 @@ class World:
         if self.is_verbose:
             self.lines.append(line)
 
+    def note(self, text: str) -> None:
+        """A line of the log, for -v."""
+        if self.is_verbose:
+            self.lines.append(f"{self.clock.now:.6f} {text}")
+
     def trace_hash(self) -> str:
         return self._hash.hexdigest()[:16]
 
@@ -126,7 +130,7 @@ class World:
         name = slot if self.keeps_names else f"{slot}.{self._lives[slot]}"
         process = Process(name, role, self.trace)
         process.address = f"sim:{slot}.{self._lives[slot]}"
-        process.log = SimLog(self, process)
+        process.log = SimLog(name, self.note, self.violate)
         self.processes[slot] = process
         self.network.processes[process.address] = process
         process.ctx = self._context(process)
@@ -338,6 +342,8 @@ class World:
             facts = {k: {n: v[n] for n in (b"status", b"status_reason", b"step") if n in v} for k, v in states.items()}
             self.violate(f"hang: not ended {HEALED_S:g} s after everything was well: {facts}")
         self.trace("ended")
+        for process in self.processes.values():
+            process.thaw()
         await asyncio.sleep(QUIET_S)
         self._is_over = True
         for task in beside + users:
@@ -351,9 +357,8 @@ class World:
             process.thaw()
 
 
-def _empty() -> Any:
-    import contextvars
-
+def _empty() -> contextvars.Context:
+    """Of no process."""
     return contextvars.Context()
 
 
@@ -364,79 +369,3 @@ async def _gateway(ctx: Context) -> None:
         await Sweeper(ctx).run()
     finally:
         beat.cancel()
-
-
-def is_expected(error: BaseException | None) -> bool:
-    """Errors that faults may end a process with."""
-    if isinstance(error, BaseExceptionGroup):
-        return all(is_expected(part) for part in error.exceptions)
-    if isinstance(error, InjectedError | SimulatedKill | UnavailableError | DeadlineError | asyncio.CancelledError):
-        return True
-    return isinstance(error, QUEUE_ERRORS) or is_no_space(error)
-
-
-class SimLog:
-    """A logger of a process; what crashed for no injected reason is a violation."""
-
-    def __init__(self, world: World, process: Process) -> None:
-        self._world = world
-        self._process = process
-
-    def bind(self, **_: Any) -> SimLog:
-        return self
-
-    def _say(self, level: str, message: str, /, **values: Any) -> None:
-        if self._world.is_verbose:
-            text = f"{self._world.clock.now:.6f} {self._process.name} {level} {message} {values}"
-            self._world.lines.append(text)
-
-    def debug(self, message: str, /, **values: Any) -> None:
-        return
-
-    def info(self, message: str, /, **values: Any) -> None:
-        self._say("info", message, **values)
-
-    def warning(self, message: str, /, **values: Any) -> None:
-        self._say("warning", message, **values)
-
-    def error(self, message: str, /, **values: Any) -> None:
-        self._say("error", message, **values)
-
-    def exception(self, message: str, /, **values: Any) -> None:
-        error = sys.exc_info()[1]
-        self._say("exception", message, error=repr(error))
-        if not is_expected(error):
-            text = "".join(traceback.format_exception(error)[-6:])
-            self._world.violate(f"crash: {self._process.name}: {message}: {error!r}\n{text}")
-
-
-def draw_job(draw: random.Random) -> JobSpec:
-    """A small job."""
-    per_step, size = draw.randint(1, 3), draw.choice((1, 2, 2, 3))
-    return JobSpec.model_validate(
-        {
-            "student": {"model": "student"},
-            "teachers": {"main": {"model": "teacher"}},
-            "seed": draw.randint(0, 1000),
-            "deterministic": draw.random() < 0.25,
-            "max_failed_fraction": 0.6,
-            "stages": [
-                {
-                    "data": {"rows": [{"prompt": f"row {number}"} for number in range(draw.randint(3, 7))]},
-                    "sampling": {"max_tokens": 6},
-                    "loss": {"objective": draw.choice(("policy_gradient", "full_vocabulary"))},
-                    "schedule": {
-                        "steps": draw.randint(3, 7),
-                        "prompts_per_step": per_step,
-                        "group_size": size,
-                        "max_staleness": draw.randint(0, 2),
-                        "micro_batch_tokens": 24,
-                    },
-                }
-            ],
-            "checkpoint": {"every_steps": draw.randint(1, 3), "keep_last": draw.randint(1, 3)},
-        }
-    )
-
-
-__all__ = ["PROCESS", "World"]
