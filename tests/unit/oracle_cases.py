@@ -59,8 +59,6 @@ class Job:
         write_json(self.artifacts.job_json, sealed({"id": JOB_ID, "spec": self.record.spec}))
         self.event("job.status", status="queued")
 
-    # -- what a trainer does -----------------------------------------------------------------------------------------
-
     def open(self, epoch: int = 0) -> None:
         """Claim the job: open an epoch and bring the learner to where it starts."""
         was, self.epoch = self.record.step, epoch or self.epoch + 1
@@ -168,8 +166,6 @@ class Job:
         self.set(status=status, error=error, finished_at=time.time())
         write_json(self.artifacts.root / "final.json", sealed(final_document(self.record)))
         self.event("job.status", status=status)
-
-    # -- its parts ---------------------------------------------------------------------------------------------------
 
     def scores(self, step: int, groups: Iterable[int] = (), **changes: Any) -> list[rollout_pb2.Score]:
         """The scores of a step's groups."""
