@@ -16,10 +16,11 @@ from random import Random
 from typing import Any
 from unittest import mock
 
-from stillhouse.core import failpoints, service, telemetry
+from stillhouse.core import blobs, failpoints, service, telemetry
 from stillhouse.gateway import jobs as gateway_jobs
 from stillhouse.trainer import app as trainer_app
 from stillhouse.trainer import publish as trainer_publish
+from stillhouse.trainer import retention
 from stillhouse.trainer import start as trainer_start
 from tests.chaos.sim.clock import Clock, SimLoop, virtual_time
 from tests.chaos.sim.judge import judge
@@ -71,6 +72,8 @@ def simulate(seed: int, plant: Plant | None = None, *, is_verbose: bool = False)
         if was_collecting:
             gc.enable()
         shutil.rmtree(root, ignore_errors=True)
+        blobs._unwritten.clear()
+        retention._good.clear()
     facts = {
         "jobs": world.statuses,
         "faults": [str(fault) for fault in world.faults if fault.is_done],

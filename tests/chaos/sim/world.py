@@ -17,6 +17,7 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, Final
 
+from stillhouse.core import blobs
 from stillhouse.core.blobs import Artifacts
 from stillhouse.core.config import Settings
 from stillhouse.core.errors import StillhouseError
@@ -30,6 +31,7 @@ from stillhouse.gateway import jobs as gateway_jobs
 from stillhouse.gateway.sweeper import Sweeper
 from stillhouse.sampler.app import SamplerApp
 from stillhouse.teacher.app import TeacherApp
+from stillhouse.trainer import retention
 from stillhouse.trainer.app import TrainerApp
 from tests.chaos.sim.clock import Clock
 from tests.chaos.sim.disk import Disk
@@ -262,6 +264,8 @@ class World:
         for process in list(self.processes.values()):
             process.kill()
         self.disk.crash()
+        blobs._unwritten.clear()  # memory of processes, which share it here
+        retention._good.clear()
         process = current()
         if process is not None:
             process.check()
