@@ -83,13 +83,17 @@ async def test_a_terminal_job_never_changes_and_is_not_claimed(jobs: JobStore) -
         await jobs.request("job_a", allowed=("queued", "running"), status="cancelling")
 
 
-async def test_events_and_metrics_are_kept_twice_and_the_last_of_a_step_wins(jobs: JobStore) -> None:
+async def test_events_and_metrics_are_kept_twice_and_the_last_of_a_step_wins(jobs: JobStore, redis: Any) -> None:
     await jobs.event("job_a", "step", "first", step=1)
     await jobs.event("job_a", "step", "second", step=2)
     first, second = await jobs.events("job_a")
     assert await jobs.events("job_a", after=first["id"]) == [second]
-    await jobs.metric(Scope("job_a", 1), 3, {"loss": 9.0})
-    await jobs.metric(Scope("job_a", 2), 3, {"loss": 1.0})
+    first_claim = Scope("job_a", await jobs.claim("job_a", "a", 30, 0))
+    await jobs.metric(first_claim, 3, {"loss": 9.0})
+    await redis.delete(keys.lease("job_a"))
+    await jobs.metric(Scope("job_a", await jobs.claim("job_a", "b", 30, 0)), 3, {"loss": 1.0})
+    with pytest.raises(LeaseLostError):
+        await jobs.metric(first_claim, 3, {"loss": 8.0})
     assert [(point["epoch"], point["values"]["loss"]) for point in await jobs.metrics("job_a")] == [(2, 1.0)]
     assert [event["id"] for event in read_jsonl(jobs.artifacts.job("job_a").events)] == [first["id"], second["id"]]
 

@@ -211,11 +211,17 @@ async def test_trimmed_events_come_from_the_file(gateway: Gateway) -> None:
     assert page["has_more"]
 
 
+async def taken_over(gateway: Gateway, scope: Scope) -> Scope:
+    """The claim after `scope`."""
+    await gateway.ctx.redis.delete(keys.lease(scope.job_id))
+    return Scope(scope.job_id, await gateway.ctx.jobs.claim(scope.job_id, "trainer-other", 60.0, 0))
+
+
 async def with_metrics(gateway: Gateway) -> str:
     scope = await claimed(gateway)
     for step in range(1, 4):
         await gateway.ctx.jobs.metric(scope, step, {"loss": step / 2, "kl": float("nan") if step == 2 else 0.1})
-    await gateway.ctx.jobs.metric(Scope(scope.job_id, 2), 3, {"loss": 9.0, "late": 1.0})
+    await gateway.ctx.jobs.metric(await taken_over(gateway, scope), 3, {"loss": 9.0, "late": 1.0})
     return scope.job_id
 
 
@@ -295,9 +301,11 @@ async def test_metrics_are_read_back_in_pages_and_the_last_of_a_step_wins(
     monkeypatch.setattr("stillhouse.core.queue.jobs.METRICS_PAGE", 4)
     scope = await claimed(gateway)
     jobs = gateway.ctx.jobs
-    for epoch, steps in ((1, range(1, 11)), (2, range(6, 14))):
-        for step in steps:
-            await jobs.metric(Scope(scope.job_id, epoch), step, {"loss": 0.0})
+    for step in range(1, 11):
+        await jobs.metric(scope, step, {"loss": 0.0})
+    second = await taken_over(gateway, scope)
+    for step in range(6, 14):
+        await jobs.metric(second, step, {"loss": 0.0})
     for step_from, step_to in ((0, None), (1, 13), (8, None), (7, 9), (13, None), (14, None), (0, 5)):
         points = await jobs.metrics(scope.job_id, step_from=step_from, step_to=step_to)
         expected = range(max(step_from, 1), (13 if step_to is None else step_to) + 1)

@@ -158,6 +158,13 @@ _TELL = f"""{BEYOND_MAXMEMORY}
 return redis.call('XADD', KEYS[1], 'MAXLEN', '~', ARGV[1], '*', ARGV[2], ARGV[3])
 """
 
+# KEYS metrics, record; ARGV epoch, most entries, point. What a zombie measured belongs to no weights.
+_MEASURE = f"""{BEYOND_MAXMEMORY}
+if redis.call('HGET', KEYS[2], 'epoch') ~= ARGV[1] then return 0 end
+redis.call('XADD', KEYS[1], 'MAXLEN', '~', ARGV[2], '*', 'point', ARGV[3])
+return 1
+"""
+
 
 class JobStore:
     """Job records, their events and their metrics. Every history line also goes to the job's artifacts."""
@@ -171,6 +178,7 @@ class JobStore:
         self._update = redis.register_script(_UPDATE)
         self._request = redis.register_script(_REQUEST)
         self._tell = redis.register_script(_TELL)
+        self._measure = redis.register_script(_MEASURE)
 
     async def create(self, record: JobRecord, *, idempotency_key: str = "", body_sha256: str = "") -> str:
         """Store a new record, once per idempotency key; returns '' or "id:body hash" of the job made under that key."""
@@ -288,9 +296,18 @@ class JobStore:
         return [{"id": text(entry_id), **json.loads(fields[b"event"])} for entry_id, fields in listed]
 
     async def metric(self, scope: Scope, step: int, values: Mapping[str, float]) -> None:
-        """Record the metrics of a step. After a takeover a step may come again: keyed (epoch, step), last wins."""
+        """Record the metrics of a step. After a takeover a step may come again: keyed (epoch, step), last wins.
+
+        Raises:
+            LeaseLostError: a newer claim exists.
+        """
         point = {"epoch": scope.epoch, "step": step, "created_at": round(time.time(), 3), "values": dict(values)}
-        await self._tell(keys=[keys.metrics(scope.job_id)], args=[METRICS_MAXLEN, "point", json.dumps(point)])
+        measured = await self._measure(
+            keys=[keys.metrics(scope.job_id), keys.job(scope.job_id)],
+            args=[scope.epoch, METRICS_MAXLEN, json.dumps(point)],
+        )
+        if int(measured) == 0:
+            raise LeaseLostError(f"job {scope.job_id}: epoch {scope.epoch} is closed by a newer claim")
         append_jsonl(self.artifacts.job(scope.job_id).metrics, [point])
 
     async def metrics(self, job_id: str, *, step_from: int = 0, step_to: int | None = None) -> list[dict[str, Any]]:
