@@ -9,7 +9,7 @@ help:
 	@echo "make demo       distil a real model on this machine's CPU, from nothing to a report (about 10 minutes)"
 	@echo "make test       the test suite (a few minutes)"
 	@echo "make test-full  slow tests: real models, kills, whole deployments"
-	@echo "make chaos      every failpoint x kill, freeze, error on real processes, then random kills (half an hour)"
+	@echo "make chaos      simulated runs; every failpoint x kill, freeze, error on real processes; random kills (half an hour)"
 	@echo "make check      linters, types, import rules, protos"
 	@echo "make install    virtual environment in $(VENV) for development"
 	@echo "make up / down  a local deployment in the background"
@@ -46,6 +46,7 @@ test-full: $(VENV)/.dev
 
 # CHAOS_SEED repeats a run, CHAOS_KILLS sets how many random kills follow, CHAOS_RESULTS names the file of JSON lines.
 chaos: $(VENV)/.dev
+	$(BIN)/python -m tests.chaos.sim --quiet --seeds 0:3000
 	$(BIN)/python -m tests.chaos.sweep
 
 check: $(VENV)/.dev
