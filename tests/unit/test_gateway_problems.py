@@ -59,7 +59,6 @@ WRONG_FIELDS = [
     ("student", {"model": "nope"}, "student.model", "registered: big, small"),
     ("teachers.main.model", "nope", "teachers.main.model", "registered: big, small"),
     ("init_from", "job_0123456789", "init_from", "not supported yet"),
-    ("deterministic", True, "deterministic", "not supported yet"),
     ("stages.0.data", {"file": "file_0123456789"}, "stages.0.data.file", "POST /v1/files"),
     ("stages.0.data.rows.1", {"prompt": "x" * 300}, "stages.0.data.rows.1", "row 1: 300 prompt tokens + 8"),
     ("stages.0.data.rows.1", {"prompt": "x", "completion": "y"}, "stages.0.data.rows.1", "not supported yet"),
