@@ -82,7 +82,7 @@ def fsync_file(path: Path) -> None:
 
 
 def make_dirs(folder: Path) -> None:
-    """Create a folder and the missing ones above it, durably: a file is lost with a folder whose name was not synced."""
+    """Create a folder and those above it, durably: a folder whose name is not synced is lost with its files."""
     if folder.is_dir():
         return
     make_dirs(folder.parent)
@@ -164,7 +164,7 @@ _unwritten: dict[Path, list[bytes]] = {}
 
 
 def is_no_space(error: BaseException | None) -> bool:
-    """Whether an error, or what caused it, is a full disk. Libraries in Rust only say so in the text of their errors."""
+    """Whether an error, or what caused it, is a full disk. Libraries in Rust say so in the text of errors only."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in NO_SPACE:
             return True
