@@ -47,8 +47,9 @@ FAULTY_S: Final = 20.0
 """Virtual time in which faults may happen; then everything heals."""
 HEALED_S: Final = 240.0
 """A job must end within so much virtual time after that."""
-QUIET_S: Final = 5.0
-"""Time after the end of the jobs: what is late comes now, zombies wake up, the sweeper goes round twice."""
+QUIET_S: Final = 16.0
+"""Time after the end of the jobs: what is late comes now, zombies wake up, a gateway that died loses the sweeper's lease
+(10 s) and its successor goes round twice."""
 
 
 class World:
