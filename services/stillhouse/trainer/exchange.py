@@ -44,6 +44,9 @@ FETCH_CONCURRENCY: Final = 4
 """Payloads fetched at once: enough to hide latency, few enough to bound memory in flight."""
 MAX_ATTEMPTS: Final = 5
 """Times a sample is put back for scoring before the trainer gives it up."""
+RETRY_PAUSES_S: Final = (0.0, 1.0, 4.0, 10.0)
+"""Pause before the next attempt, by attempt: a teacher that died costs nothing, a link that is down for a while no
+sample."""
 
 
 @dataclass(slots=True)
@@ -165,7 +168,10 @@ class Exchange:
         """Have journalled rollouts scored again (their payloads were not journalled): replay after a takeover."""
         future = self._expect(f"replay-{group}", group, {score.rollout.sample_id for score in scores})
         for score in scores:
-            await self._put_back(score.rollout)
+            first = rollout_pb2.Rollout()
+            first.CopyFrom(score.rollout)
+            first.attempt = 0  # an attempt of this epoch: those of the one before are no fault of the sample
+            await self._put_back(first)
         return future
 
     def _expect(self, name: str, group: int, wanted: set[str]) -> asyncio.Future[ScoredGroup]:
@@ -280,6 +286,7 @@ class Exchange:
             if pending is not None:
                 self._settle(pending, sample)
             return
+        await asyncio.sleep(RETRY_PAUSES_S[min(rollout.attempt, len(RETRY_PAUSES_S) - 1)])
         await self._put_back(rollout)
         if sample.entry is not None:
             await self._remove([sample.entry])
