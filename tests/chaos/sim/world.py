@@ -48,8 +48,8 @@ FAULTY_S: Final = 20.0
 HEALED_S: Final = 240.0
 """A job must end within so much virtual time after that."""
 QUIET_S: Final = 16.0
-"""Time after the end of the jobs: what is late comes now, zombies wake up, a gateway that died loses the sweeper's lease
-(10 s) and its successor goes round twice."""
+"""Time after the end of the jobs: what is late comes now, zombies wake up, a gateway that died loses the sweeper's
+lease (10 s) and its successor goes round twice."""
 
 
 class World:
