@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from stillhouse.core.failpoints import POINTS, FileHandler, InjectedError
+from tests.chaos.harness import process_state, until
 
 POINT = "sampler.sampled"
 SOURCES = Path(__file__).resolve().parents[2] / "services" / "stillhouse"
@@ -45,6 +49,36 @@ def test_times_arms_again_until_it_has_acted_so_often(tmp_path: Path) -> None:
     arm(tmp_path, match="3/0", times=3)
     assert [acted(handlers[visit % 2], "3/0") for visit in range(5)] == [True, True, True, False, False]
     assert not acted(handlers[0], "4/0")
+
+
+STOPS_IN_A_THREAD = """
+import sys, threading
+from stillhouse.core.failpoints import act
+def work():
+    act("stop", "disk.synced")
+    print("ran on", flush=True)
+thread = threading.Thread(target=work)
+thread.start()
+while thread.is_alive():  # busy, so that both threads are there to take the signal
+    pass
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc says who is stopped")
+def test_a_stop_in_a_worker_thread_freezes_there(tmp_path: Path) -> None:
+    for number in range(20):
+        output = tmp_path / f"{number}.txt"
+        with output.open("wb") as stream:
+            process = subprocess.Popen([sys.executable, "-c", STOPS_IN_A_THREAD], stdout=stream)
+        try:
+            until(lambda pid=process.pid: process_state(pid) == "T", "it to freeze", 30)
+            assert output.read_bytes() == b"", "the thread ran on past the point"
+            process.send_signal(signal.SIGCONT)
+            assert process.wait(30) == 0
+            assert output.read_bytes() == b"ran on\n"
+        finally:
+            process.kill()
+            process.wait()
 
 
 @pytest.mark.parametrize("point", POINTS)

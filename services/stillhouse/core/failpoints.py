@@ -16,6 +16,7 @@ import errno
 import json
 import os
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -138,7 +139,8 @@ def act(action: str, name: str) -> None:
         case "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         case "stop":
-            os.kill(os.getpid(), signal.SIGSTOP)
+            # to this thread: sent to the process, it may reach another one first, and this one runs on past the point
+            signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
         case "term":
             os.kill(os.getpid(), signal.SIGTERM)
         case "exit":
