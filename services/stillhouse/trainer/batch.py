@@ -12,6 +12,18 @@ import numpy as np
 
 from stillhouse.core.errors import WireError
 
+_PER_TOKEN = (
+    "loss_mask",
+    "rollout_logprobs",
+    "teacher_logprobs",
+    "hidden",
+    "topk_ids",
+    "topk_logprobs",
+    "target_ids",
+    "target_logprobs",
+    "entropies",
+)
+
 
 @dataclass(frozen=True, eq=False)
 class TrainSample:
@@ -43,6 +55,16 @@ class TrainSample:
     """[T, K] int32 - the teacher's likeliest tokens at each position."""
     topk_logprobs: np.ndarray | None = None
     """[T, K] float16 or float32, nats - under the teacher's whole distribution, at the same temperature."""
+    target_ids: np.ndarray | None = None
+    """[T, K'] int32 - the student's likeliest tokens as it sampled, no id twice in a row."""
+    target_logprobs: np.ndarray | None = None
+    """[T, K'] float32, nats - of them under the teacher, at the same temperature."""
+    entropies: np.ndarray | None = None
+    """[T] float32, nats - of the student as it sampled."""
+    outcome: float = 0.0
+    """Advantage of the completion's reward within its group, normalised, not yet weighted."""
+    origin: int = 0
+    """`v1.Origin`: who wrote the completion. `rollout_logprobs` of one that the student did not write are NaN."""
 
     def __post_init__(self) -> None:
         num_tokens = len(self.completion_ids)
@@ -51,7 +73,7 @@ class TrainSample:
                 f"sample {self.sample_id}: {len(self.prompt_ids)} prompt and {num_tokens} completion tokens; "
                 "both need one at least"
             )
-        for name in ("loss_mask", "rollout_logprobs", "teacher_logprobs", "hidden", "topk_ids", "topk_logprobs"):
+        for name in _PER_TOKEN:
             array = getattr(self, name)
             if array is not None and len(array) != num_tokens:
                 raise WireError(f"sample {self.sample_id}: {len(array)} rows of {name} for {num_tokens} tokens")

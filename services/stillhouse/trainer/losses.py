@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stillhouse.core.spec import FullVocabularyLoss, LossSpec, PolicyGradientLoss, TopKLoss
+from stillhouse.core.spec import CrossEntropyLoss, FullVocabularyLoss, LossSpec, PolicyGradientLoss, TopKLoss
 from stillhouse.trainer.objectives.base import Head, Objective, SequenceObjective, Signals, StudentChunk
+from stillhouse.trainer.objectives.cross_entropy import CrossEntropy
 from stillhouse.trainer.objectives.full_vocabulary import (
     EntropyMix,
     ForwardKL,
@@ -42,6 +43,8 @@ def make_objective(spec: LossSpec) -> Objective:
             return TopK("reverse" if spec.divergence == "reverse_kl" else "forward", spec.correction)
         case FullVocabularyLoss():
             return _divergence(spec)
+        case CrossEntropyLoss():
+            return CrossEntropy()
 
 
 def _divergence(spec: FullVocabularyLoss) -> Objective:
@@ -58,6 +61,8 @@ def _divergence(spec: FullVocabularyLoss) -> Objective:
             return SkewReverseKL(spec.alpha)
         case "entropy_mix":
             return EntropyMix(spec.entropy_threshold, spec.forward_weight)
+        case "k2":
+            raise NotImplementedError("k2 over the whole vocabulary")
 
 
 @dataclass(frozen=True, eq=False)

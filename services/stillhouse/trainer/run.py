@@ -15,6 +15,7 @@ from stillhouse.core.failpoints import failpoint
 from stillhouse.core.queue.jobs import JobStore
 from stillhouse.core.queue.streams import Scope
 from stillhouse.core.spec import FullVocabularyLoss, JobSpec, PolicyGradientLoss, StageSpec, TopKLoss
+from stillhouse.core.spec_loss import Payload
 from stillhouse.core.tensors import DTYPE_NAMES
 from stillhouse.trainer import manifests
 from stillhouse.trainer.batch import TeacherHead, TrainSample
@@ -34,6 +35,14 @@ from stillhouse.v1 import rollout_pb2
 
 MAX_NON_FINITE: Final = 3
 """Steps in a row without a finite gradient after which the job fails: one may be a bad sample, three are divergence."""
+
+SCORE_KINDS: Final[dict[Payload, rollout_pb2.ScoreKind]] = {
+    "none": rollout_pb2.SCORE_KIND_NONE,
+    "sampled": rollout_pb2.SCORE_KIND_SAMPLED,
+    "top_k": rollout_pb2.SCORE_KIND_TOPK,
+    "targets": rollout_pb2.SCORE_KIND_TARGETS,
+    "hidden": rollout_pb2.SCORE_KIND_HIDDEN,
+}
 
 
 @dataclass
@@ -310,16 +319,16 @@ class Run:
         )
 
     def _score_spec(self) -> rollout_pb2.ScoreSpec:
-        loss, temperature = self.stage.loss, self.stage.sampling.temperature
-        match loss:
-            case FullVocabularyLoss():
-                kind, dtype = rollout_pb2.SCORE_KIND_HIDDEN, DTYPE_NAMES[loss.hidden_dtype]
-                return rollout_pb2.ScoreSpec(kind=kind, temperature=temperature, dtype=dtype)
-            case TopKLoss():
-                kind, dtype = rollout_pb2.SCORE_KIND_TOPK, DTYPE_NAMES["float32"]
-                return rollout_pb2.ScoreSpec(kind=kind, temperature=temperature, top_k=loss.k, dtype=dtype)
-            case PolicyGradientLoss():
-                return rollout_pb2.ScoreSpec(kind=rollout_pb2.SCORE_KIND_SAMPLED, temperature=temperature)
+        loss = self.stage.loss
+        payload = loss.payload()
+        spec = rollout_pb2.ScoreSpec(
+            kind=SCORE_KINDS[payload], temperature=self.stage.sampling.temperature, dtype=DTYPE_NAMES["float32"]
+        )
+        if payload == "hidden" and isinstance(loss, FullVocabularyLoss | PolicyGradientLoss):
+            spec.dtype = DTYPE_NAMES[loss.hidden_dtype]
+        if payload == "top_k" and isinstance(loss, TopKLoss | PolicyGradientLoss):
+            spec.top_k = loss.k
+        return spec
 
     async def export(self, source_dir: Path, card: dict[str, Any]) -> None:
         """Write the finished student beside the artifacts, in place of an older export."""

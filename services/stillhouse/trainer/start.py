@@ -14,7 +14,7 @@ from stillhouse.core.models import ModelEntry, verify_files
 from stillhouse.core.queue.jobs import JobRecord
 from stillhouse.core.queue.streams import Scope
 from stillhouse.core.service import Context
-from stillhouse.core.spec import DataSpec, FullVocabularyLoss, JobSpec
+from stillhouse.core.spec import DataSpec, JobSpec
 from stillhouse.trainer import manifests
 from stillhouse.trainer.batch import TeacherHead
 from stillhouse.trainer.evaluate import HeldOut
@@ -171,7 +171,7 @@ class Start:
         self, teachers: dict[str, ModelEntry], held_out: Sequence[Prompt]
     ) -> dict[str, TeacherHead]:
         """Every teacher loaded somewhere; the heads of those whose hidden states come to the learner."""
-        needs_heads = isinstance(self.spec.stages[0].loss, FullVocabularyLoss) or bool(held_out)
+        needs_heads = self.spec.stages[0].loss.payload() == "hidden" or bool(held_out)
         heads: dict[str, TeacherHead] = {}
         for name, spec in self.spec.teachers.items():
             task = make_task(self.scope, name, spec, teachers[name])

@@ -28,6 +28,14 @@ class ScoreKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     SCORE_KIND_TOPK: _ClassVar[ScoreKind]
     SCORE_KIND_TARGETS: _ClassVar[ScoreKind]
     SCORE_KIND_HIDDEN: _ClassVar[ScoreKind]
+    SCORE_KIND_NONE: _ClassVar[ScoreKind]
+
+class Origin(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ORIGIN_UNSPECIFIED: _ClassVar[Origin]
+    ORIGIN_STUDENT: _ClassVar[Origin]
+    ORIGIN_DATA: _ClassVar[Origin]
+    ORIGIN_TEACHER: _ClassVar[Origin]
 PURPOSE_UNSPECIFIED: Purpose
 PURPOSE_TRAIN: Purpose
 PURPOSE_EVALUATE: Purpose
@@ -40,9 +48,14 @@ SCORE_KIND_SAMPLED: ScoreKind
 SCORE_KIND_TOPK: ScoreKind
 SCORE_KIND_TARGETS: ScoreKind
 SCORE_KIND_HIDDEN: ScoreKind
+SCORE_KIND_NONE: ScoreKind
+ORIGIN_UNSPECIFIED: Origin
+ORIGIN_STUDENT: Origin
+ORIGIN_DATA: Origin
+ORIGIN_TEACHER: Origin
 
 class SamplingParams(_message.Message):
-    __slots__ = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "stop_token_ids", "stop")
+    __slots__ = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "stop_token_ids", "stop", "record_top_k", "record_entropies")
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     TOP_P_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
@@ -50,6 +63,8 @@ class SamplingParams(_message.Message):
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     STOP_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     STOP_FIELD_NUMBER: _ClassVar[int]
+    RECORD_TOP_K_FIELD_NUMBER: _ClassVar[int]
+    RECORD_ENTROPIES_FIELD_NUMBER: _ClassVar[int]
     temperature: float
     top_p: float
     top_k: int
@@ -57,7 +72,9 @@ class SamplingParams(_message.Message):
     max_tokens: int
     stop_token_ids: _containers.RepeatedScalarFieldContainer[int]
     stop: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., max_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., stop: _Optional[_Iterable[str]] = ...) -> None: ...
+    record_top_k: int
+    record_entropies: bool
+    def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., max_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., stop: _Optional[_Iterable[str]] = ..., record_top_k: _Optional[int] = ..., record_entropies: _Optional[bool] = ...) -> None: ...
 
 class ScoreSpec(_message.Message):
     __slots__ = ("kind", "top_k", "temperature", "dtype")
@@ -120,7 +137,7 @@ class PromptGroup(_message.Message):
     def __init__(self, schema_version: _Optional[int] = ..., job_id: _Optional[str] = ..., epoch: _Optional[int] = ..., purpose: _Optional[_Union[Purpose, str]] = ..., group: _Optional[int] = ..., group_id: _Optional[str] = ..., sample_indices: _Optional[_Iterable[int]] = ..., prompt_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., teacher_prompt_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., teacher: _Optional[str] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., score: _Optional[_Union[ScoreSpec, _Mapping]] = ..., seeds: _Optional[_Iterable[int]] = ..., min_policy_version: _Optional[int] = ..., exact_policy_version_plus_one: _Optional[int] = ..., row: _Optional[int] = ..., traceparent: _Optional[str] = ...) -> None: ...
 
 class Rollout(_message.Message):
-    __slots__ = ("schema_version", "job_id", "epoch", "sample_id", "purpose", "group", "index", "attempt", "teacher", "prompt_ids", "teacher_prompt_ids", "completion_ids", "rollout_logprobs", "loss_mask", "finish_reason", "spans", "sampling", "score", "seed", "tokenizer_sha256", "row", "target_ids", "sampler", "sample_s", "traceparent", "weights_sha256")
+    __slots__ = ("schema_version", "job_id", "epoch", "sample_id", "purpose", "group", "index", "attempt", "teacher", "prompt_ids", "teacher_prompt_ids", "completion_ids", "rollout_logprobs", "loss_mask", "finish_reason", "spans", "sampling", "score", "seed", "tokenizer_sha256", "row", "target_ids", "sampler", "sample_s", "traceparent", "weights_sha256", "entropies", "origin")
     SCHEMA_VERSION_FIELD_NUMBER: _ClassVar[int]
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -147,6 +164,8 @@ class Rollout(_message.Message):
     SAMPLE_S_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_SHA256_FIELD_NUMBER: _ClassVar[int]
+    ENTROPIES_FIELD_NUMBER: _ClassVar[int]
+    ORIGIN_FIELD_NUMBER: _ClassVar[int]
     schema_version: int
     job_id: str
     epoch: int
@@ -173,7 +192,9 @@ class Rollout(_message.Message):
     sample_s: float
     traceparent: str
     weights_sha256: str
-    def __init__(self, schema_version: _Optional[int] = ..., job_id: _Optional[str] = ..., epoch: _Optional[int] = ..., sample_id: _Optional[str] = ..., purpose: _Optional[_Union[Purpose, str]] = ..., group: _Optional[int] = ..., index: _Optional[int] = ..., attempt: _Optional[int] = ..., teacher: _Optional[str] = ..., prompt_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., teacher_prompt_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., completion_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., rollout_logprobs: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., loss_mask: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., spans: _Optional[_Iterable[_Union[Span, _Mapping]]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., score: _Optional[_Union[ScoreSpec, _Mapping]] = ..., seed: _Optional[int] = ..., tokenizer_sha256: _Optional[str] = ..., row: _Optional[int] = ..., target_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., sampler: _Optional[str] = ..., sample_s: _Optional[float] = ..., traceparent: _Optional[str] = ..., weights_sha256: _Optional[str] = ...) -> None: ...
+    entropies: _tensor_pb2.Tensor
+    origin: Origin
+    def __init__(self, schema_version: _Optional[int] = ..., job_id: _Optional[str] = ..., epoch: _Optional[int] = ..., sample_id: _Optional[str] = ..., purpose: _Optional[_Union[Purpose, str]] = ..., group: _Optional[int] = ..., index: _Optional[int] = ..., attempt: _Optional[int] = ..., teacher: _Optional[str] = ..., prompt_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., teacher_prompt_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., completion_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., rollout_logprobs: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., loss_mask: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., spans: _Optional[_Iterable[_Union[Span, _Mapping]]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., score: _Optional[_Union[ScoreSpec, _Mapping]] = ..., seed: _Optional[int] = ..., tokenizer_sha256: _Optional[str] = ..., row: _Optional[int] = ..., target_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., sampler: _Optional[str] = ..., sample_s: _Optional[float] = ..., traceparent: _Optional[str] = ..., weights_sha256: _Optional[str] = ..., entropies: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., origin: _Optional[_Union[Origin, str]] = ...) -> None: ...
 
 class SampledScore(_message.Message):
     __slots__ = ("teacher_logprobs",)
@@ -182,18 +203,20 @@ class SampledScore(_message.Message):
     def __init__(self, teacher_logprobs: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
 
 class TopKScore(_message.Message):
-    __slots__ = ("teacher_topk_ids", "teacher_topk_logprobs", "tail_logprobs", "teacher_logprobs", "blob")
+    __slots__ = ("teacher_topk_ids", "teacher_topk_logprobs", "tail_logprobs", "teacher_logprobs", "blob", "target_logprobs")
     TEACHER_TOPK_IDS_FIELD_NUMBER: _ClassVar[int]
     TEACHER_TOPK_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     TAIL_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     TEACHER_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     BLOB_FIELD_NUMBER: _ClassVar[int]
+    TARGET_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     teacher_topk_ids: _tensor_pb2.Tensor
     teacher_topk_logprobs: _tensor_pb2.Tensor
     tail_logprobs: _tensor_pb2.Tensor
     teacher_logprobs: _tensor_pb2.Tensor
     blob: _tensor_pb2.BlobRef
-    def __init__(self, teacher_topk_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., teacher_topk_logprobs: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., tail_logprobs: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., teacher_logprobs: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., blob: _Optional[_Union[_tensor_pb2.BlobRef, _Mapping]] = ...) -> None: ...
+    target_logprobs: _tensor_pb2.Tensor
+    def __init__(self, teacher_topk_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., teacher_topk_logprobs: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., tail_logprobs: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., teacher_logprobs: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., blob: _Optional[_Union[_tensor_pb2.BlobRef, _Mapping]] = ..., target_logprobs: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
 
 class TargetsScore(_message.Message):
     __slots__ = ("target_logprobs", "teacher_logprobs", "blob")
@@ -219,6 +242,10 @@ class HiddenScore(_message.Message):
     head_sha256: str
     def __init__(self, blob: _Optional[_Union[_tensor_pb2.BlobRef, _Mapping]] = ..., dtype: _Optional[_Union[_tensor_pb2.DataType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., teacher_logprobs: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., head_sha256: _Optional[str] = ...) -> None: ...
 
+class NoScore(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class Failure(_message.Message):
     __slots__ = ("reason", "message", "service", "attempts")
     REASON_FIELD_NUMBER: _ClassVar[int]
@@ -232,7 +259,7 @@ class Failure(_message.Message):
     def __init__(self, reason: _Optional[str] = ..., message: _Optional[str] = ..., service: _Optional[str] = ..., attempts: _Optional[int] = ...) -> None: ...
 
 class Score(_message.Message):
-    __slots__ = ("schema_version", "rollout", "teacher_sha256", "sampled", "topk", "targets", "hidden", "failed", "teacher_instance", "score_s")
+    __slots__ = ("schema_version", "rollout", "teacher_sha256", "sampled", "topk", "targets", "hidden", "failed", "none", "teacher_instance", "score_s", "reward", "reward_note")
     SCHEMA_VERSION_FIELD_NUMBER: _ClassVar[int]
     ROLLOUT_FIELD_NUMBER: _ClassVar[int]
     TEACHER_SHA256_FIELD_NUMBER: _ClassVar[int]
@@ -241,8 +268,11 @@ class Score(_message.Message):
     TARGETS_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
+    NONE_FIELD_NUMBER: _ClassVar[int]
     TEACHER_INSTANCE_FIELD_NUMBER: _ClassVar[int]
     SCORE_S_FIELD_NUMBER: _ClassVar[int]
+    REWARD_FIELD_NUMBER: _ClassVar[int]
+    REWARD_NOTE_FIELD_NUMBER: _ClassVar[int]
     schema_version: int
     rollout: Rollout
     teacher_sha256: str
@@ -251,9 +281,12 @@ class Score(_message.Message):
     targets: TargetsScore
     hidden: HiddenScore
     failed: Failure
+    none: NoScore
     teacher_instance: str
     score_s: float
-    def __init__(self, schema_version: _Optional[int] = ..., rollout: _Optional[_Union[Rollout, _Mapping]] = ..., teacher_sha256: _Optional[str] = ..., sampled: _Optional[_Union[SampledScore, _Mapping]] = ..., topk: _Optional[_Union[TopKScore, _Mapping]] = ..., targets: _Optional[_Union[TargetsScore, _Mapping]] = ..., hidden: _Optional[_Union[HiddenScore, _Mapping]] = ..., failed: _Optional[_Union[Failure, _Mapping]] = ..., teacher_instance: _Optional[str] = ..., score_s: _Optional[float] = ...) -> None: ...
+    reward: float
+    reward_note: str
+    def __init__(self, schema_version: _Optional[int] = ..., rollout: _Optional[_Union[Rollout, _Mapping]] = ..., teacher_sha256: _Optional[str] = ..., sampled: _Optional[_Union[SampledScore, _Mapping]] = ..., topk: _Optional[_Union[TopKScore, _Mapping]] = ..., targets: _Optional[_Union[TargetsScore, _Mapping]] = ..., hidden: _Optional[_Union[HiddenScore, _Mapping]] = ..., failed: _Optional[_Union[Failure, _Mapping]] = ..., none: _Optional[_Union[NoScore, _Mapping]] = ..., teacher_instance: _Optional[str] = ..., score_s: _Optional[float] = ..., reward: _Optional[float] = ..., reward_note: _Optional[str] = ...) -> None: ...
 
 class TeacherTask(_message.Message):
     __slots__ = ("schema_version", "job_id", "epoch", "teacher", "model", "model_sha256", "dtype", "tokenizer_sha256")

@@ -64,9 +64,14 @@ class Signals:
     """[R, D_teacher] teacher's states, to which `head` is applied."""
     head: Head | None = None
     topk_ids: Tensor | None = None
-    """[R, K] int64, the teacher's likeliest tokens, no id twice in a row."""
+    """[R, K] int64, the support: the teacher's likeliest tokens, the student's, or both; no id twice in a row, but
+    where `topk_mask` is False."""
     topk_logprobs: Tensor | None = None
     """[R, K] log q of them, under the whole vocabulary."""
+    topk_mask: Tensor | None = None
+    """[R, K] bool, False = the place is empty (rows of a union have different sizes); none = all are taken."""
+    outcome: Tensor | None = None
+    """[R] advantage of the completion's reward, normalised within its group."""
     rollout_logprobs: Tensor | None = None
     """[R] log mu of the sampled tokens, under the policy that sampled them."""
     sample: Tensor | None = None

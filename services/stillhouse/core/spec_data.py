@@ -1,0 +1,132 @@
+"""The part of a job's format that says what the student reads and writes: rows, data, sampling, which tokens train."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from stillhouse.core.spec_base import Closed, Name
+
+
+class Message(Closed):
+    """One turn of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    """Who speaks."""
+    content: str = Field(max_length=1_000_000)
+    """What is said."""
+
+
+class Row(Closed):
+    """One prompt of the data: a line of the JSONL file."""
+
+    prompt: str | None = Field(default=None, max_length=1_000_000)
+    """The user's message. Either this or `messages`."""
+    messages: tuple[Message, ...] | None = Field(default=None, min_length=1, max_length=256)
+    """A conversation whose last turn is the user's. Either this or `prompt`."""
+    teacher: Name | None = None
+    """Name of the teacher that scores this row; default: the job's only teacher."""
+    teacher_prompt: tuple[Message, ...] | None = Field(default=None, min_length=1, max_length=256)
+    """The conversation as the teacher reads it, where it differs from the student's."""
+    answer: str | None = None
+    """Reference answer, for verifiers."""
+    verifier: Name | None = None
+    """Name of the verifier that judges the completion."""
+    weight: float = Field(default=1.0, ge=0, le=1000)
+    """Weight of the row in the loss."""
+    completion: str | None = None
+    """Completion for off-policy training."""
+
+    @model_validator(mode="after")
+    def _one_prompt(self) -> Row:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give exactly one of 'prompt' and 'messages'")
+        if self.prompt is not None and not self.prompt.strip():
+            raise ValueError("the prompt is empty")
+        _check_last("messages", self.messages)
+        _check_last("teacher_prompt", self.teacher_prompt)
+        return self
+
+    def conversation(self) -> list[dict[str, str]]:
+        """The messages as the student's chat template takes them."""
+        if self.messages is not None:
+            return [m.model_dump() for m in self.messages]
+        return [{"role": "user", "content": self.prompt or ""}]
+
+
+def _check_last(name: str, messages: tuple[Message, ...] | None) -> None:
+    if messages is None:
+        return
+    if messages[-1].role != "user":
+        raise ValueError(f"the last message must be the user's, got role '{messages[-1].role}' in '{name}'")
+    if not messages[-1].content.strip():
+        raise ValueError(f"the last message of '{name}' is empty")
+
+
+class DataSpec(Closed):
+    """Where the prompts come from. Exactly one of `file`, `rows`."""
+
+    file: str | None = Field(default=None, pattern=r"^file_[a-z0-9]{8,40}$")
+    """Id of an uploaded JSONL file (`POST /v1/files`). In a job file write `path:` instead; the CLI uploads it."""
+    rows: tuple[Row, ...] | None = Field(default=None, max_length=10_000)
+    """The prompts themselves."""
+    shuffle: bool = True
+    """New order in every pass over the data, drawn from the job's seed."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataSpec:
+        if (self.file is None) == (self.rows is None):
+            raise ValueError("give exactly one of 'file' and 'rows'")
+        if self.rows is not None and not self.rows:
+            raise ValueError("no prompts: 'rows' is empty")
+        return self
+
+
+class SamplingSpec(Closed):
+    """How the student writes. Student, teacher and sampler log-probabilities are all taken at this temperature."""
+
+    temperature: float = Field(default=1.0, ge=0.05, le=10)
+    """Sampling temperature."""
+    max_tokens: int = Field(default=256, ge=1, le=32_768)
+    """Longest completion, tokens."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Nucleus sampling; below 1 samples no longer come from the policy whose log-probabilities are recorded."""
+    top_k: int = Field(default=0, ge=0, le=1_000_000)
+    """Sample among the k likeliest tokens only; 0 = off."""
+    stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(), max_length=64)
+    """Token ids that end a completion, besides the model's own end-of-sequence tokens."""
+
+
+class SelectSpec(Closed):
+    """Train on part of the tokens only; the others cost nothing in head and loss."""
+
+    by: Literal["entropy", "kl"]
+    """entropy: the tokens at which the student was least sure when it sampled. kl: those at which teacher and student
+    disagree most, by the one-sample estimate r - 1 - log r of KL(student || teacher), r = q / p."""
+    fraction: float = Field(gt=0, le=1)
+    """Share of a step's tokens that train, of each teacher's samples."""
+
+
+class HorizonSpec(Closed):
+    """Train on the beginnings of completions first."""
+
+    start: int = Field(ge=1, le=32_768)
+    """Tokens of each completion that train at the first step."""
+    end: int = Field(ge=1, le=32_768)
+    """And from step `steps` on."""
+    steps: int = Field(ge=1, le=1_000_000)
+    """Steps over which the horizon goes from `start` to `end`, linearly."""
+
+
+class TokensSpec(Closed):
+    """Which tokens of a completion train. The end-of-sequence token is one of them."""
+
+    drop_truncated: bool = False
+    """Leave out completions that were cut off at `max_tokens`; their share is a metric either way."""
+    mask_special: bool = False
+    """Leave out special tokens other than the one that ended the completion."""
+    select: SelectSpec | None = None
+    """Train on the most telling tokens only; none = on all."""
+    horizon: HorizonSpec | None = None
+    """Train on beginnings first; none = on whole completions."""
