@@ -351,6 +351,36 @@ async def test_impossible_samples_end_as_failures_and_the_others_go_on(desk: Des
     assert await desk.queue.length(keys.dead(desk.scope.job_id, desk.scope.epoch)) == 3
 
 
+async def test_what_is_recorded_travels_with_the_rollout(desk: Desk) -> None:
+    desk.publish(0)
+    await desk.plan(0, num_samples=1, sampling={"record_top_k": 5, "record_entropies": True})
+    await desk.plan(1, num_samples=1)
+    await desk.cluster.start("sampler")
+    await desk.lease("sampler-0")
+    got = await desk.wait_for("0/0", "1/0")
+    recorded, plain = got["0/0"], got["1/0"]
+    num_tokens = len(ids_list(recorded.completion_ids))
+    assert (list(recorded.target_ids.shape), list(recorded.entropies.shape)) == ([num_tokens, 5], [num_tokens])
+    assert (from_tensor(recorded.target_ids).dtype, from_tensor(recorded.entropies).dtype) == (np.int32, np.float32)
+    assert not plain.HasField("target_ids")
+    assert not plain.HasField("entropies")
+
+
+async def test_a_rollout_that_outgrows_its_entry_names_the_knobs(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stillhouse.core.queue.streams.MAX_ENTRY_BYTES", 2000)
+    desk.publish(0)
+    await desk.plan(0, num_samples=1, sampling={"record_top_k": 200, "stop_token_ids": [], "max_tokens": 20})
+    await desk.plan(1, num_samples=1)
+    await desk.cluster.start("sampler")
+    await desk.lease("sampler-0")
+    await desk.wait_for("1/0")
+    await wait_until(desk.is_drained, timeout_s=5, what="both groups to leave the queue")
+    (failed,) = [score.failed for score in (await desk.failures()).values()]
+    assert failed.reason == "too_large"
+    for part in ("2000", "the 200 likeliest", "lower loss.k or sampling.max_tokens"):
+        assert part in failed.message
+
+
 async def test_a_group_that_kills_its_samplers_is_given_up(desk: Desk) -> None:
     desk.publish(0)
     await desk.plan(0, num_samples=2)

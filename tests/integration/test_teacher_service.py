@@ -227,21 +227,37 @@ async def test_lists_travel_inline_or_as_references(
     await desk.open()
     await desk.cluster.start("teacher")
     topk = await desk.add(desk.rollout(5, pb.SCORE_KIND_TOPK))
-    targets = desk.rollout(6, pb.SCORE_KIND_TARGETS)
+    targets, union = desk.rollout(6, pb.SCORE_KIND_TARGETS), desk.rollout(13, pb.SCORE_KIND_TOPK)
     wanted = np.arange(2 * 7, dtype=np.int32).reshape(7, 2)
-    targets.target_ids.CopyFrom(to_tensor(wanted))
-    await desk.add(targets)
-    got = await desk.wait_for(2)
-    first, second = got["5/0"].topk, got["6/0"].targets
+    for rollout in (targets, union):
+        rollout.target_ids.CopyFrom(to_tensor(wanted))
+        await desk.add(rollout)
+    got = await desk.wait_for(3)
+    first, second, third = got["5/0"].topk, got["6/0"].targets, got["13/0"].topk
+    assert not first.HasField("target_logprobs")
     if inline_bytes == 0:
         assert not first.HasField("teacher_topk_ids")
         first = pb.TopKScore.FromString(bytes(await desk.fetch(first.blob)))
         second = pb.TargetsScore.FromString(bytes(await desk.fetch(second.blob)))
+        third = pb.TopKScore.FromString(bytes(await desk.fetch(third.blob)))
     values, ids = naive(desk.cluster, "teacher", topk).topk(4)
     np.testing.assert_array_equal(from_tensor(first.teacher_topk_ids), ids)
     np.testing.assert_allclose(from_tensor(first.teacher_topk_logprobs), values, atol=0.01)
-    expected = naive(desk.cluster, "teacher", targets).gather(1, torch.from_numpy(wanted).long())
-    np.testing.assert_allclose(from_tensor(second.target_logprobs), expected, atol=2e-5)
+    for rollout, score in ((targets, second), (union, third)):
+        expected = naive(desk.cluster, "teacher", rollout).gather(1, torch.from_numpy(wanted).long())
+        np.testing.assert_allclose(from_tensor(score.target_logprobs), expected, atol=2e-5)
+    assert from_tensor(third.teacher_topk_ids).shape == (7, 4)
+
+
+async def test_a_list_is_fetched_when_its_rollout_fills_the_entry(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rollouts that name target ids are large themselves: 4 k bytes a token."""
+    rollout = desk.rollout(6, pb.SCORE_KIND_TARGETS)
+    rollout.target_ids.CopyFrom(to_tensor(np.zeros((7, 2), dtype=np.int32)))
+    monkeypatch.setattr("stillhouse.teacher.messages.ENTRY_BYTES", rollout.ByteSize() + 16)
+    await desk.open()
+    await desk.cluster.start("teacher")
+    await desk.add(rollout)
+    assert (await desk.wait_for(1))["6/0"].targets.blob.size_bytes > 16
 
 
 async def test_jobs_are_served_in_turns(cluster: Cluster) -> None:

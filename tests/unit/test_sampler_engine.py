@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from stillhouse.core.errors import WeightsError
 from stillhouse.core.models import inspect_model
 from stillhouse.core.tensors import DTYPE_NAMES
 from stillhouse.sampler.engines.base import Completion, SampleRequest
-from stillhouse.sampler.engines.draw import draw, uniforms
+from stillhouse.sampler.engines.draw import draw, entropies, log_probs, uniforms
 from stillhouse.sampler.engines.transformers import TransformersEngine
 from tests.tiny import EOS_ID, TOKENIZER_SIZE, make_tiny_model
 
@@ -119,6 +120,57 @@ def test_logprobs_are_those_of_one_full_forward(engine: TransformersEngine, mode
         np.testing.assert_allclose(completion.rollout_logprobs, full.numpy(), atol=1e-4)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_recorded_tokens_and_entropies_are_those_of_one_full_forward(
+    engine: TransformersEngine, model: Any, temperature: float
+) -> None:
+    """Whatever truncates the draw; rows that only pad the head are no tokens."""
+    options: dict[str, Any] = {"temperature": temperature, "top_k": 5, "top_p": 0.9, "record_entropies": True}
+    wanted = [replace(request, record_top_k=3 + n) for n, request in enumerate(requests(4, **options))]
+    got = run(engine, wanted)
+    for request in wanted:
+        completion = got[request.key]
+        assert completion.target_ids is not None
+        assert completion.entropies is not None
+        assert completion.target_ids.dtype == np.int32
+        ids = torch.tensor([[*request.prompt_ids, *completion.completion_ids]])
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[0, len(request.prompt_ids) - 1 : -1, :TOKENIZER_SIZE].double()
+        probs = torch.softmax(logits / (temperature or 1.0), -1)
+        expected = probs.topk(request.record_top_k).indices.numpy()
+        np.testing.assert_array_equal(completion.target_ids, expected)
+        np.testing.assert_allclose(completion.entropies, -(probs * probs.log()).sum(-1).numpy(), atol=1e-4)
+
+
+def test_what_is_recorded_changes_no_draw_and_nothing_is_recorded_unasked(engine: TransformersEngine) -> None:
+    plain = requests(3)
+    asked = [replace(plain[0], record_top_k=4), replace(plain[1], record_entropies=True), plain[2]]
+    expected, got = run(engine, plain), run(engine, asked)
+    for request in plain:
+        assert got[request.key].completion_ids == expected[request.key].completion_ids
+    assert got["0"].target_ids is not None
+    assert got["0"].target_ids.shape == (len(got["0"].completion_ids), 4)
+    assert [got[key].target_ids is None for key in "012"] == [False, True, True]
+    assert [got[key].entropies is None for key in "012"] == [True, False, True]
+
+
+def test_more_likeliest_tokens_than_there_are_is_refused(engine: TransformersEngine) -> None:
+    request = replace(requests(1)[0], record_top_k=TOKENIZER_SIZE + 1)
+    completion = run(engine, [request])[request.key]
+    assert (completion.finish_reason, completion.reason) == ("failed", "bad_request")
+    assert str(TOKENIZER_SIZE) in completion.message
+    everything = run(engine, [replace(request, record_top_k=TOKENIZER_SIZE)])[request.key].target_ids
+    assert everything is not None
+    assert sorted(everything[0].tolist()) == list(range(TOKENIZER_SIZE))
+
+
+def test_entropy_counts_impossible_tokens_as_nothing() -> None:
+    logits = torch.tensor([[0.0, 0.0, -torch.inf], [0.0, -torch.inf, -torch.inf]])
+    request = SampleRequest("x", [1], 1, 0)
+    found = entropies(log_probs(logits, [request, request]))
+    torch.testing.assert_close(found, torch.tensor([np.log(2), 0.0], dtype=torch.float64))
+
+
 def test_a_seed_gives_the_same_completion_in_any_batch(engine: TransformersEngine) -> None:
     wanted = requests(8)
     together = run(engine, wanted)
@@ -181,16 +233,18 @@ def test_each_sample_is_handed_out_when_it_ends(engine: TransformersEngine) -> N
 def test_padding_rows_of_the_head_are_never_written() -> None:
     logits = torch.zeros(1, 4)
     request = SampleRequest("x", [1], 1, 0)
-    drawn = {int(draw(logits, [request], [u])[0]) for u in np.linspace(0, 1 - 1e-12, 9)}
+    logprobs = log_probs(logits, [request])
+    drawn = {int(draw(logprobs, [request], [u])) for u in np.linspace(0, 1 - 1e-12, 9)}
     assert drawn == {0, 1, 2, 3}
-    assert int(draw(logits, [request], [float(np.nextafter(1.0, 0.0))])[0]) == 3
+    assert int(draw(logprobs, [request], [float(np.nextafter(1.0, 0.0))])) == 3
 
 
 def test_draws_follow_the_distribution() -> None:
     logits = torch.randn(1, 6, generator=torch.Generator().manual_seed(3))
     request = SampleRequest("x", [1], 1, 0, temperature=0.7)
     count = 20_000
-    ids, _ = draw(logits.expand(count, -1), [request] * count, uniforms(5, count).tolist())
+    logprobs = log_probs(logits.expand(count, -1), [request] * count)
+    ids = draw(logprobs, [request] * count, uniforms(5, count).tolist())
     frequencies = torch.bincount(ids, minlength=6) / count
     torch.testing.assert_close(frequencies.double(), torch.softmax(logits[0].double() / 0.7, -1), atol=0.012, rtol=0)
 
@@ -204,14 +258,12 @@ def test_draws_follow_the_distribution() -> None:
         ({"top_k": 3, "top_p": 0.01}, {0}),
     ],
 )
-def test_truncation_limits_the_draw_but_not_the_logprobs(options: dict[str, Any], kept: set[int]) -> None:
+def test_truncation_limits_the_draw(options: dict[str, Any], kept: set[int]) -> None:
     probs = torch.tensor([[0.5, 0.3, 0.15, 0.05]], dtype=torch.float64)
     request = SampleRequest("x", [1], 1, 0, **options)
     seen = set()
     for u in np.linspace(0, 0.999, 50):
-        ids, logprobs = draw(probs.log(), [request], [float(u)])
-        seen.add(int(ids))
-        torch.testing.assert_close(logprobs.exp(), probs[0, ids])
+        seen.add(int(draw(probs.log(), [request], [float(u)])))
     assert seen == kept
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def test_every_kind_gives_the_logprobs_of_a_full_forward(
 
 def _with_targets(item: ScoreItem) -> ScoreItem:
     ids = np.random.default_rng(9).integers(0, TOKENIZER_SIZE, (len(item.completion_ids), 5), dtype=np.int32)
-    return ScoreItem(item.key, item.prompt_ids, item.completion_ids, item.kind, item.temperature, target_ids=ids)
+    return replace(item, target_ids=ids)
 
 
 def test_hidden_states_times_the_head_are_the_logits(engine: TransformersEngine, model: Any) -> None:
@@ -134,13 +135,15 @@ def test_top_k_and_tail_are_a_distribution(engine: TransformersEngine, model: An
         np.testing.assert_allclose(mass, 1.0, atol=1e-5)
 
 
-def test_targets_are_read_off_the_distribution(engine: TransformersEngine, model: Any) -> None:
-    wanted = [_with_targets(item) for item in items(pb.SCORE_KIND_TARGETS)]
+@pytest.mark.parametrize("kind", [pb.SCORE_KIND_TARGETS, pb.SCORE_KIND_TOPK])
+def test_targets_are_read_off_the_distribution(engine: TransformersEngine, model: Any, kind: pb.ScoreKind) -> None:
+    wanted = [_with_targets(item) for item in items(kind, top_k=3, temperature=0.6)]
     for item, result in zip(wanted, scored(engine, wanted), strict=True):
         assert item.target_ids is not None
         assert result.target_logprobs is not None
         expected = naive_logprobs(model, item).gather(1, torch.from_numpy(item.target_ids).long())
         np.testing.assert_allclose(result.target_logprobs, expected, atol=2e-5)
+        assert (result.topk_ids is None) == (kind == pb.SCORE_KIND_TARGETS)
 
 
 def test_scores_do_not_depend_on_the_batch_nor_on_pieces(
@@ -184,17 +187,21 @@ def test_bad_items_fail_alone(engine: TransformersEngine) -> None:
         ScoreItem("empty", [5], [], pb.SCORE_KIND_SAMPLED),
         ScoreItem("k", [5], [5], pb.SCORE_KIND_TOPK, top_k=TOKENIZER_SIZE + 1),
         ScoreItem("targets", [5], [5], pb.SCORE_KIND_TARGETS),
+        ScoreItem("shape", [5], [5], pb.SCORE_KIND_TOPK, top_k=3, target_ids=np.zeros((2, 3), np.int32)),
+        ScoreItem("named", [5], [5], pb.SCORE_KIND_TOPK, top_k=3, target_ids=np.full((1, 3), TOKENIZER_SIZE)),
     ]
     results = engine.score([*bad, *good])
-    assert [result.reason for result in results[:6] if isinstance(result, Unscored)] == [
+    assert [result.reason for result in results[:8] if isinstance(result, Unscored)] == [
         "too_long",
         "bad_ids",
         "bad_ids",
         "empty",
         "bad_request",
         "bad_request",
+        "bad_request",
+        "bad_ids",
     ]
-    for alone, result in zip(scored(engine, good), results[6:], strict=True):
+    for alone, result in zip(scored(engine, good), results[8:], strict=True):
         assert isinstance(result, Scored)
         np.testing.assert_allclose(result.teacher_logprobs, alone.teacher_logprobs, atol=2e-5)
 

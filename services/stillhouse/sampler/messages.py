@@ -43,6 +43,8 @@ def make_request(key: str, prompt_ids: list[int], sampling: pb.SamplingParams, s
         top_k=sampling.top_k,
         min_p=sampling.min_p,
         stop_token_ids=tuple(sampling.stop_token_ids),
+        record_top_k=sampling.record_top_k,
+        record_entropies=sampling.record_entropies,
     )
 
 
@@ -65,6 +67,10 @@ def make_rollout(group: pb.PromptGroup, index: int, completion: Completion, sour
     rollout = _blank(group, index, source.scope)
     rollout.completion_ids.CopyFrom(ids_tensor(completion.completion_ids))
     rollout.rollout_logprobs.CopyFrom(floats_tensor(completion.rollout_logprobs))
+    if completion.target_ids is not None:
+        rollout.target_ids.CopyFrom(ids_tensor(completion.target_ids))
+    if completion.entropies is not None:
+        rollout.entropies.CopyFrom(floats_tensor(completion.entropies))
     rollout.finish_reason = FINISH_REASONS[completion.finish_reason]
     rollout.spans.add(first_token=0, policy_version=source.weights.policy_version, epoch=source.weights.epoch)
     rollout.tokenizer_sha256 = source.tokenizer_sha256

@@ -273,7 +273,8 @@ class SamplerWorker:
                 failpoint("sampler.handed_over")
                 self._settle(claims, work, index, outcome)
             except TooLargeError as error:
-                outcome = await self._fail(scope, claims, work, index, "too_large", error.message)
+                problem = f"{error.message}; {_content(completion)}"
+                outcome = await self._fail(scope, claims, work, index, "too_large", problem)
         if outcome is Outcome.CLOSED:
             self._ctx.log.info("epoch closed, work dropped", job_id=scope.job_id, epoch=scope.epoch)
             claims.drop()
@@ -299,6 +300,15 @@ class SamplerWorker:
         del work.requests[index]
         if not work.requests:
             claims.finish(work.entry)
+
+
+def _content(completion: Completion) -> str:
+    """What makes a rollout too large, and what to do about it."""
+    size = f"it holds {len(completion.completion_ids)} tokens"
+    if completion.target_ids is None:
+        return f"{size}; lower sampling.max_tokens"
+    likeliest = completion.target_ids.shape[1]
+    return f"{size} with the ids of the {likeliest} likeliest at each; lower loss.k or sampling.max_tokens"
 
 
 def _batches(works: list[_Work]) -> Iterable[list[_Work]]:

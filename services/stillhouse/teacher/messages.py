@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final, TypeVar
 
 from stillhouse.core.errors import WireError
-from stillhouse.core.queue.streams import Scope
+from stillhouse.core.queue.streams import MAX_ENTRY_BYTES, Scope
 from stillhouse.core.tensors import from_tensor, ids_list, to_tensor
 from stillhouse.teacher.blobstore import BlobStore
 from stillhouse.teacher.engines.base import Scored, ScoreItem
@@ -16,7 +16,19 @@ from stillhouse.v1 import tensor_pb2
 ListScore = TypeVar("ListScore", pb.TopKScore, pb.TargetsScore)
 SCHEMA_VERSION: Final = 1
 INLINE_BYTES: Final = 256 << 10
-"""Larger top-k and targets payloads stay here and are fetched: an entry of the queue holds 1 MiB, rollout included."""
+"""Larger top-k and targets payloads stay here and are fetched: most of an entry of the queue is for the rollout."""
+ENTRY_BYTES: Final = MAX_ENTRY_BYTES - (4 << 10)
+"""Rollout and payload together; the rest of an entry is for names and the message's own bytes."""
+PER_TOKEN: Final = (
+    "prompt_ids",
+    "teacher_prompt_ids",
+    "completion_ids",
+    "rollout_logprobs",
+    "loss_mask",
+    "target_ids",
+    "entropies",
+)
+"""What grows with the length of a rollout."""
 HALF_DTYPES: Final = (tensor_pb2.DATA_TYPE_UNSPECIFIED, tensor_pb2.DATA_TYPE_FLOAT16)
 
 
@@ -85,14 +97,22 @@ def make_score(
             tail_logprobs=to_tensor(scored.tail_logprobs),
             teacher_logprobs=teacher_logprobs,
         )
-        score.topk.CopyFrom(topk if topk.ByteSize() <= INLINE_BYTES else _kept(topk, scope, blobs))
+        if scored.target_logprobs is not None:
+            topk.target_logprobs.CopyFrom(to_tensor(scored.target_logprobs))
+        score.topk.CopyFrom(topk if _fits(rollout, topk) else _kept(topk, scope, blobs))
     elif rollout.score.kind == pb.SCORE_KIND_TARGETS:
         assert scored.target_logprobs is not None, "the engine gives what the kind asks for"
         targets = pb.TargetsScore(target_logprobs=to_tensor(scored.target_logprobs), teacher_logprobs=teacher_logprobs)
-        score.targets.CopyFrom(targets if targets.ByteSize() <= INLINE_BYTES else _kept(targets, scope, blobs))
+        score.targets.CopyFrom(targets if _fits(rollout, targets) else _kept(targets, scope, blobs))
     else:
         score.sampled.teacher_logprobs.CopyFrom(teacher_logprobs)
     return score
+
+
+def _fits(rollout: pb.Rollout, payload: pb.TopKScore | pb.TargetsScore) -> bool:
+    """Whether the queue carries a payload beside its rollout, which may be large itself: it names target ids."""
+    size = payload.ByteSize()
+    return size <= INLINE_BYTES and rollout.ByteSize() + size <= ENTRY_BYTES
 
 
 def _kept(score: ListScore, scope: Scope, blobs: BlobStore) -> ListScore:
@@ -116,7 +136,7 @@ def without_tokens(rollout: pb.Rollout) -> pb.Rollout:
     """The rollout's identity, where its tokens do not fit into an entry."""
     small = pb.Rollout()
     small.CopyFrom(rollout)
-    for name in ("prompt_ids", "teacher_prompt_ids", "completion_ids", "rollout_logprobs", "loss_mask", "target_ids"):
+    for name in PER_TOKEN:
         small.ClearField(name)
     return small
 

@@ -49,6 +49,10 @@ RETRY_PAUSES_S: Final = (0.0, 1.0, 4.0, 10.0)
 sample."""
 
 
+Payload = rollout_pb2.HiddenScore | rollout_pb2.TopKScore | rollout_pb2.TargetsScore
+"""Scores that may stay with the teacher until they are fetched."""
+
+
 @dataclass(slots=True)
 class ScoredSample:
     """A sample at its end: a score, or a failure."""
@@ -260,7 +264,7 @@ class Exchange:
     async def _fetch(self, sample: ScoredSample) -> None:
         """Complete a sample with the payload that the teacher holds."""
         score = sample.score
-        payload = score.hidden if score.WhichOneof("result") == "hidden" else score.topk
+        payload: Payload = getattr(score, score.WhichOneof("result") or "")
         blob = payload.blob
         info = await self._registry.find("teacher", blob.instance)
         peer = self._peers.get(info.address, teacher_pb2_grpc.TeacherServiceStub, f"teacher {blob.instance}")
@@ -272,7 +276,7 @@ class Exchange:
         if isinstance(payload, rollout_pb2.HiddenScore):
             sample.hidden = from_bytes(data, payload.dtype, payload.shape)
         else:
-            score.topk.CopyFrom(rollout_pb2.TopKScore.FromString(bytes(data)))
+            payload.ParseFromString(bytes(data))  # takes the place of the message with the reference
 
     async def _retry_scoring(self, sample: ScoredSample, error: str) -> None:
         rollout = sample.score.rollout
@@ -315,9 +319,9 @@ class Exchange:
 
 
 def _is_elsewhere(score: rollout_pb2.Score) -> bool:
-    """Its payload is with the teacher: hidden states always are, a top k when it is too big for the queue."""
+    """Its payload is with the teacher: hidden states always are, lists of tokens when they are too big for the queue."""
     kind = score.WhichOneof("result")
-    return kind == "hidden" or (kind == "topk" and score.topk.HasField("blob"))
+    return kind == "hidden" or (kind in ("topk", "targets") and getattr(score, kind).HasField("blob"))
 
 
 def _closed(scope: Scope) -> StillhouseError:

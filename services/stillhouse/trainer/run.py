@@ -309,13 +309,15 @@ class Run:
     # -- details -----------------------------------------------------------------------------------------------------
 
     def _sampling(self) -> rollout_pb2.SamplingParams:
-        sampling = self.stage.sampling
+        sampling, select = self.stage.sampling, self.stage.tokens.select
         return rollout_pb2.SamplingParams(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
             max_tokens=sampling.max_tokens,
             stop_token_ids=[*self.stop_ids, *sampling.stop_token_ids],
+            record_top_k=self.stage.loss.record_top_k(),
+            record_entropies=select is not None and select.by == "entropy",
         )
 
     def _score_spec(self) -> rollout_pb2.ScoreSpec:

@@ -31,6 +31,10 @@ class SampleRequest:
     """0 = off."""
     stop_token_ids: tuple[int, ...] = ()
     """Besides the model's own end-of-sequence tokens."""
+    record_top_k: int = 0
+    """Keep the ids of so many likeliest tokens at each position; 0 = none."""
+    record_entropies: bool = False
+    """Keep the entropy of the distribution at each position."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +47,10 @@ class Completion:
     """[T], the stop token included."""
     rollout_logprobs: list[float]
     """[T] nats, log-softmax(logits / temperature) without truncation."""
+    target_ids: np.ndarray[Any, Any] | None = None
+    """[T, K] int32, the `record_top_k` likeliest tokens at each position, likeliest first, before any truncation."""
+    entropies: np.ndarray[Any, Any] | None = None
+    """[T] float32 nats, of softmax(logits / temperature) without truncation."""
     sample_s: float = 0.0
     """This sample's share of the time of its batch, seconds."""
     reason: str = ""

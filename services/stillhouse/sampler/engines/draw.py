@@ -20,20 +20,29 @@ def uniforms(seed: int, count: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=seed)).random(count)
 
 
-def draw(logits_BV: Tensor, requests: Sequence[SampleRequest], uniforms_B: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """([B] int64 token ids, [B] float64 log-probabilities without truncation, nats); one request per row.
+def log_probs(logits_BV: Tensor, requests: Sequence[SampleRequest]) -> Tensor:
+    """[B, V] float64 log-softmax(logits / temperature), nats, without truncation; one request per row.
 
     float64: in float32 the cumulative sum over 50k tokens is off by 1e-4, and rounding would depend on the batch.
     """
     temperatures = torch.tensor([request.temperature or 1.0 for request in requests], dtype=torch.float64)
-    logprobs_BV = torch.log_softmax(logits_BV.double() / temperatures[:, None], dim=-1)
+    return torch.log_softmax(logits_BV.double() / temperatures[:, None], dim=-1)
+
+
+def draw(logprobs_BV: Tensor, requests: Sequence[SampleRequest], uniforms_B: Sequence[float]) -> Tensor:
+    """[B] int64 token ids, from the `log_probs` of the requests."""
     ids = logprobs_BV.argmax(-1)
     sampled = [row for row, request in enumerate(requests) if request.temperature > 0]
     if sampled:
         rows = torch.tensor(sampled)
         probs = _truncate(logprobs_BV[rows].exp(), [requests[row] for row in sampled])
         ids[rows] = _inverse_cdf(probs, torch.tensor([uniforms_B[row] for row in sampled], dtype=torch.float64))
-    return ids, logprobs_BV.gather(1, ids[:, None])[:, 0]
+    return ids
+
+
+def entropies(logprobs_BV: Tensor) -> Tensor:
+    """[B] float64 entropy, nats; a token of probability 0 adds nothing."""
+    return torch.special.entr(logprobs_BV.exp()).sum(-1)
 
 
 def _inverse_cdf(weights_BV: Tensor, uniforms_B: Tensor) -> Tensor:

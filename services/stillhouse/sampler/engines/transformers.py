@@ -21,7 +21,7 @@ from stillhouse.core.errors import WeightsError
 from stillhouse.core.models import ModelEntry
 from stillhouse.core.tensors import dtype_name
 from stillhouse.sampler.engines.base import Completion, SampleRequest, failed
-from stillhouse.sampler.engines.draw import draw, uniforms
+from stillhouse.sampler.engines.draw import draw, entropies, log_probs, uniforms
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -35,6 +35,9 @@ class _Row:
     max_tokens: int
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    target_ids: list[np.ndarray] = field(default_factory=list)
+    """[K] int32 each; empty unless asked for, like `entropies`."""
+    entropies: list[float] = field(default_factory=list)
     sample_s: float = 0.0
 
 
@@ -90,6 +93,9 @@ class TransformersEngine:
             return failed(
                 request, "bad_ids", f"token id {worst} in the prompt; the student knows {self.vocab_size} ids"
             )
+        if request.record_top_k > self.vocab_size:
+            wanted, size = request.record_top_k, self.vocab_size
+            return failed(request, "bad_request", f"the {wanted} likeliest tokens of a vocabulary of {size}; lower k")
         return None
 
     def _decode(
@@ -162,10 +168,14 @@ class TransformersEngine:
         """[B] next token of each row, appended to it."""
         uniforms_B = [float(row.uniforms[len(row.ids)]) for row in rows]
         logits = logits_BV[:, : self.vocab_size].float().cpu()
-        ids_B, logprobs_B = draw(logits, [row.request for row in rows], uniforms_B)
+        requests = [row.request for row in rows]
+        logprobs_BV = log_probs(logits, requests)
+        ids_B = draw(logprobs_BV, requests, uniforms_B)
+        logprobs_B = logprobs_BV.gather(1, ids_B[:, None])[:, 0]
         for row, token, logprob in zip(rows, ids_B.tolist(), logprobs_B.tolist(), strict=True):
             row.ids.append(token)
             row.logprobs.append(logprob)
+        _record(rows, logprobs_BV)
         return ids_B.to(self._device)
 
     def _ended(self, row: _Row, should_abort: Callable[[str], bool]) -> Completion | None:
@@ -181,7 +191,15 @@ class TransformersEngine:
             reason = "abort"
         else:
             return None
-        return Completion(row.request.key, reason, row.ids, row.logprobs, row.sample_s)
+        return Completion(
+            row.request.key,
+            reason,
+            row.ids,
+            row.logprobs,
+            target_ids=np.stack(row.target_ids) if row.target_ids else None,
+            entropies=np.asarray(row.entropies, dtype=np.float32) if row.entropies else None,
+            sample_s=row.sample_s,
+        )
 
     @torch.inference_mode()
     def load_weights(self, arrays: Mapping[str, np.ndarray[Any, Any]], dtypes: Mapping[str, int]) -> None:
@@ -206,6 +224,20 @@ class TransformersEngine:
                 raise WeightsError(f"{name}: NaN or infinity in the weights")
         for name, source in sources.items():
             targets[name].copy_(source)
+
+
+def _record(rows: Sequence[_Row], logprobs_BV: Tensor) -> None:
+    """Add to each row what its request wants to know of the distribution that its last token was drawn from."""
+    most = max(row.request.record_top_k for row in rows)
+    if most:
+        ids_BK = logprobs_BV.topk(most).indices.int().numpy()
+        for row, ids_K in zip(rows, ids_BK, strict=True):
+            if row.request.record_top_k:
+                row.target_ids.append(ids_K[: row.request.record_top_k].copy())
+    if any(row.request.record_entropies for row in rows):
+        for row, entropy in zip(rows, entropies(logprobs_BV).tolist(), strict=True):
+            if row.request.record_entropies:
+                row.entropies.append(entropy)
 
 
 def _as_torch(array: np.ndarray[Any, Any], dtype: int) -> Tensor:

@@ -30,7 +30,7 @@ class ScoreItem:
     half: bool = True
     """Payload (hidden states, top-k log-probabilities) as float16 instead of float32."""
     target_ids: np.ndarray[Any, Any] | None = None
-    """[T, K] of SCORE_KIND_TARGETS."""
+    """[T, K] of SCORE_KIND_TARGETS; of SCORE_KIND_TOPK where these tokens are wanted beside the teacher's own."""
 
     @property
     def length(self) -> int:

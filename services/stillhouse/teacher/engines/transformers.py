@@ -91,14 +91,14 @@ class TransformersEngine:
             return Unscored(item.key, "empty", f"{sizes}; both are needed")
         if item.length > self.max_sequence_length:
             return Unscored(item.key, "too_long", f"{item.length} tokens; the teacher reads {self.max_sequence_length}")
-        wanted = [*item.prompt_ids, *item.completion_ids]
-        if item.kind == pb.SCORE_KIND_TARGETS:
-            if item.target_ids is None or item.target_ids.shape[0] != len(item.completion_ids):
-                got = None if item.target_ids is None else list(item.target_ids.shape)
-                return Unscored(item.key, "bad_request", f"target_ids {got} for {len(item.completion_ids)} tokens")
-            wanted += item.target_ids.ravel().tolist()
-        if not all(0 <= token < self.vocab_size for token in wanted):
-            worst = max(wanted, key=abs)
+        shape = None if item.target_ids is None else list(item.target_ids.shape)
+        is_wrong = shape is not None and shape[0] != len(item.completion_ids)
+        if is_wrong or (shape is None and item.kind == pb.SCORE_KIND_TARGETS):
+            return Unscored(item.key, "bad_request", f"target_ids {shape} for {len(item.completion_ids)} tokens")
+        named = np.zeros(0, np.int64) if item.target_ids is None else item.target_ids.ravel()
+        wanted = np.concatenate([item.prompt_ids, item.completion_ids, named])
+        if wanted.min() < 0 or wanted.max() >= self.vocab_size:
+            worst = wanted[np.abs(wanted).argmax()]
             return Unscored(item.key, "bad_ids", f"token id {worst}; the teacher knows {self.vocab_size} ids")
         if item.kind == pb.SCORE_KIND_TOPK and not 0 < item.top_k <= self.vocab_size:
             return Unscored(item.key, "bad_request", f"top_k {item.top_k} of a vocabulary of {self.vocab_size}")
@@ -135,7 +135,7 @@ class TransformersEngine:
             part = {"teacher_logprobs": logprobs_TV.gather(1, ids_T[rows, None])[:, 0]}
             if item.kind == pb.SCORE_KIND_TOPK:
                 part |= _topk(logprobs_TV, item)
-            if item.target_ids is not None and item.kind == pb.SCORE_KIND_TARGETS:
+            if item.target_ids is not None and item.kind in (pb.SCORE_KIND_TARGETS, pb.SCORE_KIND_TOPK):
                 targets = torch.from_numpy(item.target_ids[rows].astype(np.int64)).to(self._device)
                 part["target_logprobs"] = logprobs_TV.gather(1, targets)
             parts.append(part)
