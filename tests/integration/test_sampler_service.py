@@ -106,7 +106,7 @@ class Desk:
             prompt_ids=ids_tensor(prompt),
             teacher="main",
             sampling=pb.SamplingParams(**options),
-            score=pb.ScoreSpec(kind=pb.SCORE_KIND_SAMPLED),
+            score=fields.pop("score", pb.ScoreSpec(kind=pb.SCORE_KIND_SAMPLED)),
             row=group,
             **fields,
         )
@@ -219,6 +219,23 @@ async def test_prompts_become_rollouts_of_the_published_weights(desk: Desk) -> N
             assert (rollout.sampler, rollout.attempt, rollout.teacher) == ("sampler-0", 0, "main")
             assert rollout.sample_s > 0
     assert len(desk.trainer.requests) == 1, "one pull serves all groups"
+
+
+async def test_samples_that_no_teacher_is_asked_about_end_with_the_sampler(desk: Desk) -> None:
+    desk.publish(0)
+    await desk.cluster.start("sampler")
+    await desk.lease("sampler-0")
+    await desk.plan(0, score=pb.ScoreSpec(kind=pb.SCORE_KIND_NONE))
+    await wait_until(desk.is_drained, timeout_s=20, what="the prompts to leave the queue")
+    ended = await desk.failures()
+    assert {name: score.WhichOneof("result") for name, score in ended.items()} == {"0/0": "none", "0/1": "none"}
+    for score in ended.values():
+        tokens = ids_list(score.rollout.completion_ids)
+        assert len(tokens) == len(from_tensor(score.rollout.rollout_logprobs)) >= 1
+        assert score.rollout.spans[0].policy_version == 0
+    assert await desk.rollouts() == {}
+    marks = await desk.queue.marked(desk.scope, ["score:0/0:0", "score:0/1:0"])
+    assert len(marks) == 2, "a second hand-over of the sample would be a duplicate"
 
 
 async def test_a_sampler_that_missed_the_hint_pulls_at_the_claim(desk: Desk) -> None:

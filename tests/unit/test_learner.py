@@ -207,6 +207,23 @@ def test_step_reports_staleness_lengths_and_truncation(models: dict[str, Path], 
     assert not any(key.startswith("loss/reverse_kl/t") for key in metrics), "one teacher needs no metric of its own"
 
 
+def test_texts_of_others_count_in_no_measure_of_the_policy_that_sampled(
+    models: dict[str, Path], teacher: Teacher
+) -> None:
+    own, other = teacher.score([([5, 6], [7, 8, 9, 10]), ([5], [6, 7])])
+    unknown = np.full(2, np.nan, dtype=np.float32)
+    other = dataclasses.replace(other, origin=rollout_pb2.ORIGIN_DATA, rollout_logprobs=unknown)
+    student = learner(models["student"], stage(FULL))
+    student.policy_version = 3
+    alone = train(learner(models["student"], stage(FULL)), [own], teacher)
+    both = train(student, [own, dataclasses.replace(other, oldest_policy_version=0)], teacher)
+    assert both["mismatch/logprob_abs_mean"] == pytest.approx(alone["mismatch/logprob_abs_mean"], rel=1e-5)
+    assert both["staleness/max"] == both["staleness/mean"] == 3
+    assert (alone["tokens/on_policy_fraction"], both["tokens/on_policy_fraction"]) == (1, pytest.approx(4 / 6))
+    none = train(student, [other], teacher)
+    assert not any(name.startswith(("mismatch/", "staleness/")) for name in none), "a metric of nothing is left out"
+
+
 @pytest.mark.parametrize("value", [np.nan, -np.inf])
 def test_a_non_finite_score_is_named_and_leaves_the_weights_alone(
     models: dict[str, Path], teacher: Teacher, value: float

@@ -113,9 +113,13 @@ def _blank(group: pb.PromptGroup, index: int, scope: Scope) -> pb.Rollout:
     return rollout
 
 
-def rollouts_stream(scope: Scope, teacher: str) -> str:
-    """Where rollouts for a teacher go."""
-    return keys.rollouts(scope.job_id, scope.epoch, teacher)
+def destination(rollout: pb.Rollout, scope: Scope) -> tuple[str, str, bytes]:
+    """(stream, mark, message) of a finished sample: to its teacher, or to its end if no teacher is asked."""
+    if rollout.score.kind == pb.SCORE_KIND_NONE:
+        score = pb.Score(schema_version=SCHEMA_VERSION, rollout=rollout, none=pb.NoScore())
+        return keys.scored(scope.job_id, scope.epoch), score_mark(rollout.sample_id), score.SerializeToString()
+    stream = keys.rollouts(scope.job_id, scope.epoch, rollout.teacher)
+    return stream, rollout_mark(rollout.sample_id), rollout.SerializeToString()
 
 
 def rollout_mark(name: str) -> str:

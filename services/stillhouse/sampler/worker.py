@@ -30,11 +30,11 @@ from stillhouse.sampler.engines.base import Completion, SampleRequest
 from stillhouse.sampler.generation import Generator
 from stillhouse.sampler.messages import (
     Source,
+    destination,
     group_requests,
     make_failure,
     make_rollout,
     rollout_mark,
-    rollouts_stream,
     sample_id,
     score_mark,
 )
@@ -71,7 +71,7 @@ class SamplerWorker:
 
     consumes:     PromptGroup from the stream `prompts` of the job's epoch
     waits for:    an assignment (polled), a group (blocking read), weights that are new enough (at most PULL_WAIT_S)
-    produces:     a Rollout per sample on `rollouts:<teacher>`, or a failed Score on `scored`
+    produces:     a Rollout per sample on `rollouts:<teacher>`; a Score on `scored` if it failed or no teacher is asked
     unblocked by: a trainer's lease, its plan and its FetchWeights; `Context.stop`, which hands claims back
     """
 
@@ -263,13 +263,10 @@ class SamplerWorker:
         if completion.finish_reason == "failed":
             outcome = await self._fail(scope, claims, work, index, completion.reason, completion.message)
         else:
-            payload = make_rollout(work.group, index, completion, source).SerializeToString()
-            target = rollouts_stream(scope, work.group.teacher)
+            target, mark, payload = destination(make_rollout(work.group, index, completion, source), scope)
             is_last = len(work.requests) == 1
             try:
-                outcome = await self._ctx.queue.hand_over(
-                    scope, work.entry, target, rollout_mark(name), payload, last=is_last
-                )
+                outcome = await self._ctx.queue.hand_over(scope, work.entry, target, mark, payload, last=is_last)
                 failpoint("sampler.handed_over")
                 self._settle(claims, work, index, outcome)
             except TooLargeError as error:

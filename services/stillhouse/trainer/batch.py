@@ -7,10 +7,15 @@ Letters: P prompt tokens, T completion tokens, D width of the teacher's hidden s
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
 from stillhouse.core.errors import WireError
+from stillhouse.v1 import rollout_pb2
+
+STUDENT_ORIGINS: Final = (rollout_pb2.ORIGIN_UNSPECIFIED, rollout_pb2.ORIGIN_STUDENT)
+"""Origins of completions that the student wrote."""
 
 _PER_TOKEN = (
     "loss_mask",
@@ -32,7 +37,7 @@ class TrainSample:
     sample_id: str
     """`group/i`."""
     teacher: str
-    """Name of the job's teacher that scored it."""
+    """Name of the job's teacher that it is routed to; NO_TEACHER in a job without."""
     prompt_ids: np.ndarray
     """[P] int32, P >= 1."""
     completion_ids: np.ndarray
@@ -40,15 +45,16 @@ class TrainSample:
     loss_mask: np.ndarray
     """[T] uint8 - 1 = the token is trained on."""
     rollout_logprobs: np.ndarray
-    """[T] float32, nats - under the policy that sampled, at the sampling temperature."""
+    """[T] float32, nats - under the policy that sampled, at the sampling temperature. NaN of other origins."""
     teacher_logprobs: np.ndarray
-    """[T] float32, nats - under the teacher, at the same temperature. Used by the policy gradient only."""
+    """[T] float32, nats - under the teacher, at the same temperature; NaN where none was asked. Used by the policy
+    gradient only."""
     hidden: np.ndarray | None
     """[T, D] float16 or float32 - the teacher's state after the final norm that predicts each token."""
     weight: float
     """Weight of the row in the loss. The teacher's own weight (`TeacherSpec.weight`) is applied by the learner."""
     oldest_policy_version: int
-    """Oldest weights that wrote a token of it."""
+    """Oldest weights that wrote a token of it; of other origins it means nothing."""
     finish_reason: int
     """`v1.FinishReason`."""
     topk_ids: np.ndarray | None = None
@@ -64,7 +70,7 @@ class TrainSample:
     outcome: float = 0.0
     """Advantage of the completion's reward within its group, normalised, not yet weighted."""
     origin: int = 0
-    """`v1.Origin`: who wrote the completion. `rollout_logprobs` of one that the student did not write are NaN."""
+    """`v1.Origin`: who wrote the completion."""
 
     def __post_init__(self) -> None:
         num_tokens = len(self.completion_ids)
@@ -77,6 +83,11 @@ class TrainSample:
             array = getattr(self, name)
             if array is not None and len(array) != num_tokens:
                 raise WireError(f"sample {self.sample_id}: {len(array)} rows of {name} for {num_tokens} tokens")
+
+    @property
+    def is_on_policy(self) -> bool:
+        """The student wrote it."""
+        return self.origin in STUDENT_ORIGINS
 
     @property
     def num_tokens(self) -> int:

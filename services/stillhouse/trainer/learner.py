@@ -21,6 +21,7 @@ from torch import Tensor
 from stillhouse.core.errors import NonFiniteError, WeightsError, WireError
 from stillhouse.core.failpoints import failpoint
 from stillhouse.core.spec import OptimizerSpec, StageSpec, TeacherSpec
+from stillhouse.core.spec_base import NO_TEACHER
 from stillhouse.trainer import checkpoint
 from stillhouse.trainer.batch import TeacherHead, TrainSample
 from stillhouse.trainer.losses import PackedLoss, exact_reverse_kl, make_objective, packed_loss
@@ -86,9 +87,7 @@ class Learner:
             _require_hidden(samples, heads)
         elif self.stage.loss.objective == "top_k":
             _require_topk(samples, self.stage.loss.k)
-        weights = loss_weights(
-            samples, [self.teachers[sample.teacher].weight for sample in samples], self.stage.loss.reduction
-        )
+        weights = loss_weights(samples, [self._weight(sample) for sample in samples], self.stage.loss.reduction)
         measures = StepMeasures(samples)
         self._clear_gradients()
         try:
@@ -179,6 +178,10 @@ class Learner:
         """Start from the weights of a checkpoint, with a fresh optimizer and policy version 0."""
         checkpoint.load_weights(folder, self._masters)
         self._follow_masters()
+
+    def _weight(self, sample: TrainSample) -> float:
+        """Weight of the teacher that a sample is routed to."""
+        return 1.0 if sample.teacher == NO_TEACHER else self.teachers[sample.teacher].weight
 
     # --- forward ---
 

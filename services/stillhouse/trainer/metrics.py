@@ -38,28 +38,40 @@ class StepMeasures:
         """The step's metrics; `policy_version` is that of the weights that were trained."""
         metrics = {"loss/total": self.loss, "tokens/trained": float(sum(len(rows) for rows in self.entropy))}
         if self.entropy:
-            by_teacher = {teacher: np.concatenate(rows) for teacher, rows in self.reverse_kl.items()}
-            gap, gate = np.concatenate(self.gap), np.concatenate(self.gate)
-            metrics |= {
-                "loss/reverse_kl/mean": _mean(np.concatenate(list(by_teacher.values()))),
-                "student/entropy": _mean(np.concatenate(self.entropy)),
-                "mismatch/logprob_abs_mean": _mean(gap),
-                "mismatch/logprob_abs_max": float(gap.max()),
-            }
+            by_teacher = {teacher: known for teacher, rows in self.reverse_kl.items() if len(known := _known(rows))}
+            gap, gate = _known(self.gap), np.concatenate(self.gate)
+            metrics["student/entropy"] = _mean(np.concatenate(self.entropy))
+            if by_teacher:
+                metrics["loss/reverse_kl/mean"] = _mean(np.concatenate(list(by_teacher.values())))
+            if len(gap):
+                metrics |= {"mismatch/logprob_abs_mean": _mean(gap), "mismatch/logprob_abs_max": float(gap.max())}
             if (gate != 1).any():
                 metrics |= {"gate/mean": _mean(gate), "gate/dropped_fraction": _mean(gate == 0)}
             if len(by_teacher) > 1:
                 metrics |= {f"loss/reverse_kl/{teacher}": _mean(rows) for teacher, rows in by_teacher.items()}
         if self.samples:
-            staleness = [policy_version - sample.oldest_policy_version for sample in self.samples]
+            own = [sample for sample in self.samples if sample.is_on_policy]
             truncated = [sample.finish_reason == rollout_pb2.FINISH_REASON_LENGTH for sample in self.samples]
+            if own:
+                staleness = [policy_version - sample.oldest_policy_version for sample in own]
+                metrics |= {"staleness/max": float(max(staleness)), "staleness/mean": float(np.mean(staleness))}
             metrics |= {
-                "staleness/max": float(max(staleness)),
-                "staleness/mean": float(np.mean(staleness)),
+                "tokens/on_policy_fraction": _share(own, self.samples),
                 "completion/length_mean": float(np.mean([len(sample.completion_ids) for sample in self.samples])),
                 "completion/truncated_fraction": float(np.mean(truncated)),
             }
         return metrics
+
+
+def _known(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """[R] the values that are there: NaN stands for what nobody said of a row."""
+    values = np.concatenate(rows)
+    return values[~np.isnan(values)]
+
+
+def _share(part: Sequence[TrainSample], whole: Sequence[TrainSample]) -> float:
+    """Trained tokens of `part` / of `whole`."""
+    return sum(sample.num_loss_tokens for sample in part) / max(1, sum(sample.num_loss_tokens for sample in whole))
 
 
 def _mean(rows: np.ndarray) -> float:

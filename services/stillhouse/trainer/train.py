@@ -20,7 +20,7 @@ from stillhouse.core.errors import WireError
 from stillhouse.core.pulse import BULK, Pulse
 from stillhouse.core.spec import JobSpec
 from stillhouse.core.tensors import from_tensor
-from stillhouse.trainer.batch import TeacherHead, TrainSample
+from stillhouse.trainer.batch import STUDENT_ORIGINS, TeacherHead, TrainSample
 from stillhouse.trainer.exchange import ScoredSample
 from stillhouse.v1 import journal_pb2, rollout_pb2
 
@@ -36,8 +36,10 @@ def to_sample(sample: ScoredSample, weight: float) -> TrainSample:
     rollout = sample.score.rollout
     completion = from_tensor(rollout.completion_ids)
     num_tokens = len(completion)
-    teacher_logprobs = from_tensor(_teacher_logprobs(sample.score))
-    rollout_logprobs = from_tensor(rollout.rollout_logprobs)
+    is_students = rollout.origin in STUDENT_ORIGINS
+    unknown = np.full(num_tokens, np.nan, dtype=np.float32)
+    teacher_logprobs = _teacher_logprobs(sample.score, unknown)
+    rollout_logprobs = from_tensor(rollout.rollout_logprobs) if is_students else unknown
     mask = from_tensor(rollout.loss_mask) if rollout.HasField("loss_mask") else np.ones(num_tokens, dtype=np.uint8)
     arrays: dict[str, Any] = {
         "teacher_logprobs": teacher_logprobs,
@@ -52,7 +54,7 @@ def to_sample(sample: ScoredSample, weight: float) -> TrainSample:
     for name, array in arrays.items():
         if len(array) != num_tokens:
             raise WireError(f"sample {rollout.sample_id}: got {len(array)} {name} for {num_tokens} tokens")
-    if not rollout.spans:
+    if is_students and not rollout.spans:
         raise WireError(f"sample {rollout.sample_id}: no span says which policy version sampled it")
     return TrainSample(
         sample_id=rollout.sample_id,
@@ -64,18 +66,22 @@ def to_sample(sample: ScoredSample, weight: float) -> TrainSample:
         teacher_logprobs=teacher_logprobs,
         hidden=sample.hidden,
         weight=weight,
-        oldest_policy_version=min(span.policy_version for span in rollout.spans),
+        oldest_policy_version=min((span.policy_version for span in rollout.spans), default=0),
         finish_reason=int(rollout.finish_reason),
         topk_ids=arrays.get("topk_ids"),
         topk_logprobs=arrays.get("topk_logprobs"),
+        origin=rollout.origin,
     )
 
 
-def _teacher_logprobs(score: rollout_pb2.Score) -> Any:
+def _teacher_logprobs(score: rollout_pb2.Score, unknown: np.ndarray) -> np.ndarray:
+    """[T]; `unknown` where no teacher was asked."""
     kind = score.WhichOneof("result")
+    if kind == "none":
+        return unknown
     if kind not in ("sampled", "topk", "targets", "hidden"):
         raise WireError(f"sample {score.rollout.sample_id}: no score, got '{kind}'")
-    return getattr(score, kind).teacher_logprobs
+    return from_tensor(getattr(score, kind).teacher_logprobs)
 
 
 class LearnerThread:
