@@ -7,7 +7,6 @@ back and returns; the process exits 0. Anything else that ends the worker is a c
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import os
 import secrets
 import signal
@@ -27,6 +26,7 @@ from stillhouse.core.config import Settings, load_settings
 from stillhouse.core.errors import DeadlineError, StillhouseError, UnavailableError
 from stillhouse.core.failpoints import install_from_environment
 from stillhouse.core.models import ModelRegistry
+from stillhouse.core.parent import die_with_parent
 from stillhouse.core.pulse import Pulse
 from stillhouse.core.queue.client import connect, connect_blocking
 from stillhouse.core.queue.jobs import JobStore
@@ -131,14 +131,6 @@ def main(role: str, build: Callable[[Context], App]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1)  # not sys.exit: that waits for the compute thread, which may never end
-
-
-def die_with_parent() -> None:
-    """Ask Linux to send SIGTERM when the supervisor dies, so that nothing is left behind."""
-    if sys.platform != "linux":
-        return
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 async def _run_process(settings: Settings, role: str, instance: str, log: Any, build: Callable[[Context], App]) -> None:

@@ -1,0 +1,150 @@
+"""Reading answers: the number in a text, and whether a row's reference answer suits its verifier. Standard library only.
+
+The same reading serves the gateway, which refuses what can never be judged, and the verifiers in trainer/verify.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, Final
+
+ANSWER_MAX: Final = 256 << 10
+"""Longest reference answer, characters: entries of reasoning-gym carry whole boards and graphs."""
+PATTERN_MAX: Final = 10_000
+"""Longest regular expression, characters."""
+REL_TOLERANCE: Final = 1e-6
+"""Of numbers that are not whole. Whole ones must be equal: 12345678 is not 12345679."""
+
+_UNSIGNED: Final = (
+    r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,4}(?![0-9]))?|\.[0-9]+"
+)
+_NUMBER: Final = re.compile(
+    # a dash after a letter, digit or bracket is a hyphen or a difference, not a sign
+    rf"(?P<sign>(?<![\w)}}\]])[-+]\s?)?[$€£¥]?\s?(?P<inner>(?<=[$€£¥])[-+])?"
+    rf"(?:\\[dt]?frac\s?\{{\s?(?P<above>[-+]?(?:{_UNSIGNED}))\s?\}}\s?\{{\s?(?P<below>{_UNSIGNED})\s?\}}"
+    rf"|(?P<number>{_UNSIGNED})(?:\s?/\s?(?P<over>{_UNSIGNED})(?![0-9/]))?)"
+    r"(?P<percent>\s?%)?"
+)
+_SPELLINGS: Final = {"−": "-", "\u2013": "-", "{,}": ",", "\\!": "", "\\,": "", "\\%": "%", "\\$": "$"}
+"""Other ways to write the same: minus and dash, LaTeX's separators and escapes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Number:
+    """A number as it was written."""
+
+    value: float | Fraction
+    """Exact, unless it has an exponent."""
+    is_percent: bool
+    """It has a percent sign."""
+
+    def __str__(self) -> str:
+        text = str(self.value) if isinstance(self.value, Fraction) else f"{self.value:g}"
+        return text + ("%" if self.is_percent else "")
+
+
+def last_number(text: str) -> Number | None:
+    """The last number in a text; None if it has none, or one that no float holds."""
+    for other, ours in _SPELLINGS.items():
+        text = text.replace(other, ours)
+    found = None
+    for found in _NUMBER.finditer(text):  # noqa: B007 - only the last one is wanted
+        pass
+    return None if found is None else _read(found)
+
+
+def _read(found: re.Match[str]) -> Number | None:
+    above = _plain(found["above"] or found["number"])
+    below = _plain(found["below"] or found["over"] or "1")
+    if below == 0 or not (math.isfinite(above) and math.isfinite(below)):
+        return None
+    sign = -1 if "-" in (found["sign"] or "") + (found["inner"] or "") else 1
+    return Number(sign * above / below, found["percent"] is not None)
+
+
+def _plain(text: str) -> float | Fraction:
+    """Exact without an exponent; with one a float, since 1e9999 as an exact number would fill the memory."""
+    text = text.replace(",", "")
+    if len(text) > 400 or "e" in text.lower():
+        return float(text)
+    return Fraction(text)
+
+
+def same_number(number: Number, answer: Number) -> bool:
+    """Equal; when only one has a percent sign, 50% is both 50 and 0.5."""
+    if number.is_percent == answer.is_percent:
+        return _close(number.value, answer.value)
+    hundred = number.value / 100 if number.is_percent else number.value * 100
+    return _close(number.value, answer.value) or _close(hundred, answer.value)
+
+
+def _close(value: float | Fraction, answer: float | Fraction) -> bool:
+    if value == answer:
+        return True
+    if answer == int(answer):
+        # what a float cannot tell apart, such as 0.1 * 3 * 10, is still equal
+        return isinstance(value, float) and math.isclose(value, answer, rel_tol=1e-12)
+    return math.isclose(value, answer, rel_tol=REL_TOLERANCE)
+
+
+def gym_entry(answer: str) -> dict[str, Any]:
+    """The entry of a reasoning-gym dataset that an answer holds as JSON.
+
+    Raises:
+        ValueError: it is none; says what is missing.
+    """
+    try:
+        entry = json.loads(answer)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the answer must be an entry of a reasoning-gym dataset as JSON: {error}") from None
+    metadata = entry.get("metadata") if isinstance(entry, dict) else None
+    name = metadata.get("source_dataset") if isinstance(metadata, dict) else None
+    if not isinstance(name, str) or "answer" not in entry:
+        raise ValueError("the entry needs 'answer' and 'metadata' with 'source_dataset', as reasoning-gym makes it")
+    return entry
+
+
+def _check_numeric(answer: str) -> str:
+    return "" if last_number(answer) is not None else f"there is no number in the answer '{answer[:80]}'"
+
+
+def _check_regex(answer: str) -> str:
+    if len(answer) > PATTERN_MAX:
+        return f"the answer, a regular expression, has {len(answer)} characters, at most {PATTERN_MAX} are allowed"
+    try:
+        re.compile(answer)
+    except (re.error, RecursionError, OverflowError) as error:
+        return f"the answer is not a regular expression of Python: {error}"
+    return ""
+
+
+def _check_gym(answer: str) -> str:
+    try:
+        gym_entry(answer)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _within(check: Callable[[str], str]) -> Callable[[str], str]:
+    def checked(answer: str) -> str:
+        if len(answer) > ANSWER_MAX:
+            return f"the answer has {len(answer)} characters, at most {ANSWER_MAX} are allowed"
+        return check(answer)
+
+    return checked
+
+
+ANSWER_CHECKS: Final[dict[str, Callable[[str], str]]] = {
+    "exact": _within(lambda _: ""),
+    "numeric": _within(_check_numeric),
+    "regex": _within(_check_regex),
+    "math": _within(lambda _: ""),
+    "reasoning_gym": _within(_check_gym),
+}
+"""Verifier -> why an answer can never be judged; empty = it can, as far as is known without the packages."""

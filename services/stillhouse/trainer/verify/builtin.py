@@ -1,0 +1,122 @@
+"""The built-in verifiers: (completion, reference answer, row) -> (reward in [0, 1], a note for people).
+
+They run in a worker process (worker.py) and need not care how long they take. What a library is needed for is imported
+when its verifier is loaded. A ValueError says that the row's answer cannot be used.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any, Final
+
+from stillhouse.core.answers import ANSWER_CHECKS, gym_entry, last_number, same_number
+
+Judgement = tuple[float, str]
+Verifier = Callable[[str, str, Mapping[str, Any]], Judgement]
+_SHOWN: Final = 60
+"""Characters of text or answer that a note repeats."""
+
+
+def final_answer(text: str) -> str:
+    """What a completion finally says: behind its last `</think>`, inside its last `<answer>...</answer>` if any."""
+    text = text[text.rfind("</think>") + len("</think>") :] if "</think>" in text else text
+    end = text.rfind("</answer>")
+    start = text.rfind("<answer>", 0, max(end, 0))
+    return text[start + len("<answer>") : end] if start >= 0 else text
+
+
+def exact(text: str, answer: str, row: Mapping[str, Any]) -> Judgement:
+    """The final answer is the reference answer; runs of white space count as one blank, letter case counts."""
+    said, wanted = _normal(final_answer(text)), _normal(answer)
+    return (1.0, "right") if said == wanted else (0.0, f"wrong: expected {_short(wanted)}, got {_short(said)}")
+
+
+def numeric(text: str, answer: str, row: Mapping[str, Any]) -> Judgement:
+    """The last number of the final answer is the last number of the reference answer; core/answers.py reads both."""
+    wanted, said = last_number(answer), last_number(final_answer(text))
+    if wanted is None:
+        raise ValueError(f"there is no number in the answer {_short(answer)}")
+    if said is None:
+        return 0.0, f"wrong: expected {_short(str(wanted))}, found no number"
+    if same_number(said, wanted):
+        return 1.0, "right"
+    return 0.0, f"wrong: expected {_short(str(wanted))}, got {_short(str(said))}"
+
+
+def regex(text: str, answer: str, row: Mapping[str, Any]) -> Judgement:
+    """The answer, a regular expression of Python, matches somewhere in the whole completion."""
+    if problem := ANSWER_CHECKS["regex"](answer):
+        raise ValueError(problem)
+    found = re.search(answer, text)
+    return (0.0, f"no match of {_short(answer)}") if found is None else (1.0, f"matched {_short(found[0])}")
+
+
+def load_math() -> Verifier:
+    """`math`: math-verify compares the last boxed or final expression with the answer, as mathematics."""
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+
+    config = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
+
+    def read(text: str) -> list[Any]:
+        # their own time limit is an alarm signal that counts as a wrong answer; ours kills the process and says so
+        return parse(text, extraction_config=config, parsing_timeout=None)  # pyright: ignore[reportArgumentType]
+
+    @lru_cache(maxsize=1024)
+    def reference(answer: str) -> list[Any]:
+        return read(_as_latex(answer))
+
+    def judge(text: str, answer: str, row: Mapping[str, Any]) -> Judgement:
+        wanted, said = reference(answer), read(final_answer(text))
+        if not wanted:
+            raise ValueError(f"math-verify finds no expression in the answer {_short(answer)}")
+        if not said:
+            return 0.0, f"wrong: expected {_short(answer)}, found no expression"
+        if verify(wanted, said, timeout_seconds=None):
+            return 1.0, "right"
+        return 0.0, f"wrong: expected {_short(answer)}, got {_short(str(said[-1]))}"
+
+    return judge
+
+
+def load_gym() -> Verifier:
+    """`reasoning_gym`: the scorer of the dataset that made the row judges the final answer; it may give parts."""
+    import reasoning_gym
+
+    scorer = lru_cache(maxsize=None)(reasoning_gym.get_score_answer_fn)
+
+    def judge(text: str, answer: str, row: Mapping[str, Any]) -> Judgement:
+        entry = gym_entry(answer)
+        score: Any = scorer(entry["metadata"]["source_dataset"])
+        reward = float(score(answer=final_answer(text).strip(), entry=entry))
+        note = "right" if reward >= 1 else f"score {reward:g}: expected {_short(str(entry['answer']))}"
+        return reward, note
+
+    return judge
+
+
+LOADERS: Final[dict[str, Callable[[], Verifier]]] = {
+    "exact": lambda: exact,
+    "numeric": lambda: numeric,
+    "regex": lambda: regex,
+    "math": load_math,
+    "reasoning_gym": load_gym,
+}
+"""Name -> what imports and returns it."""
+
+
+def _normal(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return f"'{text}'" if len(text) <= _SHOWN else f"'{text[:_SHOWN]}...'"
+
+
+def _as_latex(answer: str) -> str:
+    """The answer in dollars where it is bare: math-verify reads `x^2 + 1` only so, and of `2x + 1` would take the 1."""
+    has_mark = any(mark in answer for mark in ("$", "\\boxed", "\\(", "\\["))
+    return answer if has_mark else f"${answer.strip()}$"
