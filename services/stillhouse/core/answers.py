@@ -1,6 +1,6 @@
-"""Reading answers: the number in a text, and whether a row's reference answer suits its verifier. Standard library only.
+"""Reading answers: the number in a text, and whether a row's reference answer suits its verifier.
 
-The same reading serves the gateway, which refuses what can never be judged, and the verifiers in trainer/verify.
+Standard library only. The gateway, which refuses what can never be judged, reads like the verifiers in trainer/verify.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ ANSWER_MAX: Final = 256 << 10
 """Longest reference answer, characters: entries of reasoning-gym carry whole boards and graphs."""
 PATTERN_MAX: Final = 10_000
 """Longest regular expression, characters."""
+DIGITS_MAX: Final = 300
+"""Digits of a number that is kept exact; longer ones are no numbers that a float holds."""
 REL_TOLERANCE: Final = 1e-6
 """Of numbers that are not whole. Whole ones must be equal: 12345678 is not 12345679."""
 
-_UNSIGNED: Final = (
-    r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,4}(?![0-9]))?|\.[0-9]+"
-)
+_WHOLE: Final = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"
+_UNSIGNED: Final = rf"{_WHOLE}(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{{1,4}}(?![0-9]))?|\.[0-9]+"
 _NUMBER: Final = re.compile(
-    # a dash after a letter, digit or bracket is a hyphen or a difference, not a sign
-    rf"(?P<sign>(?<![\w)}}\]])[-+]\s?)?[$€£¥]?\s?(?P<inner>(?<=[$€£¥])[-+])?"
+    # a dash after a letter, digit or bracket is a hyphen or a difference, one before a blank a bullet or a difference
+    rf"(?P<sign>(?<![\w)}}\]])[-+])?[$€£¥]?(?P<inner>(?<=[$€£¥])[-+])?"
     rf"(?:\\[dt]?frac\s?\{{\s?(?P<above>[-+]?(?:{_UNSIGNED}))\s?\}}\s?\{{\s?(?P<below>{_UNSIGNED})\s?\}}"
     rf"|(?P<number>{_UNSIGNED})(?:\s?/\s?(?P<over>{_UNSIGNED})(?![0-9/]))?)"
     r"(?P<percent>\s?%)?"
@@ -64,13 +65,18 @@ def _read(found: re.Match[str]) -> Number | None:
     if below == 0 or not (math.isfinite(above) and math.isfinite(below)):
         return None
     sign = -1 if "-" in (found["sign"] or "") + (found["inner"] or "") else 1
-    return Number(sign * above / below, found["percent"] is not None)
+    value = sign * above / below
+    try:
+        is_finite = math.isfinite(float(value) * 100)  # a percent sign may still multiply it
+    except OverflowError:
+        is_finite = False
+    return Number(value, found["percent"] is not None) if is_finite else None
 
 
 def _plain(text: str) -> float | Fraction:
     """Exact without an exponent; with one a float, since 1e9999 as an exact number would fill the memory."""
     text = text.replace(",", "")
-    if len(text) > 400 or "e" in text.lower():
+    if len(text) > DIGITS_MAX or "e" in text.lower():
         return float(text)
     return Fraction(text)
 

@@ -1,7 +1,7 @@
 """Which verifiers there are: names and what people should know. Light: nothing is imported to find out.
 
 Built-in ones run in trainer/verify. Others come with installed packages, by entry points of the group
-`stillhouse.verifiers`; a job can only name what is installed, never bring code. docs/verifiers.md says how to write one.
+`stillhouse.verifiers`; a job can only name what is installed, never bring code. See docs/verifiers.md.
 """
 
 from __future__ import annotations

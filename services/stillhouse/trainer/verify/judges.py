@@ -4,10 +4,9 @@
     verdicts = await judges.judge([Item("numeric", "6 * 7 = 42", "42"), ...])
     await judges.close()
 
-Processes start when they are needed. One that does not answer in time is killed and replaced: its completion has reward
-0, the others do not notice. A verifier that only fails ends the job (VerifierError): training towards its zeros would be
-training towards nothing. Where a verdict depends on nothing but its item, judging again gives the same one, except for
-what the clock decides.
+Processes start when they are needed. One that does not answer in time is killed and replaced: its completion has
+reward 0, the others do not notice. A verifier that only fails ends the job (VerifierError): training towards its zeros
+would be training towards nothing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""A process that runs verifiers: `python -m stillhouse.trainer.verify.worker PARENT_PID`. judges.py starts and kills it.
+"""A process that runs verifiers: `python -m stillhouse.trainer.verify.worker PARENT_PID`.
+
+judges.py starts and kills it.
 
 consumes:     frames on its standard input: {"load": name} or {"name", "text", "answer", "row"}
 waits for:    the next frame, as long as its parent lives
