@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from stillhouse.core.spec import StageSpec, TeacherSpec
 from stillhouse.trainer.batch import TeacherHead, TrainSample
+from stillhouse.trainer.engine import Engine
 from stillhouse.trainer.learner import Learner
 from stillhouse.trainer.packing import plan_micro_batches
 from tests.tiny import TOKENIZER_SIZE
@@ -33,7 +34,13 @@ def stage(loss: dict, *, temperature: float = 1.0, lr: float = 1e-3, **optimizer
 
 def learner(model: Path, spec: StageSpec, *, dtype: str = "float32", teachers=("t",), weights=None) -> Learner:
     specs = {name: TeacherSpec(model="m", weight=(weights or {}).get(name, 1.0)) for name in teachers}
-    return Learner(model, dtype=dtype, stage=spec, teachers=specs, total_steps=100, seed=0)
+    engine = Engine(model, dtype=dtype, stage=spec, seed=0)
+    return Learner(engine, stage=spec, teachers=specs, total_steps=100)
+
+
+def engine_of(student: Learner) -> Engine:
+    assert isinstance(student.engine, Engine)
+    return student.engine
 
 
 class Teacher:

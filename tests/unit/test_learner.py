@@ -24,6 +24,7 @@ from tests.unit.learner_cases import (
     FULL,
     POLICY_GRADIENT,
     Teacher,
+    engine_of,
     learner,
     rollouts,
     stage,
@@ -79,10 +80,12 @@ def captured_gradients(student: Learner, samples: list[TrainSample], *teachers: 
     """(metrics, gradients) of a step, as AdamW gets them; clipping is out of the way in the specs used here."""
     seen: dict[str, torch.Tensor] = {}
 
-    def keep(optimizer, *_) -> None:
-        seen.update({name: p.grad.clone() for name, p in student.model.named_parameters() if p.grad is not None})
+    engine = engine_of(student)
 
-    hook = student._optimizer.register_step_pre_hook(keep)
+    def keep(optimizer, *_) -> None:
+        seen.update({name: p.grad.clone() for name, p in engine.model.named_parameters() if p.grad is not None})
+
+    hook = engine.parameters.optimizer.register_step_pre_hook(keep)
     metrics = train(student, samples, *teachers, max_tokens=max_tokens)
     hook.remove()
     return metrics, seen
@@ -250,7 +253,7 @@ def test_a_non_finite_gradient_is_named(models: dict[str, Path], teacher: Teache
     samples = teacher.score(rollouts())
     student = learner(models["student"], stage(FULL))
     before = weights_of(student)
-    name, param = next(iter(student.model.named_parameters()))
+    name, param = next(iter(engine_of(student).model.named_parameters()))
     param.register_hook(lambda grad: grad * float("inf"))
     with pytest.raises(NonFiniteError, match=name):
         train(student, samples, teacher)
@@ -274,8 +277,8 @@ def test_an_update_that_ruins_the_weights_ends_the_training(
     models: dict[str, Path], teacher: Teacher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     student = learner(models["student"], stage(POLICY_GRADIENT))
-    name, param = next(iter(student.model.named_parameters()))
-    monkeypatch.setattr(student._optimizer, "step", lambda: param.data.fill_(float("inf")))
+    name, param = next(iter(engine_of(student).model.named_parameters()))
+    monkeypatch.setattr(engine_of(student).parameters.optimizer, "step", lambda: param.data.fill_(float("inf")))
     with pytest.raises(WeightsError, match=f"1 tensors non-finite, the first is {name}"):
         train(student, teacher.score(rollouts()))
 
@@ -358,7 +361,7 @@ def test_an_exported_student_loads_and_passes_the_intake(
     samples = teacher.score(rollouts())
     train(student, samples, teacher)
     card = {"student": "tiny", "teachers": {"t": "big"}, "steps": 1, "heldout_reverse_kl_before": 5.25, "extra": "a|b"}
-    folder = export_model(student, models["student"], tmp_path / "export", card)
+    folder = export_model(engine_of(student).model, models["student"], tmp_path / "export", card)
 
     exported, original = inspect_model("x", folder), inspect_model("s", models["student"])
     assert exported.tokenizer_sha256 == original.tokenizer_sha256

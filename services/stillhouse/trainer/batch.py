@@ -1,4 +1,4 @@
-"""What the learner trains on, as numpy: samples with their teacher's signal, and the teachers' output heads.
+"""What the learner trains on and what its engine measures, as numpy: samples, teachers' heads, measures of rows.
 
 Plain arrays, so that loop, journal and queue code can build them without torch.
 Letters: P prompt tokens, T completion tokens, D width of the teacher's hidden state, V vocabulary.
@@ -6,7 +6,7 @@ Letters: P prompt tokens, T completion tokens, D width of the teacher's hidden s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
@@ -130,3 +130,33 @@ class TeacherHead:
             raise WireError(
                 f"teacher head {self.sha256[:12]}: vocabulary of {self.vocab_size} in a weight of {self.weight.shape}"
             )
+
+
+@dataclass(frozen=True, eq=False)
+class RowMeasures:
+    """What a forward pass measured at its R rows (trained completion tokens)."""
+
+    loss: float
+    """Weighted sum over the rows."""
+    values: np.ndarray
+    """[R] float32 - loss of each row, without its weight."""
+    reverse_kl: np.ndarray
+    """[R] float32, nats - KL(student || teacher), exact for the full objectives, an estimate on samples otherwise."""
+    logprobs: np.ndarray
+    """[R] float32, nats - log p of the sampled tokens under the student."""
+    entropy: np.ndarray
+    """[R] float32, nats - of the student."""
+    gate: np.ndarray
+    """[R] float32 - weight that the objective gave each row: 1 without a ratio gate."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """How an optimizer step went."""
+
+    norm: float
+    """Norm of all gradients before clipping; not finite = nothing was changed."""
+    bad_gradients: list[str] = field(default_factory=list)
+    """Parameters whose gradient is not finite."""
+    bad_weights: list[str] = field(default_factory=list)
+    """Parameters that the update made non-finite."""

@@ -12,7 +12,6 @@ import yaml
 from transformers import PreTrainedModel
 
 from stillhouse.core.errors import ConflictError
-from stillhouse.trainer.learner import Learner
 
 COPIED_FILES: Final = (
     "tokenizer.json",
@@ -42,7 +41,7 @@ _LABELS: Final = {
 """Known keys of a card, in the order they are shown."""
 
 
-def export_model(source: Learner | PreTrainedModel, source_dir: Path, folder: Path, card: Mapping[str, Any]) -> Path:
+def export_model(model: PreTrainedModel, source_dir: Path, folder: Path, card: Mapping[str, Any]) -> Path:
     """Write the student to the new or empty `folder`; gives `folder`.
 
     `card` fills the model card: the keys of `_LABELS`, `license` (a note on the student's licence), and any others,
@@ -53,7 +52,6 @@ def export_model(source: Learner | PreTrainedModel, source_dir: Path, folder: Pa
     """
     if folder.exists() and any(folder.iterdir()):
         raise ConflictError(f"{folder} is not empty; export into a new folder")
-    model = source.model if isinstance(source, Learner) else source
     model.save_pretrained(folder)
     for name in COPIED_FILES:
         if (source_dir / name).is_file():

@@ -1,58 +1,50 @@
-"""The learner: student, loss and optimizer of a job. One call is one optimizer step.
+"""The learner of a job: one call is one optimizer step. Says what a step is; the engine computes it.
 
-Everything of the student is recomputed under the current weights; from sampler and teacher come only facts about fixed
-tokens. Nothing here is random. Leaves out queues, journal and publishing: see loop.py.
-
-Letters: R trained completion tokens of a micro-batch, D width.
+No torch here. Leaves out queues, journal and publishing: see loop.py.
 """
 
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from stillhouse.core.errors import NonFiniteError, WeightsError, WireError
-from stillhouse.core.failpoints import failpoint
 from stillhouse.core.spec import OptimizerSpec, StageSpec, TeacherSpec
 from stillhouse.core.spec_base import NO_TEACHER
-from stillhouse.trainer import checkpoint
-from stillhouse.trainer.batch import TeacherHead, TrainSample
-from stillhouse.trainer.losses import PackedLoss, exact_reverse_kl, make_objective, packed_loss
+from stillhouse.trainer.batch import RowMeasures, TeacherHead, TrainSample, Update
 from stillhouse.trainer.metrics import StepMeasures
-from stillhouse.trainer.objectives.base import Head, Signals
 from stillhouse.trainer.packing import MicroBatch, collate, loss_weights, plan_micro_batches
-from stillhouse.trainer.student import load_student, student_head, student_hidden, teacher_head, tokenizer_size
+
+
+class Computes(Protocol):
+    """What the learner needs of an engine; the methods are described in engine.py."""
+
+    num_ranks: int
+    vocab_size: int
+
+    def train(self, batches: Sequence[MicroBatch], heads: Mapping[str, TeacherHead]) -> list[RowMeasures]: ...
+    def exact_kl(
+        self, batches: Sequence[MicroBatch], heads: Mapping[str, TeacherHead], temperature: float
+    ) -> list[np.ndarray]: ...
+    def clear_gradients(self) -> None: ...
+    def update(self, lr: float) -> Update: ...
+    def state_arrays(self) -> list[tuple[str, np.ndarray, str]]: ...
+    def save(self, folder: Path, facts: Mapping[str, Any]) -> None: ...
+    def load(self, folder: Path) -> dict[str, Any]: ...
+    def load_weights(self, folder: Path) -> None: ...
 
 
 class Learner:
     """A student that learns. Not thread-safe: one call at a time."""
 
     def __init__(
-        self,
-        model_dir: Path,
-        *,
-        dtype: str,
-        stage: StageSpec,
-        teachers: Mapping[str, TeacherSpec],
-        total_steps: int,
-        seed: int,
-        threads: int = 0,
+        self, engine: Computes, *, stage: StageSpec, teachers: Mapping[str, TeacherSpec], total_steps: int
     ) -> None:
-        if threads:
-            torch.set_num_threads(threads)
-        # nothing here draws from them; seeded, two runs of a job commit the same states
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.dtype = dtype
+        self.engine = engine
         self.stage = stage
         self.teachers = dict(teachers)
         self.total_steps = total_steps
@@ -60,17 +52,6 @@ class Learner:
         """Optimizer steps behind the weights."""
         self.on_progress: Callable[[], None] = lambda: None
         """Called after every micro-batch."""
-        self.model = load_student(model_dir, dtype, self.device)
-        self._tokenizer_size = tokenizer_size(model_dir)
-        self._objective = make_objective(stage.loss)
-        self._params = dict(self.model.named_parameters())  # tied tensors once
-        # In bfloat16 a step of 1e-5 is lost to rounding: the optimizer moves float32 copies, the model follows.
-        self._masters = {
-            name: param if param.dtype == torch.float32 else param.detach().float().requires_grad_()
-            for name, param in self._params.items()
-        }
-        self._optimizer = _adamw(self._masters, stage.optimizer)
-        self._resident_head: tuple[str, Head] | None = None
 
     def step(
         self, samples: Sequence[TrainSample], heads: Mapping[str, TeacherHead], plan: Sequence[Sequence[int]]
@@ -85,34 +66,33 @@ class Learner:
         """
         if self.stage.loss.objective == "full_vocabulary":
             _require_hidden(samples, heads)
-        elif self.stage.loss.objective == "top_k":
+        else:
+            heads = {}
+        if self.stage.loss.objective == "top_k":
             _require_topk(samples, self.stage.loss.k)
         weights = loss_weights(samples, [self._weight(sample) for sample in samples], self.stage.loss.reduction)
         measures = StepMeasures(samples)
-        self._clear_gradients()
+        self.engine.clear_gradients()
         try:
-            for indices in plan:
-                batch = collate(samples, indices, weights)
-                if len(batch.ids):
-                    result = self._loss(batch, samples, heads)
-                    result.loss.backward()
-                    failpoint("trainer.mid_backward")
-                    self._collect_gradients()
-                    measures.add(batch, result)
-                    self.on_progress()
-            norm = self._gradient_norm()
+            for batches in self._batches(samples, plan, weights, heads):
+                for batch, rows in zip(batches, self.engine.train(batches, heads), strict=True):
+                    self._check_loss(batch, rows, samples)
+                    measures.add(batch, rows)
+                self.on_progress()
         except BaseException:
-            self._clear_gradients()
+            self.engine.clear_gradients()
             raise
-        lr = self._update()
-        return {**measures.summary(self.policy_version - 1), "grad/norm": norm, "lr": lr, "step/skipped": 0.0}
+        lr = learning_rate(self.stage.optimizer, self.policy_version, self.total_steps)
+        update = self.engine.update(lr)
+        self._check_update(update)
+        self.policy_version += 1
+        return {**measures.summary(self.policy_version - 1), "grad/norm": update.norm, "lr": lr, "step/skipped": 0.0}
 
     def skip(self) -> dict[str, float]:
         """Count a step whose gradient was not finite: the schedule goes on, weights and optimizer stay."""
         self.policy_version += 1
         return {"step/skipped": 1.0}
 
-    @torch.no_grad()
     def evaluate(
         self, samples: Sequence[TrainSample], heads: Mapping[str, TeacherHead], *, temperature: float | None = None
     ) -> list[dict[str, Any]]:
@@ -123,16 +103,11 @@ class Learner:
         """
         _require_hidden(samples, heads)
         temperature = self.stage.sampling.temperature if temperature is None else temperature
+        plan = plan_micro_batches(samples, self.stage.schedule.micro_batch_tokens)
         sums = np.zeros(len(samples))
-        for indices in plan_micro_batches(samples, self.stage.schedule.micro_batch_tokens):
-            batch = collate(samples, indices, [0.0] * len(samples))
-            if not len(batch.ids):
-                continue
-            signals = self._signals(batch, heads, full=True)
-            head = self._student_head(signals)
-            self._check_ids(batch, head, samples)
-            kls = exact_reverse_kl(self._hidden_rows(batch), head, signals, temperature)
-            np.add.at(sums, batch.sample_of_row, kls.double().cpu().numpy())
+        for batches in self._batches(samples, plan, [0.0] * len(samples), heads):
+            for batch, kls in zip(batches, self.engine.exact_kl(batches, heads, temperature), strict=True):
+                np.add.at(sums, batch.sample_of_row, kls)
             self.on_progress()
         return [
             {
@@ -145,24 +120,12 @@ class Learner:
         ]
 
     def state_arrays(self) -> list[tuple[str, np.ndarray, str]]:
-        """(name, array, element type) of all weights: a copy, contiguous, tied tensors once, bfloat16 as uint16 bits.
-
-        Names are those of `state_dict`.
-        """
-        arrays = []
-        for name, param in self._params.items():
-            # one copy, whatever the device: `.cpu()` of a CPU tensor would share its memory
-            tensor = torch.empty(param.shape, dtype=param.dtype).copy_(param.detach())
-            if tensor.dtype == torch.bfloat16:
-                arrays.append((name, tensor.view(torch.int16).numpy().view(np.uint16), "bfloat16"))
-            else:
-                arrays.append((name, tensor.numpy(), str(tensor.dtype).removeprefix("torch.")))
-        return arrays
+        """(name, array, element type) of all weights, a copy; see `Parameters.state_arrays`."""
+        return self.engine.state_arrays()
 
     def save(self, folder: Path) -> None:
         """Write everything a bit-exact continuation needs; see checkpoint.py."""
-        facts = {"policy_version": self.policy_version, "dtype": self.dtype, "total_steps": self.total_steps}
-        checkpoint.save_state(folder, self._masters, self._optimizer, facts)
+        self.engine.save(folder, {"policy_version": self.policy_version, "total_steps": self.total_steps})
 
     def load(self, folder: Path) -> None:
         """Continue from what `save` wrote.
@@ -170,83 +133,49 @@ class Learner:
         Raises:
             CorruptError: it does not read, or is of another student.
         """
-        facts = checkpoint.load_state(folder, self._masters, self._optimizer)
-        self.policy_version = int(facts["policy_version"])
-        self._follow_masters()
+        self.policy_version = int(self.engine.load(folder)["policy_version"])
 
     def load_weights(self, folder: Path) -> None:
         """Start from the weights of a checkpoint, with a fresh optimizer and policy version 0."""
-        checkpoint.load_weights(folder, self._masters)
-        self._follow_masters()
+        self.engine.load_weights(folder)
 
     def _weight(self, sample: TrainSample) -> float:
         """Weight of the teacher that a sample is routed to."""
         return 1.0 if sample.teacher == NO_TEACHER else self.teachers[sample.teacher].weight
 
-    # --- forward ---
+    def _batches(
+        self,
+        samples: Sequence[TrainSample],
+        plan: Sequence[Sequence[int]],
+        weights: Sequence[float],
+        heads: Mapping[str, TeacherHead],
+    ) -> Iterator[list[MicroBatch]]:
+        """The plan as micro-batches that have rows, as many at once as there are ranks; made when they are needed."""
+        together: list[MicroBatch] = []
+        for indices in plan:
+            batch = collate(samples, indices, weights)
+            if not len(batch.ids):
+                continue
+            self._check_batch(batch, heads.get(batch.teacher), samples)
+            together.append(batch)
+            if len(together) == self.engine.num_ranks:
+                yield together
+                together = []
+        if together:
+            yield together
 
-    def _loss(self, batch: MicroBatch, samples: Sequence[TrainSample], heads: Mapping[str, TeacherHead]) -> PackedLoss:
-        signals = self._signals(batch, heads, full=self.stage.loss.objective == "full_vocabulary")
-        head = self._student_head(signals)
-        self._check_ids(batch, head, samples)
-        result = packed_loss(
-            self._objective,
-            self._hidden_rows(batch),
-            head,
-            self._tensor(batch.ids),
-            self._tensor(batch.weights),
-            signals,
-            self.stage.sampling.temperature,
-        )
-        bad = (~torch.isfinite(result.values)).nonzero().flatten().tolist()
-        if bad:
-            row = bad[0]
-            sample = samples[int(batch.sample_of_row[row])]
-            raise NonFiniteError(
-                f"step {self.policy_version}: the loss is {result.values[row].item()} at token "
-                f"{batch.token_of_row[row]} of sample {sample.sample_id} (teacher '{sample.teacher}'), not finite at "
-                f"{len(bad)} of {len(batch.ids)} tokens of its micro-batch; check the teacher's scores, or lower the "
-                "learning rate"
-            )
-        return result
+    # --- checks ---
 
-    def _hidden_rows(self, batch: MicroBatch) -> Tensor:
-        """[R, D] the student's hidden states that predict the rows' tokens."""
-        hidden_BLD = student_hidden(self.model, self._tensor(batch.input_ids))
-        return hidden_BLD.flatten(0, 1).index_select(0, self._tensor(batch.positions))
-
-    def _signals(self, batch: MicroBatch, heads: Mapping[str, TeacherHead], *, full: bool) -> Signals:
-        if not full:
-            return Signals(
-                logprobs=self._tensor(batch.teacher_logprobs),
-                rollout_logprobs=self._tensor(batch.rollout_logprobs),
-                sample=self._tensor(batch.sample_of_row),
-                topk_ids=None if batch.topk_ids is None else self._tensor(batch.topk_ids),
-                topk_logprobs=None if batch.topk_logprobs is None else self._tensor(batch.topk_logprobs),
-            )
-        assert batch.hidden is not None, "checked by _require_hidden"
-        head = self._teacher_head(batch.teacher, heads[batch.teacher])
-        if batch.hidden.shape[1] != head.weight.shape[1]:
-            raise WireError(
-                f"teacher '{batch.teacher}': hidden states of width {batch.hidden.shape[1]} for a head of width "
-                f"{head.weight.shape[1]}"
-            )
-        return Signals(hidden=self._tensor(batch.hidden), head=head.first(self._tokenizer_size))
-
-    def _teacher_head(self, teacher: str, head: TeacherHead) -> Head:
-        """The head as tensors; only the last one used stays in memory."""
-        if self._resident_head is None or self._resident_head[0] != head.sha256:
-            self._resident_head = None  # free the old one first
-            self._resident_head = (head.sha256, teacher_head(head, self.device))
-        return self._resident_head[1]
-
-    def _student_head(self, signals: Signals) -> Head:
-        """The live head, without tokens that are padding on either side."""
-        size = self._tokenizer_size if signals.head is None else signals.head.weight.shape[0]
-        return student_head(self.model).first(min(size, self._tokenizer_size))
-
-    def _check_ids(self, batch: MicroBatch, head: Head, samples: Sequence[TrainSample]) -> None:
-        vocab_size = head.weight.shape[0]
+    def _check_batch(self, batch: MicroBatch, head: TeacherHead | None, samples: Sequence[TrainSample]) -> None:
+        """Refuse tokens that student and teacher do not both know, and hidden states that are not of the head."""
+        vocab_size = self.engine.vocab_size
+        if head is not None:
+            vocab_size = min(vocab_size, head.vocab_size)
+            if batch.hidden is not None and batch.hidden.shape[1] != head.weight.shape[1]:
+                raise WireError(
+                    f"teacher '{batch.teacher}': hidden states of width {batch.hidden.shape[1]} for a head of width "
+                    f"{head.weight.shape[1]}"
+                )
         bad = np.flatnonzero((batch.ids < 0) | (batch.ids >= vocab_size))
         if len(bad):
             sample = samples[int(batch.sample_of_row[bad[0]])]
@@ -261,61 +190,31 @@ class Learner:
                 f"student's vocabulary has {vocab_size}"
             )
 
-    def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.device)
-
-    # --- update ---
-
-    def _collect_gradients(self) -> None:
-        """Add the model's gradients to the masters', in float32."""
-        for name, param in self._params.items():
-            master = self._masters[name]
-            if master is param or param.grad is None:
-                continue
-            master.grad = param.grad.float() if master.grad is None else master.grad.add_(param.grad)
-            param.grad = None
-
-    def _clear_gradients(self) -> None:
-        for tensor in (*self._params.values(), *self._masters.values()):
-            tensor.grad = None
-
-    def _gradient_norm(self) -> float:
-        """Clip the gradients; gives the norm before."""
-        norm = torch.nn.utils.clip_grad_norm_(self._masters.values(), self.stage.optimizer.max_grad_norm).item()
-        if not math.isfinite(norm):
-            bad = [n for n, m in self._masters.items() if m.grad is not None and not torch.isfinite(m.grad).all()]
+    def _check_loss(self, batch: MicroBatch, rows: RowMeasures, samples: Sequence[TrainSample]) -> None:
+        bad = np.flatnonzero(~np.isfinite(rows.values))
+        if len(bad):
+            row = bad[0]
+            sample = samples[int(batch.sample_of_row[row])]
             raise NonFiniteError(
-                f"step {self.policy_version}: the gradient norm is {norm}; not finite in {len(bad)} tensors, "
+                f"step {self.policy_version}: the loss is {rows.values[row]} at token "
+                f"{batch.token_of_row[row]} of sample {sample.sample_id} (teacher '{sample.teacher}'), not finite at "
+                f"{len(bad)} of {len(batch.ids)} tokens of its micro-batch; check the teacher's scores, or lower the "
+                "learning rate"
+            )
+
+    def _check_update(self, update: Update) -> None:
+        """Refuse a gradient that is no number, and to go on with such weights: they would be published, committed."""
+        if not math.isfinite(update.norm):
+            bad = update.bad_gradients
+            raise NonFiniteError(
+                f"step {self.policy_version}: the gradient norm is {update.norm}; not finite in {len(bad)} tensors, "
                 f"the first is {bad[0] if bad else 'none (overflow of the sum)'}; lower the learning rate"
             )
-        return norm
-
-    def _update(self) -> float:
-        lr = learning_rate(self.stage.optimizer, self.policy_version, self.total_steps)
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-        self._optimizer.step()
-        self._clear_gradients()
-        self._check_weights()
-        self._follow_masters()
-        self.policy_version += 1
-        return lr
-
-    def _check_weights(self) -> None:
-        """Refuse to go on with weights that are no numbers: they would be published and committed."""
-        bad = [name for name, master in self._masters.items() if not bool(torch.isfinite(master).all())]
-        if bad:
+        if update.bad_weights:
             raise WeightsError(
-                f"step {self.policy_version}: the update made {len(bad)} tensors non-finite, the first is {bad[0]}; "
-                "the last checkpoint is as it was; lower the learning rate"
+                f"step {self.policy_version}: the update made {len(update.bad_weights)} tensors non-finite, the first "
+                f"is {update.bad_weights[0]}; the last checkpoint is as it was; lower the learning rate"
             )
-
-    @torch.no_grad()
-    def _follow_masters(self) -> None:
-        """Round the masters into the model."""
-        for name, param in self._params.items():
-            if self._masters[name] is not param:
-                param.copy_(self._masters[name])
 
 
 def _require_hidden(samples: Sequence[TrainSample], heads: Mapping[str, TeacherHead]) -> None:
@@ -357,12 +256,3 @@ def learning_rate(spec: OptimizerSpec, step: int, total_steps: int) -> float:
         case "cosine":
             remaining = (1 + math.cos(math.pi * progress)) / 2
     return spec.lr * (spec.min_lr_ratio + (1 - spec.min_lr_ratio) * remaining)
-
-
-def _adamw(masters: Mapping[str, Tensor], spec: OptimizerSpec) -> torch.optim.AdamW:
-    """AdamW; weight decay acts on matrices, not on norms and biases."""
-    groups = [
-        {"params": [m for m in masters.values() if m.ndim >= 2], "weight_decay": spec.weight_decay},
-        {"params": [m for m in masters.values() if m.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, eps=spec.eps, fused=True)

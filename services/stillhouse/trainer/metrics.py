@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from stillhouse.trainer.batch import TrainSample
-from stillhouse.trainer.losses import PackedLoss
+from stillhouse.trainer.batch import RowMeasures, TrainSample
 from stillhouse.trainer.packing import MicroBatch
 from stillhouse.v1 import rollout_pb2
 
@@ -26,13 +25,13 @@ class StepMeasures:
     """|rollout_logprobs - student_logprobs|."""
     gate: list[np.ndarray] = field(default_factory=list)
 
-    def add(self, batch: MicroBatch, result: PackedLoss) -> None:
+    def add(self, batch: MicroBatch, rows: RowMeasures) -> None:
         """Take over the measures of a micro-batch."""
-        self.loss += result.loss.item()
-        self.reverse_kl.setdefault(batch.teacher, []).append(_array(result.reverse_kl))
-        self.entropy.append(_array(result.entropy))
-        self.gate.append(_array(result.gate))
-        self.gap.append(np.abs(batch.rollout_logprobs - _array(result.logprobs)))
+        self.loss += rows.loss
+        self.reverse_kl.setdefault(batch.teacher, []).append(rows.reverse_kl)
+        self.entropy.append(rows.entropy)
+        self.gate.append(rows.gate)
+        self.gap.append(np.abs(batch.rollout_logprobs - rows.logprobs))
 
     def summary(self, policy_version: int) -> dict[str, float]:
         """The step's metrics; `policy_version` is that of the weights that were trained."""
@@ -76,7 +75,3 @@ def _share(part: Sequence[TrainSample], whole: Sequence[TrainSample]) -> float:
 
 def _mean(rows: np.ndarray) -> float:
     return float(rows.mean(dtype=np.float64))
-
-
-def _array(tensor) -> np.ndarray:
-    return tensor.detach().float().cpu().numpy()

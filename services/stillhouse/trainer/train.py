@@ -106,17 +106,12 @@ class LearnerThread:
         """Load the student."""
 
         def build() -> Any:
+            from stillhouse.trainer.engine import Engine
             from stillhouse.trainer.learner import Learner
 
-            learner = Learner(
-                model_dir,
-                dtype=spec.student.dtype,
-                stage=spec.stages[0],
-                teachers=spec.teachers,
-                total_steps=spec.stop_step(),
-                seed=spec.seed,
-                threads=threads,
-            )
+            stage = spec.stages[0]
+            engine = Engine(model_dir, dtype=spec.student.dtype, stage=stage, seed=spec.seed, threads=threads)
+            learner = Learner(engine, stage=stage, teachers=spec.teachers, total_steps=spec.stop_step())
             learner.on_progress = self.pulse.beat
             return learner
 
@@ -166,7 +161,7 @@ class LearnerThread:
 
             shutil.rmtree(folder, ignore_errors=True)
             with staged_dir(folder) as staged:
-                export_model(self._learner, source_dir, staged.path, card)
+                export_model(self._learner.engine.model, source_dir, staged.path, card)
 
         await self.call(write, patience=BULK)
 

@@ -1,0 +1,170 @@
+"""The engine: the student on this device. Micro-batches in, gradients and measures of their rows out.
+
+Everything of the student is recomputed under the current weights; from sampler and teacher come only facts about fixed
+tokens. Nothing here is random. Leaves out what a step is: see learner.py.
+
+Letters: R trained completion tokens of a micro-batch, D width.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from stillhouse.core.failpoints import failpoint
+from stillhouse.core.spec import StageSpec
+from stillhouse.trainer.batch import RowMeasures, TeacherHead, Update
+from stillhouse.trainer.losses import PackedLoss, exact_reverse_kl, make_objective, packed_loss
+from stillhouse.trainer.objectives.base import Head, Signals
+from stillhouse.trainer.packing import MicroBatch
+from stillhouse.trainer.parameters import Parameters
+from stillhouse.trainer.student import load_student, student_head, student_hidden, teacher_head, tokenizer_size
+
+
+class Passes(nn.Module):
+    """Body, head and loss as one module: what shards weights has to know where a pass begins and ends."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, work: Callable[[PreTrainedModel], Any]) -> Any:
+        return work(self.model)
+
+
+class Engine:
+    """A student with its loss and optimizer, whole, on one device. Not thread-safe."""
+
+    num_ranks = 1
+    """Micro-batches that a call takes at once."""
+
+    def __init__(self, model_dir: Path, *, dtype: str, stage: StageSpec, seed: int, threads: int = 0) -> None:
+        if threads:
+            torch.set_num_threads(threads)
+        # nothing here draws from them; seeded, two runs of a job commit the same states
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.dtype = dtype
+        self.stage = stage
+        self.model = load_student(model_dir, dtype, self.device)
+        self.vocab_size = min(tokenizer_size(model_dir), student_head(self.model).weight.shape[0])
+        """Tokens that are no padding of the student's head."""
+        self.parameters = Parameters(self.model, stage.optimizer)
+        self._passes = Passes(self.model)
+        self._objective = make_objective(stage.loss)
+        self._resident_head: tuple[str, Head] | None = None
+
+    def train(self, batches: Sequence[MicroBatch], heads: Mapping[str, TeacherHead]) -> list[RowMeasures]:
+        """Add the micro-batches' gradients to those of the step; `heads` are needed for the full vocabulary only."""
+        return [self._train(batch, heads) for batch in batches]
+
+    @torch.no_grad()
+    def exact_kl(
+        self, batches: Sequence[MicroBatch], heads: Mapping[str, TeacherHead], temperature: float
+    ) -> list[np.ndarray]:
+        """Each micro-batch's [R] float64 KL(student || teacher) over the whole vocabulary, nats."""
+        return [self._exact_kl(batch, heads[batch.teacher], temperature) for batch in batches]
+
+    def clear_gradients(self) -> None:
+        """Forget the gradients of the step."""
+        self.parameters.clear_gradients()
+
+    def update(self, lr: float) -> Update:
+        """Clip the gradients and step the optimizer."""
+        return self.parameters.update(lr)
+
+    def state_arrays(self) -> list[tuple[str, np.ndarray, str]]:
+        """(name, array, element type) of all weights, a copy; see `Parameters.state_arrays`."""
+        return self.parameters.state_arrays()
+
+    def save(self, folder: Path, facts: Mapping[str, Any]) -> None:
+        """Write everything a bit-exact continuation needs; see checkpoint.py."""
+        self.parameters.save(folder, {"dtype": self.dtype, **facts})
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        """Continue from what `save` wrote; gives the facts."""
+        return self.parameters.load(folder)
+
+    def load_weights(self, folder: Path) -> None:
+        """Take over the weights of a checkpoint."""
+        self.parameters.load_weights(folder)
+
+    # --- one pass ---
+
+    def _train(self, batch: MicroBatch, heads: Mapping[str, TeacherHead]) -> RowMeasures:
+        head = heads[batch.teacher] if self.stage.loss.objective == "full_vocabulary" else None
+
+        def work(model: PreTrainedModel) -> tuple[Tensor, PackedLoss]:
+            signals = self._signals(batch, head)
+            result = packed_loss(
+                self._objective,
+                self._hidden_rows(model, batch),
+                self._student_head(model, signals),
+                self._tensor(batch.ids),
+                self._tensor(batch.weights),
+                signals,
+                self.stage.sampling.temperature,
+            )
+            return result.loss, result
+
+        loss, result = self._passes(work)
+        loss.backward()
+        failpoint("trainer.mid_backward")
+        self.parameters.collect_gradients()
+        names = [field.name for field in fields(RowMeasures) if field.name != "loss"]
+        return RowMeasures(loss=loss.item(), **{name: _array(getattr(result, name)) for name in names})
+
+    def _exact_kl(self, batch: MicroBatch, head: TeacherHead, temperature: float) -> np.ndarray:
+        def work(model: PreTrainedModel) -> Tensor:
+            signals = self._signals(batch, head)
+            hidden_RD = self._hidden_rows(model, batch)
+            return exact_reverse_kl(hidden_RD, self._student_head(model, signals), signals, temperature)
+
+        return self._passes(work).double().cpu().numpy()
+
+    def _hidden_rows(self, model: PreTrainedModel, batch: MicroBatch) -> Tensor:
+        """[R, D] the student's hidden states that predict the rows' tokens."""
+        hidden_BLD = student_hidden(model, self._tensor(batch.input_ids))
+        return hidden_BLD.flatten(0, 1).index_select(0, self._tensor(batch.positions))
+
+    def _signals(self, batch: MicroBatch, head: TeacherHead | None) -> Signals:
+        """What the objective is told about the rows; with a head, that is the teacher's whole distribution."""
+        if head is None:
+            return Signals(
+                logprobs=self._tensor(batch.teacher_logprobs),
+                rollout_logprobs=self._tensor(batch.rollout_logprobs),
+                sample=self._tensor(batch.sample_of_row),
+                topk_ids=None if batch.topk_ids is None else self._tensor(batch.topk_ids),
+                topk_logprobs=None if batch.topk_logprobs is None else self._tensor(batch.topk_logprobs),
+            )
+        assert batch.hidden is not None, "checked by the learner"
+        return Signals(hidden=self._tensor(batch.hidden), head=self._teacher_head(head).first(self.vocab_size))
+
+    def _teacher_head(self, head: TeacherHead) -> Head:
+        """The head as tensors; only the last one used stays in memory."""
+        if self._resident_head is None or self._resident_head[0] != head.sha256:
+            self._resident_head = None  # free the old one first
+            self._resident_head = (head.sha256, teacher_head(head, self.device))
+        return self._resident_head[1]
+
+    def _student_head(self, model: PreTrainedModel, signals: Signals) -> Head:
+        """The live head, without tokens that are padding on either side."""
+        size = self.vocab_size if signals.head is None else signals.head.weight.shape[0]
+        return student_head(model).first(min(size, self.vocab_size))
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().float().cpu().numpy()

@@ -1,0 +1,114 @@
+"""What training changes: the student's parameters, their float32 masters, gradients and optimizer; their state on disk.
+
+Leaves out how gradients come about (engine.py) and when a step may count (learner.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from stillhouse.core.spec import OptimizerSpec
+from stillhouse.trainer import checkpoint
+from stillhouse.trainer.batch import Update
+
+
+class Parameters:
+    """The parameters of a model that learns, whole, on one device."""
+
+    def __init__(self, model: nn.Module, spec: OptimizerSpec) -> None:
+        self._params = dict(model.named_parameters())  # tied tensors once
+        # In bfloat16 a step of 1e-5 is lost to rounding: the optimizer moves float32 copies, the model follows.
+        self._masters = {
+            name: param if param.dtype == torch.float32 else param.detach().float().requires_grad_()
+            for name, param in self._params.items()
+        }
+        self.optimizer = _adamw(self._masters, spec)
+        self._max_norm = spec.max_grad_norm
+
+    def collect_gradients(self) -> None:
+        """Add the model's gradients to the masters', in float32."""
+        for name, param in self._params.items():
+            master = self._masters[name]
+            if master is param or param.grad is None:
+                continue
+            master.grad = param.grad.float() if master.grad is None else master.grad.add_(param.grad)
+            param.grad = None
+
+    def clear_gradients(self) -> None:
+        for tensor in (*self._params.values(), *self._masters.values()):
+            tensor.grad = None
+
+    def update(self, lr: float) -> Update:
+        """Clip the gradients and step the optimizer; gradients that are not finite are dropped and change nothing."""
+        norm = torch.nn.utils.clip_grad_norm_(self._masters.values(), self._max_norm).item()
+        if not math.isfinite(norm):
+            bad = [name for name, m in self._masters.items() if m.grad is not None and not _is_finite(m.grad)]
+            self.clear_gradients()
+            return Update(norm, bad_gradients=bad)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.clear_gradients()
+        self._follow_masters()
+        return Update(norm, bad_weights=[name for name, m in self._masters.items() if not _is_finite(m)])
+
+    def state_arrays(self) -> list[tuple[str, np.ndarray, str]]:
+        """(name, array, element type) of all weights: a copy, contiguous, tied tensors once, bfloat16 as uint16 bits.
+
+        Names are those of `state_dict`.
+        """
+        arrays = []
+        for name, param in self._params.items():
+            # one copy, whatever the device: `.cpu()` of a CPU tensor would share its memory
+            tensor = torch.empty(param.shape, dtype=param.dtype).copy_(param.detach())
+            if tensor.dtype == torch.bfloat16:
+                arrays.append((name, tensor.view(torch.int16).numpy().view(np.uint16), "bfloat16"))
+            else:
+                arrays.append((name, tensor.numpy(), str(tensor.dtype).removeprefix("torch.")))
+        return arrays
+
+    def save(self, folder: Path, facts: Mapping[str, Any]) -> None:
+        """Write everything a bit-exact continuation needs; see checkpoint.py."""
+        checkpoint.save_state(folder, self._masters, self.optimizer, facts)
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        """Continue from what `save` wrote; gives the facts.
+
+        Raises:
+            CorruptError: it does not read, or is of another student.
+        """
+        facts = checkpoint.load_state(folder, self._masters, self.optimizer)
+        self._follow_masters()
+        return facts
+
+    def load_weights(self, folder: Path) -> None:
+        """The weights of a checkpoint, with the optimizer as it is."""
+        checkpoint.load_weights(folder, self._masters)
+        self._follow_masters()
+
+    @torch.no_grad()
+    def _follow_masters(self) -> None:
+        """Round the masters into the model."""
+        for name, param in self._params.items():
+            if self._masters[name] is not param:
+                param.copy_(self._masters[name])
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())
+
+
+def _adamw(masters: Mapping[str, Tensor], spec: OptimizerSpec) -> torch.optim.AdamW:
+    """AdamW; weight decay acts on matrices, not on norms and biases."""
+    groups = [
+        {"params": [m for m in masters.values() if m.ndim >= 2], "weight_decay": spec.weight_decay},
+        {"params": [m for m in masters.values() if m.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, eps=spec.eps, fused=True)
