@@ -1,0 +1,56 @@
+"""The study of divergences (examples/kl_study): every number that is known beforehand, and its figures."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+STUDY = Path(__file__).resolve().parents[2] / "examples" / "kl_study"
+MODULES = [path.stem for path in STUDY.glob("*.py")]
+FIGURES = {"bimodal.png", "jsd_scale.png", "topk_bias.png"}
+
+
+@pytest.fixture(scope="module")
+def modules() -> Iterator[dict[str, Any]]:
+    """The study's files by name; they import each other as neighbours, as they do when run.py is run."""
+    sys.path.insert(0, str(STUDY))
+    try:
+        yield {name: importlib.import_module(name) for name in MODULES}
+    finally:
+        sys.path.remove(str(STUDY))
+        for name in MODULES:
+            sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def study(modules: dict[str, Any]) -> Any:
+    return modules["results"].measure()
+
+
+def test_every_number_is_as_known(modules: dict[str, Any], study: Any) -> None:
+    found = modules["results"].checks(study)
+    assert modules["run"].wrong(found) == []
+    assert len(found) == 183
+
+
+def test_a_number_that_is_off_is_named(modules: dict[str, Any], study: Any) -> None:
+    beta = 0.5
+    bad = dataclasses.replace(study, signal_of_one=float("nan"), jsd=study.jsd | {beta: (0.31, study.jsd[beta][1])})
+    complaints = modules["run"].wrong(modules["results"].checks(bad))
+    assert len(complaints) == 2
+    assert "k = 1" in complaints[0]
+    assert complaints[1].startswith("JSD, beta 0.5: 0.31000, not 0.30487")
+
+
+def test_the_figures_are_drawn_and_small_enough_for_a_page(modules: dict[str, Any], study: Any, tmp_path: Path) -> None:
+    paths = modules["figures"].draw(study, tmp_path / "figures")
+    assert {path.name for path in paths} == FIGURES
+    for path in [*paths, *(STUDY / name for name in FIGURES)]:
+        assert path.read_bytes().startswith(b"\x89PNG")
+        assert path.stat().st_size < 150_000, path
