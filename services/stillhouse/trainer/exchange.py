@@ -319,7 +319,7 @@ class Exchange:
 
 
 def _is_elsewhere(score: rollout_pb2.Score) -> bool:
-    """Its payload is with the teacher: hidden states always are, lists of tokens when they are too big for the queue."""
+    """Its payload is with the teacher: hidden states always are, lists when they are too big for the queue."""
     kind = score.WhichOneof("result")
     return kind == "hidden" or (kind in ("topk", "targets") and getattr(score, kind).HasField("blob"))
 

@@ -47,14 +47,14 @@ class Completion:
     """[T], the stop token included."""
     rollout_logprobs: list[float]
     """[T] nats, log-softmax(logits / temperature) without truncation."""
-    target_ids: np.ndarray[Any, Any] | None = None
-    """[T, K] int32, the `record_top_k` likeliest tokens at each position, likeliest first, before any truncation."""
-    entropies: np.ndarray[Any, Any] | None = None
-    """[T] float32 nats, of softmax(logits / temperature) without truncation."""
     sample_s: float = 0.0
     """This sample's share of the time of its batch, seconds."""
     reason: str = ""
     message: str = ""
+    target_ids: np.ndarray[Any, Any] | None = None
+    """[T, K] int32, the `record_top_k` likeliest tokens at each position, likeliest first, before any truncation."""
+    entropies: np.ndarray[Any, Any] | None = None
+    """[T] float32 nats, of softmax(logits / temperature) without truncation."""
 
 
 def failed(request: SampleRequest, reason: str, message: str) -> Completion:

@@ -196,9 +196,9 @@ class TransformersEngine:
             reason,
             row.ids,
             row.logprobs,
+            row.sample_s,
             target_ids=np.stack(row.target_ids) if row.target_ids else None,
             entropies=np.asarray(row.entropies, dtype=np.float32) if row.entropies else None,
-            sample_s=row.sample_s,
         )
 
     @torch.inference_mode()
