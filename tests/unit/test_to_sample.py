@@ -52,3 +52,65 @@ def test_a_text_of_the_student_without_a_policy_version_is_refused() -> None:
     score.rollout.ClearField("spans")
     with pytest.raises(WireError, match="4/0"):
         to_sample(ScoredSample(score), 1.0)
+
+
+def with_lists(kind: str) -> pb.Score:
+    """Three tokens, two ids by the teacher and three by the student at each."""
+    score = scored(is_scored=False)
+    score.rollout.target_ids.CopyFrom(ids_tensor(np.arange(9).reshape(3, 3)))
+    score.rollout.entropies.CopyFrom(floats_tensor([0.5, 0.0, 2.0]))
+    named = floats_tensor(np.full((3, 3), -3.0))
+    if kind == "targets":
+        score.targets.CopyFrom(pb.TargetsScore(target_logprobs=named, teacher_logprobs=floats_tensor([-2.0] * 3)))
+    else:
+        score.topk.CopyFrom(
+            pb.TopKScore(
+                teacher_topk_ids=ids_tensor(np.zeros((3, 2))),
+                teacher_topk_logprobs=floats_tensor(np.full((3, 2), -4.0)),
+                teacher_logprobs=floats_tensor([-2.0] * 3),
+                target_logprobs=named,
+            )
+        )
+    return score
+
+
+@pytest.mark.parametrize("kind", ["targets", "topk"])
+def test_named_tokens_come_with_what_the_teacher_says_of_them(kind: str) -> None:
+    sample = to_sample(ScoredSample(with_lists(kind)), 1.0)
+    assert sample.target_ids is not None
+    assert sample.target_logprobs is not None
+    assert sample.entropies is not None
+    assert sample.target_ids.tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+    assert (sample.target_logprobs == -3).all()
+    assert sample.entropies.tolist() == [0.5, 0.0, 2.0]
+    assert (sample.teacher_logprobs == -2).all()
+    assert (sample.topk_ids is None) == (kind == "targets")
+
+
+def test_lists_of_different_shapes_are_refused() -> None:
+    score = with_lists("topk")
+    score.topk.target_logprobs.CopyFrom(floats_tensor(np.zeros((3, 2))))
+    with pytest.raises(WireError, match=r"4/0: \[3, 2\] target_logprobs for \[3, 3\] target_ids"):
+        to_sample(ScoredSample(score), 1.0)
+
+
+def test_log_probabilities_of_different_temperatures_are_not_compared() -> None:
+    score = scored()
+    score.rollout.sampling.temperature = score.rollout.score.temperature = 0.7
+    to_sample(ScoredSample(score), 1.0, 0.7)  # the same number, although it travelled in single precision
+    with pytest.raises(WireError, match=r"4/0 was scored at temperature 0\.7, its stage trains at 0\.8"):
+        to_sample(ScoredSample(score), 1.0, 0.8)
+    score.rollout.sampling.temperature = 0.9
+    with pytest.raises(WireError, match=r"4/0 was sampled at temperature 0\.9, its stage trains at 0\.7"):
+        to_sample(ScoredSample(score), 1.0, 0.7)
+    score.rollout.origin = pb.ORIGIN_DATA
+    to_sample(ScoredSample(score), 1.0, 0.7)  # nobody sampled it
+
+
+@pytest.mark.parametrize(("option", "value"), [("top_p", 0.9), ("top_k", 5), ("min_p", 0.1)])
+def test_samples_drawn_from_a_part_of_the_vocabulary_are_flagged(option: str, value: float) -> None:
+    score = scored()
+    score.rollout.sampling.top_p = 1
+    assert not to_sample(ScoredSample(score), 1.0).is_filtered
+    setattr(score.rollout.sampling, option, value)
+    assert to_sample(ScoredSample(score), 1.0).is_filtered

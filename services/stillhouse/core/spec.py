@@ -195,6 +195,15 @@ class StageSpec(Closed):
         return self
 
     @model_validator(mode="after")
+    def _something_to_select_by(self) -> StageSpec:
+        select = self.tokens.select
+        if select is not None and select.by == "kl" and self.loss.payload() == "none":
+            raise ValueError(
+                "'tokens.select' by kl compares with what a teacher says, and this loss asks none; select by entropy"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _reward_has_groups(self) -> StageSpec:
         reward = self.loss.reward if isinstance(self.loss, PolicyGradientLoss) else None
         if reward is not None and self.schedule.group_size < 2:

@@ -69,6 +69,8 @@ class TrainSample:
     """[T] float32, nats - of the student as it sampled."""
     outcome: float = 0.0
     """Advantage of the completion's reward within its group, normalised, not yet weighted."""
+    is_filtered: bool = False
+    """Drawn with top_p, top_k or min_p: from another distribution than `rollout_logprobs` are of."""
     origin: int = 0
     """`v1.Origin`: who wrote the completion."""
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from stillhouse.trainer.batch import RowMeasures, TrainSample
+from stillhouse.trainer.masks import token_metrics
 from stillhouse.trainer.packing import MicroBatch
 from stillhouse.v1 import rollout_pb2
 
@@ -58,6 +59,7 @@ class StepMeasures:
                 "tokens/on_policy_fraction": _share(own, self.samples),
                 "completion/length_mean": float(np.mean([len(sample.completion_ids) for sample in self.samples])),
                 "completion/truncated_fraction": float(np.mean(truncated)),
+                **token_metrics(self.samples),
             }
         return metrics
 

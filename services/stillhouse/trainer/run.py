@@ -24,6 +24,7 @@ from stillhouse.trainer.exchange import Exchange, ScoredGroup, ScoredSample
 from stillhouse.trainer.journal import JournalledStep, StepJournal, read_step
 from stillhouse.trainer.ledger import Ledger
 from stillhouse.trainer.manifests import ManifestRef, Opening
+from stillhouse.trainer.masks import mask_tokens
 from stillhouse.trainer.progress import Progress
 from stillhouse.trainer.prompts import Prompt, PromptOrder, make_group, sample_seed
 from stillhouse.trainer.publish import Publisher
@@ -63,6 +64,8 @@ class Run:
     prompts: Sequence[Prompt]
     heads: Mapping[str, TeacherHead]
     stop_ids: Sequence[int]
+    special_ids: Sequence[int]
+    """Special tokens of the student, where the stage masks them."""
     threads: int
     space: Space
     ledger: Ledger
@@ -118,7 +121,7 @@ class Run:
         await self._report_failures(groups)
         scored = [sample for group in groups for sample in group.scored]
         with self.progress.timed("journal"):
-            samples = self._samples(scored)
+            samples = self._samples(scored, step)
             plan = await self.learner.plan(samples, self.stage.schedule.micro_batch_tokens)
             await self._write_journal(
                 step,
@@ -138,10 +141,13 @@ class Run:
             needed=lambda: sum(score.ByteSize() for score in scores),
         )
 
-    def _samples(self, scored: Sequence[ScoredSample]) -> list[TrainSample]:
+    def _samples(self, scored: Sequence[ScoredSample], step: int) -> list[TrainSample]:
+        """What `step` trains on, masks included."""
         if not scored:
             raise JobFailedError("every sample of the step failed; the events of the job name the reasons")
-        return [to_sample(sample, self.prompts[sample.score.rollout.row].weight) for sample in scored]
+        temperature = self.stage.sampling.temperature
+        samples = [to_sample(s, self.prompts[s.score.rollout.row].weight, temperature) for s in scored]
+        return mask_tokens(samples, self.stage.tokens, step, self.special_ids)
 
     async def _report_failures(self, groups: Sequence[ScoredGroup]) -> None:
         for sample in (sample for group in groups for sample in group.samples if sample.is_failed):
@@ -200,7 +206,7 @@ class Run:
         for ref in self.opening.replay:
             journalled = await asyncio.to_thread(read_step, self.artifacts.journal(ref.epoch, ref.step))
             scored = await self._scored_again(journalled)
-            samples = self._samples(scored)
+            samples = self._samples(scored, ref.step)
             if self.spec.deterministic:  # the next groups want the weights of the versions before
                 await self.publisher.hold(ref.step, await self.learner.state_arrays())
             metrics = await self._train(ref.step, samples, plan_from_journal(samples, journalled.header.micro_batches))

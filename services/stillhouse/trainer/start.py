@@ -29,7 +29,7 @@ from stillhouse.trainer.publish import Publisher
 from stillhouse.trainer.run import Run
 from stillhouse.trainer.samplers import SamplerPool
 from stillhouse.trainer.space import Space
-from stillhouse.trainer.tokens import stop_token_ids
+from stillhouse.trainer.tokens import special_token_ids, stop_token_ids
 from stillhouse.trainer.train import LearnerThread
 
 
@@ -89,6 +89,7 @@ class Start:
             prompts=prompts,
             heads=heads,
             stop_ids=stop_token_ids(student),
+            special_ids=special_token_ids(student) if stage.tokens.mask_special else (),
             threads=threads,
             space=self.space,
             on_damage=lambda message: self.log.error("a checkpoint does not verify", error=message),

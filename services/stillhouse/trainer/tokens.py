@@ -1,4 +1,4 @@
-"""End-of-sequence tokens of a registered model, from its JSON files."""
+"""End-of-sequence and special tokens of a registered model, from its JSON files."""
 
 from __future__ import annotations
 
@@ -24,3 +24,9 @@ def stop_token_ids(entry: ModelEntry) -> list[int]:
     raise PreflightError(
         f"model '{entry.name}' names no end-of-sequence token; add eos_token_id to its generation_config.json"
     )
+
+
+def special_token_ids(entry: ModelEntry) -> list[int]:
+    """Ids that tokenizer.json marks as special: ends of turns, roles, padding; no words of a text."""
+    added = read_json(Path(entry.path) / "tokenizer.json").get("added_tokens") or []
+    return sorted({int(token["id"]) for token in added if token.get("special")})

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import numpy as np
 
@@ -25,15 +25,19 @@ from stillhouse.trainer.exchange import ScoredSample
 from stillhouse.v1 import journal_pb2, rollout_pb2
 
 T = TypeVar("T")
+LISTS: Final = ("topk_ids", "topk_logprobs", "target_ids", "target_logprobs")
+"""Fields of a sample that hold several tokens per position."""
 
 
-def to_sample(sample: ScoredSample, weight: float) -> TrainSample:
-    """A scored sample as the learner takes it; checks that all lengths agree.
+def to_sample(sample: ScoredSample, weight: float, temperature: float | None = None) -> TrainSample:
+    """A scored sample as the learner takes it; checks that all lengths agree, and the temperature if one is given.
 
     Raises:
-        WireError: names the sample and both lengths.
+        WireError: names the sample and both lengths or temperatures.
     """
     rollout = sample.score.rollout
+    if temperature is not None:
+        _check_temperature(rollout, temperature)
     completion = from_tensor(rollout.completion_ids)
     num_tokens = len(completion)
     is_students = rollout.origin in STUDENT_ORIGINS
@@ -48,9 +52,9 @@ def to_sample(sample: ScoredSample, weight: float) -> TrainSample:
     }
     if sample.hidden is not None:
         arrays["hidden"] = sample.hidden
-    if sample.score.WhichOneof("result") == "topk":
-        arrays["topk_ids"] = from_tensor(sample.score.topk.teacher_topk_ids)
-        arrays["topk_logprobs"] = from_tensor(sample.score.topk.teacher_topk_logprobs)
+    if rollout.HasField("entropies"):
+        arrays["entropies"] = from_tensor(rollout.entropies)
+    arrays |= _lists(sample.score)
     for name, array in arrays.items():
         if len(array) != num_tokens:
             raise WireError(f"sample {rollout.sample_id}: got {len(array)} {name} for {num_tokens} tokens")
@@ -68,10 +72,50 @@ def to_sample(sample: ScoredSample, weight: float) -> TrainSample:
         weight=weight,
         oldest_policy_version=min((span.policy_version for span in rollout.spans), default=0),
         finish_reason=int(rollout.finish_reason),
-        topk_ids=arrays.get("topk_ids"),
-        topk_logprobs=arrays.get("topk_logprobs"),
+        **{name: arrays[name] for name in (*LISTS, "entropies") if name in arrays},
+        is_filtered=is_students and _is_filtered(rollout.sampling),
         origin=rollout.origin,
     )
+
+
+def _check_temperature(rollout: rollout_pb2.Rollout, temperature: float) -> None:
+    """p, mu and q are of one distribution only at one temperature."""
+    expected = float(np.float32(temperature))  # as it travels
+    found = {"scored": rollout.score.temperature or 1.0}
+    if rollout.origin in STUDENT_ORIGINS:
+        found["sampled"] = rollout.sampling.temperature
+    for what, value in found.items():
+        if value != expected:
+            raise WireError(
+                f"sample {rollout.sample_id} was {what} at temperature {value:g}, its stage trains at {temperature:g}; "
+                "log-probabilities of different temperatures cannot be compared"
+            )
+
+
+def _is_filtered(sampling: rollout_pb2.SamplingParams) -> bool:
+    return 0 < sampling.top_p < 1 or sampling.top_k > 0 or sampling.min_p > 0
+
+
+def _lists(score: rollout_pb2.Score) -> dict[str, np.ndarray]:
+    """The tokens that a score names at each position, by name of the sample's field.
+
+    Raises:
+        WireError: ids and log-probabilities are not of one shape.
+    """
+    kind, rollout = score.WhichOneof("result"), score.rollout
+    tensors: dict[str, Any] = {}
+    if kind == "topk":
+        tensors |= {"topk_ids": score.topk.teacher_topk_ids, "topk_logprobs": score.topk.teacher_topk_logprobs}
+    if kind in ("topk", "targets") and rollout.HasField("target_ids"):
+        tensors |= {"target_ids": rollout.target_ids, "target_logprobs": getattr(score, kind).target_logprobs}
+    arrays = {name: from_tensor(tensor) for name, tensor in tensors.items()}
+    for ids, logprobs in zip(LISTS[::2], LISTS[1::2], strict=True):
+        if ids in arrays and arrays[ids].shape != arrays[logprobs].shape:
+            raise WireError(
+                f"sample {rollout.sample_id}: {list(arrays[logprobs].shape)} {logprobs} for {list(arrays[ids].shape)} "
+                f"{ids}"
+            )
+    return arrays
 
 
 def _teacher_logprobs(score: rollout_pb2.Score, unknown: np.ndarray) -> np.ndarray:
