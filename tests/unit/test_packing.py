@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -102,6 +104,83 @@ def test_weights_of_rows_and_teachers_multiply() -> None:
     samples = [sample(0, 1, 2, weight=3.0), sample(1, 1, 2)]
     plain = loss_weights([sample(0, 1, 2), sample(1, 1, 2)], [1, 1], "token_mean")
     assert loss_weights(samples, [1, 5], "token_mean") == pytest.approx([3 * plain[0], 5 * plain[1]])
+
+
+def loss(samples: list[TrainSample], reduction: Any, *, per_teacher: bool = False, teacher_weights=None) -> float:
+    """Step loss of rows whose own loss is that of `row_loss`, as the learner sums it up."""
+    weights = loss_weights(samples, teacher_weights or [1.0] * len(samples), reduction, per_teacher)
+    return sum(weight * row_loss(s).sum() for weight, s in zip(weights, samples, strict=True))
+
+
+def row_loss(s: TrainSample) -> np.ndarray:
+    """Any number per trained row that depends on nothing but the row."""
+    return np.sin(s.completion_ids[s.loss_mask != 0].astype(np.float64))
+
+
+reductions = st.sampled_from(["token_mean", "seq_mean_token_mean"])
+some = st.lists(st.tuples(st.integers(1, 4), st.integers(1, 9), st.sampled_from("abc")), min_size=1, max_size=12)
+
+
+@given(some, reductions, st.randoms(use_true_random=False))
+def test_per_teacher_is_the_mean_of_the_teachers_own_means(shapes, reduction: Any, random: Any) -> None:
+    samples = [sample(i, *s, mask=[random.randint(0, 1) for _ in range(s[1])]) for i, s in enumerate(shapes)]
+    own = {name: [s for s in samples if s.teacher == name] for name in {s.teacher for s in samples}}
+    means = [loss(part, reduction) for part in own.values() if any(s.num_loss_tokens for s in part)]
+    expected = np.mean(means) if means else 0.0
+    assert loss(samples, reduction, per_teacher=True) == pytest.approx(expected)
+    shuffled = random.sample(samples, len(samples))
+    assert loss(shuffled, reduction, per_teacher=True) == pytest.approx(expected), "order says nothing"
+
+
+@given(some, reductions)
+def test_with_one_teacher_per_teacher_changes_nothing(shapes, reduction: Any) -> None:
+    samples = [sample(i, prompt, completion) for i, (prompt, completion, _) in enumerate(shapes)]
+    ones = [1.0] * len(samples)
+    assert loss_weights(samples, ones, reduction, True) == loss_weights(samples, ones, reduction)
+
+
+@given(some, reductions)
+def test_more_samples_of_one_teacher_leave_the_others_their_share(shapes, reduction: Any) -> None:
+    samples = [sample(i, *shape) for i, shape in enumerate(shapes)]
+    doubled = samples + [s for s in samples if s.teacher == "a"]
+    shares = [loss_weights(part, [1.0] * len(part), reduction, True) for part in (samples, doubled)]
+    plain = [loss_weights(part, [1.0] * len(part), reduction) for part in (samples, doubled)]
+    for i, s in enumerate(samples):
+        assert shares[1][i] == pytest.approx(shares[0][i] / (2 if s.teacher == "a" else 1))
+        assert plain[1][i] < plain[0][i] or len(doubled) == len(samples), "without it, all others pay for them"
+
+
+def with_lists(s: TrainSample, topk: bool, targets: bool) -> TrainSample:
+    """The sample with two tokens of the teacher's and two of the student's per position, of which one is the same."""
+    base = np.asarray(s.completion_ids)[:, None]
+    fields: dict[str, Any] = {}
+    if topk:
+        fields |= {
+            "topk_ids": base + np.asarray([1, 2]),
+            "topk_logprobs": (-base - np.asarray([0.1, 0.2])).astype(np.float16),
+        }
+    if targets:
+        fields |= {"target_ids": base + np.asarray([2, 3]), "target_logprobs": -base - np.asarray([0.2, 0.3])}
+    return replace(s, **fields)
+
+
+@pytest.mark.parametrize(("topk", "targets"), [(True, False), (False, True), (True, True), (False, False)])
+def test_collate_takes_the_support_that_the_samples_carry(topk: bool, targets: bool) -> None:
+    samples = [with_lists(sample(0, 2, 3, mask=[1, 0, 1]), topk, targets), with_lists(sample(1, 1, 2), topk, targets)]
+    batch = collate(samples, [1, 0], [1.0, 1.0])
+    if not topk and not targets:
+        assert batch.topk_ids is batch.topk_logprobs is batch.topk_mask is None
+        return
+    assert batch.topk_ids is not None
+    assert batch.topk_logprobs is not None
+    assert (batch.topk_ids.dtype, batch.topk_logprobs.dtype) == (np.int64, np.float32)
+    assert (batch.topk_mask is not None) == (topk and targets)
+    offsets = sorted({1, 2} if not targets else {2, 3} if not topk else {1, 2, 3})
+    for row, token in enumerate(batch.ids):
+        taken = slice(None) if batch.topk_mask is None else batch.topk_mask[row]
+        found = dict(zip(batch.topk_ids[row][taken] - token, batch.topk_logprobs[row][taken], strict=True))
+        assert sorted(found) == offsets
+        np.testing.assert_allclose([found[o] for o in offsets], [-token - o / 10 for o in offsets], rtol=1e-3)
 
 
 def test_a_sample_with_a_wrong_length_is_refused() -> None:

@@ -65,7 +65,7 @@ class Engine:
         self._resident_head: tuple[str, Head] | None = None
 
     def train(self, batches: Sequence[MicroBatch], heads: Mapping[str, TeacherHead]) -> list[RowMeasures]:
-        """Add the micro-batches' gradients to those of the step; `heads` are needed for the full vocabulary only."""
+        """Add the micro-batches' gradients to those of the step; `heads` are needed with hidden states only."""
         return [self._train(batch, heads) for batch in batches]
 
     @torch.no_grad()
@@ -102,7 +102,7 @@ class Engine:
     # --- one pass ---
 
     def _train(self, batch: MicroBatch, heads: Mapping[str, TeacherHead]) -> RowMeasures:
-        head = heads[batch.teacher] if self.stage.loss.objective == "full_vocabulary" else None
+        head = heads[batch.teacher] if self.stage.loss.payload() == "hidden" else None
 
         def work(model: PreTrainedModel) -> tuple[Tensor, PackedLoss]:
             signals = self._signals(batch, head)
@@ -138,17 +138,19 @@ class Engine:
         return hidden_BLD.flatten(0, 1).index_select(0, self._tensor(batch.positions))
 
     def _signals(self, batch: MicroBatch, head: TeacherHead | None) -> Signals:
-        """What the objective is told about the rows; with a head, that is the teacher's whole distribution."""
-        if head is None:
-            return Signals(
-                logprobs=self._tensor(batch.teacher_logprobs),
-                rollout_logprobs=self._tensor(batch.rollout_logprobs),
-                sample=self._tensor(batch.sample_of_row),
-                topk_ids=None if batch.topk_ids is None else self._tensor(batch.topk_ids),
-                topk_logprobs=None if batch.topk_logprobs is None else self._tensor(batch.topk_logprobs),
-            )
-        assert batch.hidden is not None, "checked by the learner"
-        return Signals(hidden=self._tensor(batch.hidden), head=self._teacher_head(head).first(self.vocab_size))
+        """What the objective is told about the rows; with a head also the teacher's whole distribution."""
+        arrays = {
+            "logprobs": batch.teacher_logprobs,
+            "rollout_logprobs": batch.rollout_logprobs,
+            "outcome": batch.outcome,
+            "sample": batch.sample_of_row,
+            "topk_ids": batch.topk_ids,
+            "topk_logprobs": batch.topk_logprobs,
+            "topk_mask": batch.topk_mask,
+            "hidden": None if head is None else batch.hidden,
+        }
+        tensors = {name: self._tensor(array) for name, array in arrays.items() if array is not None}
+        return Signals(head=None if head is None else self._teacher_head(head).first(self.vocab_size), **tensors)
 
     def _teacher_head(self, head: TeacherHead) -> Head:
         """The head as tensors; only the last one used stays in memory."""

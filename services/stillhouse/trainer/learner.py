@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from stillhouse.core.errors import NonFiniteError, WeightsError, WireError
-from stillhouse.core.spec import OptimizerSpec, StageSpec, TeacherSpec
+from stillhouse.core.spec import LossSpec, OptimizerSpec, PolicyGradientLoss, StageSpec, TeacherSpec, TopKLoss
 from stillhouse.core.spec_base import NO_TEACHER
 from stillhouse.trainer.batch import RowMeasures, TeacherHead, TrainSample, Update
 from stillhouse.trainer.metrics import StepMeasures
@@ -58,19 +58,21 @@ class Learner:
     ) -> dict[str, float]:
         """One optimizer step on `samples`, run in the micro-batches of `plan` (`plan_micro_batches`).
 
-        `heads` holds each teacher's head by the teacher's name; the policy gradient needs none.
+        `heads` holds each teacher's head by the teacher's name; only payloads of hidden states need them.
 
         Raises:
             NonFiniteError: loss or gradient is not finite; names where. The weights are as before.
             WireError: a sample lacks what the objective needs, or does not fit the vocabulary.
         """
-        if self.stage.loss.objective == "full_vocabulary":
+        loss = self.stage.loss
+        if loss.payload() == "hidden":
             _require_hidden(samples, heads)
         else:
             heads = {}
-        if self.stage.loss.objective == "top_k":
-            _require_topk(samples, self.stage.loss.k)
-        weights = loss_weights(samples, [self._weight(sample) for sample in samples], self.stage.loss.reduction)
+        _require_lists(samples, loss)
+        weights = loss_weights(
+            samples, [self._weight(sample) for sample in samples], loss.reduction, per_teacher=loss.per_teacher
+        )
         measures = StepMeasures(samples)
         self.engine.clear_gradients()
         try:
@@ -186,8 +188,8 @@ class Learner:
         named = batch.topk_ids
         if named is not None and named.size and not 0 <= named.min() <= named.max() < vocab_size:
             raise WireError(
-                f"teacher '{batch.teacher}' names token ids {named.min()} to {named.max()} among its likeliest; the "
-                f"student's vocabulary has {vocab_size}"
+                f"token ids {named.min()} to {named.max()} are among the likeliest of student or teacher "
+                f"'{batch.teacher}'; the vocabulary they share has {vocab_size}"
             )
 
     def _check_loss(self, batch: MicroBatch, rows: RowMeasures, samples: Sequence[TrainSample]) -> None:
@@ -222,8 +224,8 @@ def _require_hidden(samples: Sequence[TrainSample], heads: Mapping[str, TeacherH
     for sample in samples:
         if sample.hidden is None:
             raise WireError(
-                f"sample {sample.sample_id}: no hidden states of teacher '{sample.teacher}'; the full vocabulary needs "
-                "scores of kind hidden"
+                f"sample {sample.sample_id}: no hidden states of teacher '{sample.teacher}'; its distribution over the "
+                "whole vocabulary needs scores of kind hidden"
             )
         if sample.teacher not in heads:
             raise WireError(
@@ -231,14 +233,16 @@ def _require_hidden(samples: Sequence[TrainSample], heads: Mapping[str, TeacherH
             )
 
 
-def _require_topk(samples: Sequence[TrainSample], k: int) -> None:
-    """Refuse samples without the teacher's k likeliest tokens."""
+def _require_lists(samples: Sequence[TrainSample], loss: LossSpec) -> None:
+    """Refuse samples without the likeliest tokens that the objective looks at: the teacher's, the student's or both."""
+    teachers = loss.k if loss.payload() == "top_k" and isinstance(loss, TopKLoss | PolicyGradientLoss) else 0
+    students = loss.record_top_k()
     for sample in samples:
-        found = 0 if sample.topk_ids is None else sample.topk_ids.shape[1]
-        if found != k:
+        found = [0 if ids is None else ids.shape[1] for ids in (sample.topk_ids, sample.target_ids)]
+        if found != [teachers, students]:
             raise WireError(
-                f"sample {sample.sample_id}: {found} likeliest tokens of teacher '{sample.teacher}' per position, the "
-                f"objective needs {k}"
+                f"sample {sample.sample_id}: {found[0]} likeliest tokens of teacher '{sample.teacher}' and {found[1]} "
+                f"of the student per position; the objective needs {teachers} and {students}"
             )
 
 

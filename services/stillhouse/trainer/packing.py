@@ -7,7 +7,7 @@ Letters: B samples, L padded tokens, R rows, D width of the teacher's hidden sta
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from stillhouse.core.errors import WireError
 from stillhouse.trainer.batch import TrainSample
+from stillhouse.trainer.support import union
 
 PADDING_ID = 0
 """Any id will do: with padding on the right, causal attention hides it from every real token."""
@@ -46,18 +47,24 @@ def loss_weights(
     samples: Sequence[TrainSample],
     teacher_weights: Sequence[float],
     reduction: Literal["token_mean", "seq_mean_token_mean"],
+    per_teacher: bool = False,
 ) -> list[float]:
     """Weight of each trained token of each sample, so that the step's loss is the plain sum over all rows.
 
-    Denominators count the tokens (or sequences) of the whole step, hence the split into micro-batches changes nothing.
-    They ignore the weights: a sample of weight 2 pulls twice as hard, whatever else is in the step.
+    Denominators count the trained tokens (or sequences) of the whole step, hence the split into micro-batches changes
+    nothing. With `per_teacher` they count those of the sample's teacher, times the teachers that have any. They ignore
+    the weights: a sample of weight 2 pulls twice as hard, whatever else is in the step.
     """
     counts = [sample.num_loss_tokens for sample in samples]
-    if reduction == "token_mean":
-        denominators = [max(1, sum(counts))] * len(samples)
-    else:
-        num_sequences = max(1, sum(count > 0 for count in counts))
-        denominators = [max(1, count) * num_sequences for count in counts]
+    owners = [sample.teacher if per_teacher else "" for sample in samples]
+    totals: dict[str, int] = {}
+    for owner, count in zip(owners, counts, strict=True):
+        totals[owner] = totals.get(owner, 0) + (count if reduction == "token_mean" else count > 0)
+    num_owners = sum(total > 0 for total in totals.values())
+    denominators = [
+        max(1, totals[owner] * num_owners * (1 if reduction == "token_mean" else count))
+        for owner, count in zip(owners, counts, strict=True)
+    ]
     return [
         sample.weight * weight / denominator
         for sample, weight, denominator in zip(samples, teacher_weights, denominators, strict=True)
@@ -85,12 +92,16 @@ class MicroBatch:
     """[R] float32."""
     teacher_logprobs: np.ndarray
     """[R] float32."""
+    outcome: np.ndarray
+    """[R] float32 - advantage of the reward of the row's completion."""
     hidden: np.ndarray | None
     """[R, D] float16 or float32."""
     topk_ids: np.ndarray | None
-    """[R, K] int64."""
+    """[R, K] int64 - the support: the teacher's tokens, the student's, or both."""
     topk_logprobs: np.ndarray | None
-    """[R, K] float32."""
+    """[R, K] float32 - of them under the teacher."""
+    topk_mask: np.ndarray | None
+    """[R, K] bool - False = the place is empty; None = all are taken."""
 
 
 def collate(samples: Sequence[TrainSample], indices: Sequence[int], weights: Sequence[float]) -> MicroBatch:
@@ -114,7 +125,7 @@ def collate(samples: Sequence[TrainSample], indices: Sequence[int], weights: Seq
         return np.concatenate([getattr(sample, name)[kept] for sample, kept in zip(chosen, rows, strict=True)])
 
     has_hidden = all(sample.hidden is not None for sample in chosen)
-    has_topk = all(sample.topk_ids is not None for sample in chosen)
+    topk_ids, topk_logprobs, topk_mask = _support(chosen, gather)
     counts = [len(kept) for kept in rows]
     return MicroBatch(
         teacher=teachers[0],
@@ -126,7 +137,23 @@ def collate(samples: Sequence[TrainSample], indices: Sequence[int], weights: Seq
         weights=np.repeat(np.asarray([weights[i] for i in indices], dtype=np.float32), counts),
         rollout_logprobs=gather("rollout_logprobs").astype(np.float32),
         teacher_logprobs=gather("teacher_logprobs").astype(np.float32),
+        outcome=np.repeat(np.asarray([sample.outcome for sample in chosen], dtype=np.float32), counts),
         hidden=gather("hidden") if has_hidden else None,
-        topk_ids=gather("topk_ids").astype(np.int64) if has_topk else None,
-        topk_logprobs=gather("topk_logprobs").astype(np.float32) if has_topk else None,
+        topk_ids=topk_ids,
+        topk_logprobs=topk_logprobs,
+        topk_mask=topk_mask,
     )
+
+
+def _support(
+    samples: Sequence[TrainSample], gather: Callable[[str], np.ndarray]
+) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]:
+    """Ids, log-probabilities and mask of the tokens that the rows name: the teacher's, the student's, or both sets."""
+    has_topk = all(sample.topk_ids is not None for sample in samples)
+    has_targets = all(sample.target_ids is not None for sample in samples)
+    if has_topk and has_targets:
+        return union(gather("topk_ids"), gather("topk_logprobs"), gather("target_ids"), gather("target_logprobs"))
+    if not has_topk and not has_targets:
+        return None, None, None
+    name = "topk" if has_topk else "target"
+    return gather(f"{name}_ids").astype(np.int64), gather(f"{name}_logprobs").astype(np.float32), None
