@@ -22,6 +22,23 @@ DIGITS_MAX: Final = 300
 REL_TOLERANCE: Final = 1e-6
 """Of numbers that are not whole. Whole ones must be equal: 12345678 is not 12345679."""
 
+GYM_RUNS_TEXT: Final = frozenset(
+    [
+        "binary_matrix",
+        "bitwise_arithmetic",
+        "intermediate_integration",
+        "n_queens",
+        "number_sorting",
+        "polynomial_multiplication",
+        "simple_integration",
+        "spiral_matrix",
+        "string_insertion",
+    ]
+)
+"""Datasets of reasoning-gym whose scorers run the student's text, or the row's, as Python code."""
+GYM_NO_JSON: Final = frozenset({"arc_agi", "rearc", "composite"})
+"""Those whose entries do not survive JSON, or belong to several datasets."""
+
 _WHOLE: Final = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"
 _UNSIGNED: Final = rf"{_WHOLE}(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{{1,4}}(?![0-9]))?|\.[0-9]+"
 _NUMBER: Final = re.compile(
@@ -112,6 +129,10 @@ def gym_entry(answer: str) -> dict[str, Any]:
     name = metadata.get("source_dataset") if isinstance(metadata, dict) else None
     if not isinstance(name, str) or "answer" not in entry:
         raise ValueError("the entry needs 'answer' and 'metadata' with 'source_dataset', as reasoning-gym makes it")
+    if name in GYM_RUNS_TEXT:
+        raise ValueError(f"the scorer of reasoning-gym's '{name}' runs texts as Python code, which is not allowed")
+    if name in GYM_NO_JSON:
+        raise ValueError(f"entries of reasoning-gym's '{name}' cannot be sent as JSON")
     return entry
 
 

@@ -12,38 +12,27 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, Final
 
-from stillhouse.core.answers import ANSWER_CHECKS, gym_entry, last_number, same_number
-
-Judgement = tuple[float, str]
-Verifier = Callable[[str, str, Mapping[str, Any]], Judgement]
-_SHOWN: Final = 60
-"""Characters of text or answer that a note repeats."""
-
-
-def final_answer(text: str) -> str:
-    """What a completion finally says: behind its last `</think>`, inside its last `<answer>...</answer>` if any."""
-    text = text[text.rfind("</think>") + len("</think>") :] if "</think>" in text else text
-    end = text.rfind("</answer>")
-    start = text.rfind("<answer>", 0, max(end, 0))
-    return text[start + len("<answer>") : end] if start >= 0 else text
+from stillhouse.core.answers import ANSWER_CHECKS, last_number, same_number
+from stillhouse.trainer.verify.gym import load_gym
+from stillhouse.trainer.verify.reading import Judgement, Verifier, final_answer, short
 
 
 def exact(text: str, answer: str, row: Mapping[str, Any]) -> Judgement:
     """The final answer is the reference answer; runs of white space count as one blank, letter case counts."""
     said, wanted = _normal(final_answer(text)), _normal(answer)
-    return (1.0, "right") if said == wanted else (0.0, f"wrong: expected {_short(wanted)}, got {_short(said)}")
+    return (1.0, "right") if said == wanted else (0.0, f"wrong: expected {short(wanted)}, got {short(said)}")
 
 
 def numeric(text: str, answer: str, row: Mapping[str, Any]) -> Judgement:
     """The last number of the final answer is the last number of the reference answer; core/answers.py reads both."""
     wanted, said = last_number(answer), last_number(final_answer(text))
     if wanted is None:
-        raise ValueError(f"there is no number in the answer {_short(answer)}")
+        raise ValueError(f"there is no number in the answer {short(answer)}")
     if said is None:
-        return 0.0, f"wrong: expected {_short(str(wanted))}, found no number"
+        return 0.0, f"wrong: expected {short(str(wanted))}, found no number"
     if same_number(said, wanted):
         return 1.0, "right"
-    return 0.0, f"wrong: expected {_short(str(wanted))}, got {_short(str(said))}"
+    return 0.0, f"wrong: expected {short(str(wanted))}, got {short(str(said))}"
 
 
 def regex(text: str, answer: str, row: Mapping[str, Any]) -> Judgement:
@@ -51,7 +40,7 @@ def regex(text: str, answer: str, row: Mapping[str, Any]) -> Judgement:
     if problem := ANSWER_CHECKS["regex"](answer):
         raise ValueError(problem)
     found = re.search(answer, text)
-    return (0.0, f"no match of {_short(answer)}") if found is None else (1.0, f"matched {_short(found[0])}")
+    return (0.0, f"no match of {short(answer)}") if found is None else (1.0, f"matched {short(found[0])}")
 
 
 def load_math() -> Verifier:
@@ -71,28 +60,12 @@ def load_math() -> Verifier:
     def judge(text: str, answer: str, row: Mapping[str, Any]) -> Judgement:
         wanted, said = reference(answer), read(final_answer(text))
         if not wanted:
-            raise ValueError(f"math-verify finds no expression in the answer {_short(answer)}")
+            raise ValueError(f"math-verify finds no expression in the answer {short(answer)}")
         if not said:
-            return 0.0, f"wrong: expected {_short(answer)}, found no expression"
+            return 0.0, f"wrong: expected {short(answer)}, found no expression"
         if verify(wanted, said, timeout_seconds=None):
             return 1.0, "right"
-        return 0.0, f"wrong: expected {_short(answer)}, got {_short(str(said[-1]))}"
-
-    return judge
-
-
-def load_gym() -> Verifier:
-    """`reasoning_gym`: the scorer of the dataset that made the row judges the final answer; it may give parts."""
-    import reasoning_gym
-
-    scorer = lru_cache(maxsize=None)(reasoning_gym.get_score_answer_fn)
-
-    def judge(text: str, answer: str, row: Mapping[str, Any]) -> Judgement:
-        entry = gym_entry(answer)
-        score: Any = scorer(entry["metadata"]["source_dataset"])
-        reward = float(score(answer=final_answer(text).strip(), entry=entry))
-        note = "right" if reward >= 1 else f"score {reward:g}: expected {_short(str(entry['answer']))}"
-        return reward, note
+        return 0.0, f"wrong: expected {short(answer)}, got {short(str(said[-1]))}"
 
     return judge
 
@@ -109,11 +82,6 @@ LOADERS: Final[dict[str, Callable[[], Verifier]]] = {
 
 def _normal(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", text).split())
-
-
-def _short(text: str) -> str:
-    text = " ".join(text.split())
-    return f"'{text}'" if len(text) <= _SHOWN else f"'{text[:_SHOWN]}...'"
 
 
 def _as_latex(answer: str) -> str:
