@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from stillhouse.cli import commands_gc, commands_jobs, commands_local, commands_models, commands_verify
+from stillhouse.cli import (
+    commands_gc,
+    commands_jobs,
+    commands_local,
+    commands_models,
+    commands_verifiers,
+    commands_verify,
+)
 
 if TYPE_CHECKING:
     from stillhouse.client.calls import ApiError
@@ -55,6 +62,7 @@ commands_local.register(app)
 commands_models.register(app)
 commands_jobs.register(app)
 commands_verify.register(app)
+commands_verifiers.register(app)
 commands_gc.register(app)
 
 

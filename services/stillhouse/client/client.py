@@ -37,6 +37,7 @@ class Client:
         self.jobs = Jobs(self._sender)
         self.files = Files(self._sender)
         self.models = Listing(self._sender, "/v1/models")
+        self.verifiers = Listing(self._sender, "/v1/verifiers")
         self.services = Listing(self._sender, "/v1/services")
 
     def health(self) -> Json:

@@ -23,7 +23,7 @@ REL_TOLERANCE: Final = 1e-6
 """Of numbers that are not whole. Whole ones must be equal: 12345678 is not 12345679."""
 
 GYM_RUNS_TEXT: Final = frozenset(
-    [
+    {
         "binary_matrix",
         "bitwise_arithmetic",
         "intermediate_integration",
@@ -33,7 +33,7 @@ GYM_RUNS_TEXT: Final = frozenset(
         "simple_integration",
         "spiral_matrix",
         "string_insertion",
-    ]
+    }
 )
 """Datasets of reasoning-gym whose scorers run the student's text, or the row's, as Python code."""
 GYM_NO_JSON: Final = frozenset({"arc_agi", "rearc", "composite"})

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Final
 
@@ -33,33 +34,49 @@ class VerifierInfo:
     """Where it comes from: `built in`, or the package with its version."""
     extra: str = ""
     """Extra of this package that it needs, as in `pip install stillhouse[extra]`."""
+    module: str = ""
+    """Module of that extra, by which one can tell whether it is installed."""
     problem: str = ""
     """Why it cannot be used; empty = it can."""
 
 
 BUILT_IN: Final = (
-    VerifierInfo("exact", "The text is the answer, but for white space.", True),
-    VerifierInfo("numeric", "The last number in the text is the number of the answer.", True),
-    VerifierInfo("regex", "The answer, a regular expression, matches somewhere in the text.", True),
+    VerifierInfo("exact", "The final answer is the reference answer, but for white space.", True),
+    VerifierInfo("numeric", "The last number of the text is the last number of the reference answer.", True),
+    VerifierInfo("regex", "The reference answer, a regular expression, matches somewhere in the text.", True),
     VerifierInfo(
-        "math", "The last boxed or final expression equals the answer, by math-verify.", True, extra="verifiers"
+        "math",
+        "The last boxed or final expression equals the reference answer, by math-verify.",
+        True,
+        extra="verifiers",
+        module="math_verify",
     ),
     VerifierInfo(
-        "reasoning_gym", "The scorer of the row's reasoning-gym task; the answer is its entry.", True, extra="gym"
+        "reasoning_gym",
+        "The scorer of the row's reasoning-gym dataset; the reference answer is the dataset's entry as JSON.",
+        True,
+        extra="gym",
+        module="reasoning_gym",
     ),
 )
 
 
-def verifiers(found: Iterable[EntryPoint] | None = None) -> dict[str, VerifierInfo]:
-    """All verifiers by name, those that cannot be used included; `found` replaces the installed entry points."""
+@cache
+def verifiers() -> dict[str, VerifierInfo]:
+    """All verifiers by name, those that cannot be used included; a package installed later is not seen."""
+    return collect(entry_points(group=GROUP))
+
+
+def collect(points: Iterable[EntryPoint]) -> dict[str, VerifierInfo]:
+    """The built-in verifiers and those of entry points. A name that is built in stays ours."""
     known = {info.name: info for info in BUILT_IN}
-    for point in sorted(entry_points(group=GROUP) if found is None else found, key=lambda point: point.name):
+    for point in sorted(points, key=lambda point: point.name):
         info = _third_party(point)
         first = known.get(point.name)
-        # Which of two would answer to a name must not depend on the order of folders
         if first is None:
             known[point.name] = info
         elif first.source != "built in" and first.source != info.source:
+            # which of two answers to a name must not depend on the order of folders
             both = f"both {first.source} and {info.source} bring it; uninstall one"
             known[point.name] = VerifierInfo(point.name, first.about, False, first.source, problem=both)
     return known

@@ -171,6 +171,21 @@ class Model(Answer):
     has_chat_template: bool
 
 
+class Verifier(Answer):
+    """What judges completions for outcome rewards; rows name it. Trainers must have it installed, too."""
+
+    id: str
+    object: Literal["verifier"] = "verifier"
+    about: str
+    """What it rewards, for people."""
+    needs_answer: bool
+    """Rows must have an `answer`."""
+    source: str
+    """`built in`, or the package that brings it, with its version."""
+    problem: str
+    """Why it cannot be used; empty = nothing is known against it."""
+
+
 class Service(Answer):
     """A live process."""
 

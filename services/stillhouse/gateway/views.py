@@ -10,7 +10,8 @@ from typing import Any
 from stillhouse.core.models import ModelEntry
 from stillhouse.core.queue.jobs import JobRecord
 from stillhouse.core.queue.registry import ServiceInfo
-from stillhouse.gateway.schemas import Event, Job, MetricPoint, Model, Progress, Service
+from stillhouse.core.verifiers import VerifierInfo
+from stillhouse.gateway.schemas import Event, Job, MetricPoint, Model, Progress, Service, Verifier
 
 
 def timestamp(seconds: float) -> str:
@@ -75,6 +76,12 @@ def model_view(entry: ModelEntry) -> Model:
 
 
 _MODEL_FIELDS = frozenset(ModelEntry.model_fields)
+
+
+def verifier_view(info: VerifierInfo) -> Verifier:
+    """A verifier."""
+    fields = ("about", "needs_answer", "source", "problem")
+    return Verifier(id=info.name, **{name: getattr(info, name) for name in fields})
 
 
 def service_view(info: ServiceInfo) -> Service:

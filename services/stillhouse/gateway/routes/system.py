@@ -13,10 +13,11 @@ from redis.exceptions import RedisError
 from stillhouse.core.errors import UnavailableError
 from stillhouse.core.service import VERSION, Context
 from stillhouse.core.telemetry import METRICS
+from stillhouse.core.verifiers import verifiers
 from stillhouse.gateway.deps import get_context
 from stillhouse.gateway.routes.deadline import DeadlineRoute
-from stillhouse.gateway.schemas import Health, Model, Page, Service
-from stillhouse.gateway.views import model_view, service_view
+from stillhouse.gateway.schemas import Health, Model, Page, Service, Verifier
+from stillhouse.gateway.views import model_view, service_view, verifier_view
 
 router = APIRouter(prefix="/v1", tags=["system"], route_class=DeadlineRoute)
 open_router = APIRouter(tags=["health"])
@@ -36,6 +37,12 @@ async def list_models(ctx: Ctx) -> Page[Model]:
 async def get_model(ctx: Ctx, name: str) -> Model:
     """A model."""
     return model_view(ctx.models.get(name))
+
+
+@router.get("/verifiers")
+async def list_verifiers() -> Page[Verifier]:
+    """Verifiers that rows and rewards may name, as installed beside the gateway."""
+    return Page(data=[verifier_view(info) for info in verifiers().values()])
 
 
 @router.get("/services")

@@ -6,6 +6,7 @@ when its verifier is loaded. A ValueError says that the row's answer cannot be u
 
 from __future__ import annotations
 
+import logging
 import re
 import unicodedata
 from collections.abc import Callable, Mapping
@@ -47,10 +48,13 @@ def load_math() -> Verifier:
     """`math`: math-verify compares the last boxed or final expression with the answer, as mathematics."""
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own time limit is off
     config = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
 
     def read(text: str) -> list[Any]:
-        # their own time limit is an alarm signal that counts as a wrong answer; ours kills the process and says so
+        # of several boxes it would make one list, and an earlier one must not stand in for the last
+        text = text[max(text.rfind("\\boxed"), 0) :]
+        # its own time limit is an alarm signal that counts as a wrong answer; ours kills the process and says so
         return parse(text, extraction_config=config, parsing_timeout=None)  # pyright: ignore[reportArgumentType]
 
     @lru_cache(maxsize=1024)

@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, Final
 
 from stillhouse.core.answers import gym_entry
@@ -19,8 +19,8 @@ from stillhouse.trainer.verify.reading import Judgement, Verifier, final_answer,
 
 ARITHMETIC: Final = frozenset({"countdown", "puzzle24"})
 """Datasets whose scorers evaluate the text, and only the text, as a formula."""
-_FORMULA: Final = re.compile(r"[0-9+\-*/().=\s]*")
-"""No letter, quote or underscore: whatever it is, it cannot call anything."""
+_FORMULA: Final = re.compile(r"(?:[0-9+\-/().=\s]|\*(?!\*))*")
+"""No letter, quote or underscore, so it cannot call anything; no power, so it cannot fill the memory."""
 
 
 class CodeGuard:
@@ -58,7 +58,10 @@ def load_gym() -> Verifier:
     import reasoning_gym
 
     guard = CodeGuard()
-    scorer: Callable[[str], Any] = lru_cache(maxsize=None)(reasoning_gym.get_score_answer_fn)
+
+    @cache
+    def scorer(name: str) -> Callable[..., float]:
+        return reasoning_gym.get_score_answer_fn(name)
 
     def score(entry: dict[str, Any], said: str | None) -> float:
         name = entry["metadata"]["source_dataset"]

@@ -16,6 +16,8 @@ from stillhouse.trainer.verify import frames
 
 END_S: Final = 10.0
 """How long the kernel may take to end a process after SIGKILL: only one in a stuck disk call takes any time."""
+EXIT_S: Final = 2.0
+"""How long a process whose pipes are closed may take to end by itself: the kernel writes no core file."""
 STDERR_BYTES: Final = 2048
 """End of a worker's standard error that is kept to explain its death."""
 _KEPT: Final = ("PATH", "PYTHONPATH", "HOME", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR", "LD_LIBRARY_PATH")
@@ -87,6 +89,9 @@ class WorkerProcess:
                 await stdin.drain()
                 return await frames.read_async(stdout)
         except (asyncio.IncompleteReadError, ConnectionError):
+            # its pipes are closed: let it end by itself, so that it is seen how it ended
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._process.wait(), EXIT_S)
             self.kill()
             await self.reap()
             raise WorkerDied(self._how_it_died()) from None

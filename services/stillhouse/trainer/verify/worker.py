@@ -67,9 +67,10 @@ def serve(requests: BinaryIO, replies: BinaryIO) -> None:
             else:
                 judge = loaded[request["name"]]
                 reply = _reply(judge(request["text"], request["answer"], request["row"]))
-        except Exception as error:  # a verifier may raise anything; this is the outermost place that can tell
+        except (Exception, SystemExit) as error:  # the outermost place that can tell what a verifier raised
+            message = _line(f"{type(error).__name__}: {error}").removesuffix(":")
             # after a MemoryError nobody knows what is half done
-            reply = {"error": _line(f"{type(error).__name__}: {error}"), "is_spent": isinstance(error, MemoryError)}
+            reply = {"error": message, "is_spent": isinstance(error, MemoryError)}
         with suppress(Exception):
             sys.stdout.flush()
         replies.write(frames.encode(reply))
@@ -95,10 +96,17 @@ def _load(name: str) -> Callable[..., Any]:
 
 def _built_in(name: str) -> Callable[..., Any]:
     try:
-        return LOADERS[name]()
+        judge = LOADERS[name]()
     except ImportError as error:
         extra = next(info.extra for info in BUILT_IN if info.name == name)
         raise ImportError(f"{error}; install it where the trainer runs: pip install 'stillhouse[{extra}]'") from None
+
+    def with_answer(text: str, answer: str | None, row: dict[str, Any]) -> tuple[float, str]:
+        if answer is None:
+            raise ValueError("the row has no 'answer'")
+        return judge(text, answer, row)
+
+    return with_answer
 
 
 def _reply(judgement: Any) -> dict[str, Any]:
