@@ -59,12 +59,14 @@ def test_every_command_teaches_with_an_example() -> None:
     import typer
 
     from stillhouse.cli.commands_models import models_app
+    from stillhouse.cli.commands_verifiers import ls, verifiers_app
     from stillhouse.cli.main import app
 
-    callbacks = [command.callback for group in (app, models_app) for command in group.registered_commands]
+    groups = (app, models_app, verifiers_app)
+    callbacks = [ls, *(command.callback for group in groups for command in group.registered_commands)]
     names = {callback.__name__ for callback in callbacks if callback}
     expected = "up down ps doctor healthcheck version submit watch jobs job events dead_letters cancel download plot "
-    expected += "verify gc add ls rm"
+    expected += "verify gc add ls rm try_"
     assert names == set(expected.split())
     for callback in callbacks:
         assert callback is not None
@@ -79,6 +81,8 @@ def test_every_command_teaches_with_an_example() -> None:
         (["models", "rm", "m"], {}, 1, ["error: unknown model 'm'; registered: none yet"]),
         (["models", "ls"], {"STILLHOUSE_PROT": "1"}, 2, ["error: unknown environment variable STILLHOUSE_PROT"]),
         (["submit", "/nowhere.yaml"], {}, 2, ["error: cannot read /nowhere.yaml: No such file or directory"]),
+        (["verifiers", "try", "maths", "--text", "x"], {}, 2, ["unknown verifier 'maths'; there are exact, math"]),
+        (["verifiers", "try", "numeric", "--text", "x"], {}, 2, ["verifier 'numeric' needs the row's 'answer'"]),
         (["healthcheck", "127.0.0.1:1"], {}, 1, ["error: 127.0.0.1:1 does not answer: UNAVAILABLE"]),
         (["watch", "job_1"], {"STILLHOUSE_URL": "http://127.0.0.1:1", "STILLHOUSE_API_KEY": "k"}, 4, ["cannot watch"]),
         (["models", "rm", "m"], {"STILLHOUSE_URL": "http://127.0.0.1:1"}, 2, ["run it on the gateway's machine"]),

@@ -326,3 +326,17 @@ async def test_pre_flights_run_one_at_a_time(gateway: Gateway, monkeypatch: pyte
     answers = await asyncio.gather(*(gateway.submit(make_spec(seed=seed)) for seed in range(4)))
     assert [answer.status_code for answer in answers] == [201] * 4
     assert most == 1
+
+
+async def test_rest_lists_the_verifiers(gateway: Gateway) -> None:
+    answer = await gateway.http.get("/v1/verifiers")
+    assert answer.status_code == 200
+    found: dict[str, Any] = {info["id"]: info for info in answer.json()["data"]}
+    assert found["math"] == {
+        "id": "math",
+        "object": "verifier",
+        "about": "The last boxed or final expression equals the reference answer, by math-verify.",
+        "needs_answer": True,
+        "source": "built in",
+        "problem": "",
+    }

@@ -16,7 +16,16 @@ import pytest
 
 from stillhouse.core.answers import ANSWER_MAX
 from stillhouse.trainer.verify import judges as module
-from stillhouse.trainer.verify.judges import FAILED_IN_A_ROW, TEXT_MAX, Item, Judges, Verdict, VerifierError, check_step
+from stillhouse.trainer.verify.judges import (
+    FAILED_IN_A_ROW,
+    FAILED_ROWS,
+    TEXT_MAX,
+    Item,
+    Judges,
+    Verdict,
+    VerifierError,
+    check_step,
+)
 from stillhouse.trainer.verify.process import environment
 from tests import acme
 from tests.waiting import wait_until
@@ -187,11 +196,17 @@ async def test_no_credential_reaches_a_verifier(judges: Judges, monkeypatch: pyt
 
 
 async def test_only_failures_in_a_row_end_the_job(judges: Judges) -> None:
-    await ask(judges, *["raise"] * (FAILED_IN_A_ROW - 2))
+    failing = [Item("acme", "raise", str(row % FAILED_ROWS)) for row in range(FAILED_IN_A_ROW)]
+    await judges.judge(failing[2:])
     await ask(judges, "half")
-    await ask(judges, *["raise"] * (FAILED_IN_A_ROW - 2))
-    with pytest.raises(VerifierError, match=r"verifier 'acme' failed 32 times in a row.*ZeroDivisionError"):
-        await ask(judges, "raise", "raise")
+    await judges.judge(failing[2:])
+    with pytest.raises(VerifierError, match=r"'acme' failed 32 times in a row, on 4 rows, at last with: ZeroDiv"):
+        await judges.judge(failing[:2])
+
+
+async def test_one_bad_row_does_not_end_the_job(judges: Judges) -> None:
+    await ask(judges, *["raise"] * (2 * FAILED_IN_A_ROW))
+    assert judges.failures == {"exception": 2 * FAILED_IN_A_ROW}
 
 
 async def test_a_step_without_any_verdict_ends_the_job() -> None:

@@ -291,14 +291,14 @@ for name in sorted(set(DATASETS) - {"composite"}):
         except Exception as error:
             if "runs texts as Python code" in str(error):
                 found.add(name)
-print(json.dumps(sorted(found)))
+print(chr(10) + json.dumps(sorted(found)))  # a scorer prints, too
 """
 
 
 @pytest.mark.full
 def test_the_list_of_scorers_that_run_text_is_complete() -> None:
     answer = subprocess.run([sys.executable, "-c", LOOK], capture_output=True, check=True, timeout=60)
-    assert set(json.loads(answer.stdout)) == GYM_RUNS_TEXT | ARITHMETIC
+    assert set(json.loads(answer.stdout.splitlines()[-1])) == GYM_RUNS_TEXT | ARITHMETIC
 
 
 @pytest.mark.parametrize("name", sorted(GYM_RUNS_TEXT | GYM_NO_JSON))

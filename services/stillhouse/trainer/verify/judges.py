@@ -27,7 +27,9 @@ WORKERS: Final = 2
 LOAD_S: Final = 120.0
 """Deadline of importing a verifier: reasoning-gym takes 4 s from a cold disk; 30 times that on a busy machine."""
 FAILED_IN_A_ROW: Final = 32
-"""So many verdicts of a verifier without a single one that worked, and it is broken."""
+"""So many verdicts of a verifier failed and none worked in between: it is broken."""
+FAILED_ROWS: Final = 4
+"""If they belong to so many rows: one bad row with a large group says nothing about the others."""
 VERDICTS_MAX: Final = 2000
 """A process is replaced after so many, so that what a library leaks never becomes somebody's reward 0."""
 TEXT_MAX: Final = 1_000_000
@@ -78,6 +80,7 @@ class Judges:
         self._idle: list[WorkerProcess] = []
         self._processes: set[WorkerProcess] = set()
         self._failed_in_a_row: Counter[str] = Counter()
+        self._failed_rows: dict[str, set[int]] = {}
         self.failures: Counter[str] = Counter()
         """Verdicts that failed so far, by `Failure`."""
 
@@ -90,7 +93,7 @@ class Judges:
         """Verdicts in the order of the items. Takes at most (items / workers) deadlines, rounded up, and loading.
 
         Raises:
-            VerifierError: a verifier cannot be loaded, or has failed FAILED_IN_A_ROW times and not worked since.
+            VerifierError: a verifier cannot be loaded, or only fails: FAILED_IN_A_ROW times, on FAILED_ROWS rows.
         """
         verdicts: list[Verdict | None] = [None] * len(items)
         todo = iter(enumerate(items))
@@ -118,7 +121,7 @@ class Judges:
             async with self._slots:
                 verdict = await self._judge(item)
             verdicts[index] = verdict
-            self._watch(item.verifier, verdict)
+            self._watch(item, verdict)
 
     async def _judge(self, item: Item) -> Verdict:
         """The verdict on an item; a process that failed it is gone afterwards, also if this is cancelled."""
@@ -182,16 +185,21 @@ class Judges:
         await process.reap()
         self._processes.discard(process)
 
-    def _watch(self, name: str, verdict: Verdict) -> None:
+    def _watch(self, item: Item, verdict: Verdict) -> None:
         """Count failures; raise when a verifier only fails."""
+        name = item.verifier
         if not verdict.failure:
             self._failed_in_a_row[name] = 0
+            self._failed_rows.pop(name, None)
             return
         self.failures[verdict.failure] += 1
         self._failed_in_a_row[name] += 1
-        if self._failed_in_a_row[name] >= FAILED_IN_A_ROW:
+        rows = self._failed_rows.setdefault(name, set())
+        rows.add(hash((item.answer, repr(item.row))))
+        number = self._failed_in_a_row[name]
+        if number >= FAILED_IN_A_ROW and len(rows) >= FAILED_ROWS:
             raise VerifierError(
-                f"verifier '{name}' failed {self._failed_in_a_row[name]} times in a row, at last with: {verdict.note}. "
+                f"verifier '{name}' failed {number} times in a row, on {len(rows)} rows, at last with: {verdict.note}. "
                 f"Try a row by hand: stillhouse verifiers try {name} --answer ... --text ..."
             )
 
