@@ -15,6 +15,8 @@ from stillhouse.trainer import checkpoint
 from tests.tiny import make_tiny_model
 from tests.unit.learner_cases import FULL, POLICY_GRADIENT, Teacher, learner, rollouts, stage, train, weights_of
 
+WEIGHTS_FILE, OPTIMIZER_FILE = "model.safetensors", "optimizer.safetensors"
+
 
 @pytest.fixture(scope="module")
 def student_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -47,7 +49,7 @@ def test_load_then_step_equals_steps_without_a_break(
     assert all((array == weights_of(second)[name]).all() for name, array in weights_of(whole).items())
     second.save(tmp_path / "second")
     whole.save(tmp_path / "whole")
-    for file in (checkpoint.WEIGHTS_FILE, checkpoint.OPTIMIZER_FILE):
+    for file in (WEIGHTS_FILE, OPTIMIZER_FILE):
         assert (tmp_path / "second" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
 
@@ -58,7 +60,7 @@ def test_saving_changes_nothing(student_dir: Path, teacher: Teacher, tmp_path: P
     student.save(tmp_path / "a")
     student.save(tmp_path / "b")
     assert all((array == before[name]).all() for name, array in weights_of(student).items())
-    for file in (checkpoint.WEIGHTS_FILE, checkpoint.OPTIMIZER_FILE, checkpoint.STATE_FILE):
+    for file in (WEIGHTS_FILE, OPTIMIZER_FILE, checkpoint.STATE_FILE):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 
@@ -105,7 +107,7 @@ def test_a_checkpoint_of_another_student_is_refused(student_dir: Path, tmp_path:
     assert all((array == before[name]).all() for name, array in weights_of(student).items())
 
 
-@pytest.mark.parametrize("file", [checkpoint.WEIGHTS_FILE, checkpoint.OPTIMIZER_FILE])
+@pytest.mark.parametrize("file", [WEIGHTS_FILE, OPTIMIZER_FILE])
 def test_torn_and_missing_files_are_corrupt(student_dir: Path, teacher: Teacher, tmp_path: Path, file: str) -> None:
     student = learner(student_dir, stage(POLICY_GRADIENT))
     train(student, teacher.score(rollouts()))

@@ -4,7 +4,8 @@
     optimizer.safetensors   `{parameter}/{slot}` of AdamW
     state.json              policy version, random states, versions
 
-Hashes, the manifest and atomicity are the caller's (trainer/manifests.py); here are only the contents.
+Several ranks write a part of each tensor file (shards.py), the first of them the rest. Hashes, the manifest and
+atomicity are the caller's (trainer/manifests.py); here are only the contents.
 """
 
 from __future__ import annotations
@@ -17,37 +18,46 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stillhouse.core.blobs import read_json, write_json
 from stillhouse.core.errors import CorruptError
+from stillhouse.trainer import shards
+from stillhouse.trainer.shards import Share
 
-WEIGHTS_FILE: Final = "model.safetensors"
-OPTIMIZER_FILE: Final = "optimizer.safetensors"
+WEIGHTS: Final = "model"
+OPTIMIZER: Final = "optimizer"
 STATE_FILE: Final = "state.json"
 SCHEMA_VERSION: Final = 1
 
 
 def save_state(
-    folder: Path, weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, facts: Mapping[str, Any]
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    facts: Mapping[str, Any],
+    share: Share,
 ) -> None:
-    """Write a learner's state; `weights` are the very tensors that the optimizer holds."""
+    """Write a learner's state, or the share of it that is here; `weights` are the very tensors of the optimizer."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.detach().contiguous() for name, tensor in weights.items()}, folder / WEIGHTS_FILE)
+    shards.write(folder, WEIGHTS, weights, share)
     slots = {
-        f"{name}/{slot}": value.detach().contiguous()
+        f"{name}/{slot}": value
         for name, tensor in weights.items()
         for slot, value in optimizer.state.get(tensor, {}).items()
     }
-    save_file(slots, folder / OPTIMIZER_FILE)
-    state = {"schema_version": SCHEMA_VERSION, "torch": torch.__version__, "random": random_states(), **facts}
-    write_json(folder / STATE_FILE, state)
+    shards.write(folder, OPTIMIZER, slots, share)
+    if share.rank == 0:
+        state = {"schema_version": SCHEMA_VERSION, "torch": torch.__version__, "random": random_states(), **facts}
+        write_json(folder / STATE_FILE, state)
 
 
-def load_state(folder: Path, weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Restore what `save_state` wrote into the same tensors; gives the facts. Random states are set, too.
+def load_state(
+    folder: Path, weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, share: Share
+) -> dict[str, Any]:
+    """Restore what `save_state` wrote, in whatever shares, into the same tensors; gives the facts.
+
+    Random states are set, too.
 
     Raises:
         CorruptError: a file is missing, unreadable, or belongs to another model or version.
@@ -57,32 +67,32 @@ def load_state(folder: Path, weights: Mapping[str, Tensor], optimizer: torch.opt
         raise CorruptError(
             f"{folder / STATE_FILE} has version {state.get('schema_version')}, this program reads {SCHEMA_VERSION}"
         )
-    slots = _read(folder / OPTIMIZER_FILE)
-    load_weights(folder, weights)
+    slots = shards.read(folder, OPTIMIZER, share)
+    load_weights(folder, weights, share)
     optimizer.state.clear()
     for key, value in slots.items():
         name, _, slot = key.rpartition("/")
         if name not in weights:
-            raise CorruptError(f"{folder / OPTIMIZER_FILE} holds '{key}', which the student does not have")
+            raise CorruptError(f"{folder}: the optimizer holds '{key}', which the student does not have")
         optimizer.state[weights[name]][slot] = value.to(weights[name].device)
     restore_random_states(state["random"])
     return state
 
 
 @torch.no_grad()
-def load_weights(folder: Path, weights: Mapping[str, Tensor]) -> None:
-    """Copy the weights of a checkpoint into `weights`.
+def load_weights(folder: Path, weights: Mapping[str, Tensor], share: Share) -> None:
+    """Copy the weights of a checkpoint into `weights`, the share that is here.
 
     Raises:
         CorruptError: names, shapes or element types differ.
     """
-    loaded = _read(folder / WEIGHTS_FILE)
+    loaded = shards.read(folder, WEIGHTS, share)
     expected = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in weights.items()}
     found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in loaded.items()}
     if expected != found:
         odd = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
         raise CorruptError(
-            f"{folder / WEIGHTS_FILE} does not fit the student: {odd[0]} is {found.get(odd[0])} in the file and "
+            f"{folder}: '{WEIGHTS}' does not fit the student: {odd[0]} is {found.get(odd[0])} in the file and "
             f"{expected.get(odd[0])} in the model ({len(odd)} tensors differ); was the job's student changed?"
         )
     for name, tensor in weights.items():
@@ -112,15 +122,6 @@ def restore_random_states(states: Mapping[str, Any]) -> None:
     torch.set_rng_state(_bytes_tensor(states["torch"]))
     if torch.cuda.is_available() and "cuda" in states:
         torch.cuda.set_rng_state_all([_bytes_tensor(text) for text in states["cuda"]])
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise CorruptError(f"{path} is missing; a checkpoint has all of its files or is none") from None
-    except SafetensorError as error:
-        raise CorruptError(f"{path} does not read: {error}") from None
 
 
 def _text(state: Tensor) -> str:

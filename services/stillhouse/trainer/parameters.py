@@ -17,10 +17,14 @@ from torch import Tensor, nn
 from stillhouse.core.spec import OptimizerSpec
 from stillhouse.trainer import checkpoint
 from stillhouse.trainer.batch import Update
+from stillhouse.trainer.shards import Share
 
 
 class Parameters:
     """The parameters of a model that learns, whole, on one device."""
+
+    share = Share()
+    """The rows of every tensor that are here."""
 
     def __init__(self, model: nn.Module, spec: OptimizerSpec) -> None:
         self._params = dict(model.named_parameters())  # tied tensors once
@@ -76,7 +80,7 @@ class Parameters:
 
     def save(self, folder: Path, facts: Mapping[str, Any]) -> None:
         """Write everything a bit-exact continuation needs; see checkpoint.py."""
-        checkpoint.save_state(folder, self._masters, self.optimizer, facts)
+        checkpoint.save_state(folder, self._masters, self.optimizer, facts, self.share)
 
     def load(self, folder: Path) -> dict[str, Any]:
         """Continue from what `save` wrote; gives the facts.
@@ -84,13 +88,13 @@ class Parameters:
         Raises:
             CorruptError: it does not read, or is of another student.
         """
-        facts = checkpoint.load_state(folder, self._masters, self.optimizer)
+        facts = checkpoint.load_state(folder, self._masters, self.optimizer, self.share)
         self._follow_masters()
         return facts
 
     def load_weights(self, folder: Path) -> None:
         """The weights of a checkpoint, with the optimizer as it is."""
-        checkpoint.load_weights(folder, self._masters)
+        checkpoint.load_weights(folder, self._masters, self.share)
         self._follow_masters()
 
     @torch.no_grad()
