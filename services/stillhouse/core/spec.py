@@ -183,6 +183,11 @@ class StageSpec(Closed):
                     "policy_gradient is taken over the student's own tokens; set on_policy_fraction to 1 (it is "
                     f"{share:g}), or use full_vocabulary or top_k"
                 )
+            if isinstance(self.loss, FullVocabularyLoss) and self.loss.divergence == "k2":
+                raise ValueError(
+                    "divergence k2 is taken over the student's own tokens; set on_policy_fraction to 1 (it is "
+                    f"{share:g}), or use another divergence"
+                )
             if isinstance(self.loss, TopKLoss) and self.loss.support != "teacher":
                 raise ValueError(
                     f"support '{self.loss.support}' is recorded when the student samples; set on_policy_fraction to 1 "

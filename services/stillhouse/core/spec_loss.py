@@ -137,10 +137,20 @@ class PolicyGradientLoss(Reduced):
         if self.teacher_weight == 0:
             if self.reward is None:
                 raise ValueError("'teacher_weight' 0 leaves nothing to learn from: give a 'reward', or raise it")
-            if self.estimator == "k2" or self.baseline != "none" or self.advantage_clip is not None:
+            is_shaped = self.advantage_clip is not None or self.discount > 0 or self.student_term != "trainer"
+            if is_shaped or self.estimator == "k2" or self.baseline != "none":
                 raise ValueError(
-                    "'teacher_weight' is 0: leave out 'advantage_clip' and 'baseline', they are the teacher's"
+                    "'teacher_weight' is 0: leave out 'advantage_clip', 'discount', 'student_term' and 'baseline', "
+                    "they are the teacher's"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _no_idle_knobs(self) -> PolicyGradientLoss:
+        for name, baseline in (("k", "top_k"), ("hidden_dtype", "full_vocabulary")):
+            is_set = getattr(self, name) != type(self).model_fields[name].default
+            if is_set and self.baseline != baseline:
+                raise ValueError(f"'{name}' belongs to baseline {baseline}, the baseline is {self.baseline}")
         return self
 
 

@@ -18,6 +18,7 @@ from stillhouse.core.spec import CrossEntropyLoss, FullVocabularyLoss, LossSpec,
 from stillhouse.trainer.objectives.base import Head, Objective, SequenceObjective, Signals, StudentChunk
 from stillhouse.trainer.objectives.cross_entropy import CrossEntropy
 from stillhouse.trainer.objectives.full_vocabulary import (
+    K2,
     EntropyMix,
     ForwardKL,
     GeneralisedJSD,
@@ -37,14 +38,26 @@ def make_objective(spec: LossSpec) -> Objective:
     """The objective that a stage asks for."""
     match spec:
         case PolicyGradientLoss():
-            gate = RatioGate(spec.ratio_gate, *spec.band())
-            return PolicyGradient(spec.advantage_clip, spec.student_term, gate, spec.discount, spec.estimator)
+            return _policy_gradient(spec)
         case TopKLoss():
             return TopK("reverse" if spec.divergence == "reverse_kl" else "forward", spec.correction)
         case FullVocabularyLoss():
             return _divergence(spec)
         case CrossEntropyLoss():
             return CrossEntropy()
+
+
+def _policy_gradient(spec: PolicyGradientLoss) -> Objective:
+    return PolicyGradient(
+        advantage_clip=spec.advantage_clip,
+        student_term=spec.student_term,
+        gate=RatioGate(spec.ratio_gate, *spec.band()),
+        discount=spec.discount,
+        estimator=spec.estimator,
+        baseline=spec.baseline,
+        teacher_weight=spec.teacher_weight,
+        reward_weight=0.0 if spec.reward is None else spec.reward.weight,
+    )
 
 
 def _divergence(spec: FullVocabularyLoss) -> Objective:
@@ -62,7 +75,7 @@ def _divergence(spec: FullVocabularyLoss) -> Objective:
         case "entropy_mix":
             return EntropyMix(spec.entropy_threshold, spec.forward_weight)
         case "k2":
-            raise NotImplementedError("k2 over the whole vocabulary")
+            return K2()
 
 
 @dataclass(frozen=True, eq=False)

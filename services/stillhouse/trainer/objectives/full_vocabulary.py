@@ -7,6 +7,7 @@
     skew_forward    KL(q || a q + (1 - a) p)                                   p = q; bounded gradients
     skew_reverse    KL(p || (1 - a) q + a p)                                   p = q; bounded gradients
     entropy_mix     KL(p || q) + c [H(q) > t] KL(q || p)                       p = q; covers where the teacher is unsure
+    k2              (log p(y) - log q(y))^2 / 2 at the sampled token y         p = q; on average over y the reverse KL's
 
 Which way each runs is said with student p and teacher q. Every gradient is 0 at p = q.
 
@@ -130,6 +131,23 @@ class EntropyMix:
         grad_CV = difference_CV.sub_(reverse_C[:, None]).mul_(student.p)
         grad_CV.add_(student.p.sub_(q_CV).mul_(extra_C[:, None]))
         return ChunkLoss(reverse_C + extra_C * forward_C, grad_CV, reverse_C)
+
+
+@dataclass(frozen=True)
+class K2:
+    """Half the squared log-ratio at the sampled token y; gradient (log p(y) - log q(y)) (1[j = y] - p_j).
+
+    One sample's view of the reverse KL: averaged over y drawn from p, the gradient is that of KL(student || teacher).
+    The teacher's log q(y) comes from its hidden states, so `reverse_kl` is exact.
+    """
+
+    def __call__(self, student: StudentChunk, signals: Signals, temperature: float) -> ChunkLoss:
+        log_q_CV = signals.log_q(temperature)
+        ratio_C = student.logprobs - log_q_CV.gather(1, student.ids[:, None]).squeeze(1)
+        reverse_kl_C = torch.linalg.vecdot(student.p, student.log_p.sub_(log_q_CV))
+        grad_CV = student.p.mul_(-ratio_C[:, None])
+        grad_CV.scatter_add_(1, student.ids[:, None], ratio_C[:, None])
+        return ChunkLoss(ratio_C.square() / 2, grad_CV, reverse_kl_C)
 
 
 def entropy(log_p_CV: Tensor, p_CV: Tensor) -> Tensor:

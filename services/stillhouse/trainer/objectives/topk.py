@@ -1,6 +1,8 @@
-"""Divergences on the K tokens that the teacher names at each prefix, in the two forms that are right.
+"""Divergences on some tokens of each prefix (the support), in the two forms that are right.
 
-S is the support (K ids of a row), p and q are full-vocabulary probabilities, t_p = 1 - p(S) and t_q = 1 - q(S).
+S is the support, the K ids of a row: the teacher's likeliest tokens, the student's as it sampled, or both. Whoever
+chose them, p and q on S are full-vocabulary probabilities of the current student and of the teacher; t_p = 1 - p(S),
+t_q = 1 - q(S).
 
     correction     forward, teacher to student             reverse, student to teacher
     generalised    sum_S q log(q / p) - q + p              sum_S p log(p / q) - p + q
@@ -11,23 +13,20 @@ Both are 0 with gradient 0 where p = q on S, and bring the mass p(S) to q(S). Si
 offered: sum_S q log(q / p) drives all mass into S, sum_S p log(p / q) drives mass out of it, also at p = q, and
 renormalising over S leaves p(S) free (docs/objectives.md has the numbers).
 
-Source: closed forms derived here, checked against autograd in tests/unit/test_objectives_topk.py; the generalised form
-is that of MOPD (arXiv:2606.30406).
+Source: closed forms derived here, checked against autograd of the definitions in tests/unit/test_objectives.py; the
+generalised form is that of MOPD (arXiv:2606.30406).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from stillhouse.trainer.objectives.base import ChunkLoss, Signals, StudentChunk
-
-MIN_LOG_Q = -30.0
-"""Teacher log-probabilities below it count as this much (1e-13): a token that the teacher forbids outright (-inf) would
-make every reverse divergence infinite."""
+from stillhouse.trainer.objectives.base import MIN_LOG_Q, ChunkLoss, Signals, StudentChunk
 
 
 @dataclass(frozen=True)
@@ -38,57 +37,86 @@ class TopK:
     correction: Literal["generalised", "tail"]
 
     def __call__(self, student: StudentChunk, signals: Signals, temperature: float) -> ChunkLoss:
-        assert signals.topk_ids is not None, "this objective needs the teacher's top-k"
-        assert signals.topk_logprobs is not None, "this objective needs the teacher's top-k"
-        ids_CK = signals.topk_ids
-        log_q_CK = signals.topk_logprobs.to(student.p.dtype).clamp(min=MIN_LOG_Q)
-        log_p_CK = student.log_p.gather(1, ids_CK)
-        support = _Support(ids_CK, log_p_CK, log_q_CK)
-        value_C, inside_CK, outside_C = self._slopes(support)
+        buckets = Buckets(student, signals)
+        value_C, pull_CK, outside_C = self._slopes(buckets)
         # grad_j = p_j (slope_j - mean slope), where every token outside S has the same slope
-        mean_C = torch.linalg.vecdot(support.p_CK, inside_CK) + support.tail_p_C * outside_C
+        mean_C = pull_CK.sum(-1) + buckets.tail_p_C * outside_C
         grad_CV = student.p.mul_((outside_C - mean_C)[:, None])
-        inside = support.p_CK * (inside_CK - mean_C[:, None])
-        return ChunkLoss(value_C, grad_CV.scatter_(1, ids_CK, inside), support.reverse_kl())
+        buckets.put(grad_CV, pull_CK - buckets.p_CK * mean_C[:, None])
+        return ChunkLoss(value_C, grad_CV, buckets.reverse_kl())
 
-    def _slopes(self, s: _Support) -> tuple[Tensor, Tensor, Tensor]:
-        """([C] value, [C, K] its derivative with respect to each p on S, [C] to each p outside; up to a constant)."""
-        difference_CK = s.log_p_CK - s.log_q_CK
-        tail_difference_C = s.log_tail_p_C - s.log_tail_q_C
+    def _slopes(self, s: Buckets) -> tuple[Tensor, Tensor, Tensor]:
+        """([C] value, [C, K] p times its derivative with respect to p on S, [C] derivative to each p outside).
+
+        Derivatives are up to a constant, which falls out in the softmax. On S the factor p comes first: q / p alone
+        may overflow where p is next to nothing.
+        """
         mass_C = (s.p_CK - s.q_CK).sum(-1)
         nothing_C = torch.zeros_like(mass_C)
         if self.direction == "forward":
-            value_C, slope_CK = -torch.linalg.vecdot(s.q_CK, difference_CK), -(-difference_CK).exp()
+            value_C = -torch.linalg.vecdot(s.q_CK, s.difference_CK)
             if self.correction == "tail":
-                return value_C - s.tail_q_C * tail_difference_C, slope_CK, -(-tail_difference_C).exp()
-            return value_C + mass_C, slope_CK + 1, nothing_C
-        value_C = torch.linalg.vecdot(s.p_CK, difference_CK)
+                return value_C - s.tail_q_C * s.tail_difference_C, -s.q_CK, -(-s.tail_difference_C).exp()
+            return value_C + mass_C, s.p_CK - s.q_CK, nothing_C
+        pull_CK = s.p_CK * s.difference_CK
+        value_C = pull_CK.sum(-1)
         if self.correction == "tail":
-            return value_C + s.tail_p_C * tail_difference_C, difference_CK, tail_difference_C
+            return value_C + s.tail_p_C * s.tail_difference_C, pull_CK, s.tail_difference_C
         # the derivative of - p cancels the 1 in that of p log p
-        return value_C - mass_C, difference_CK, nothing_C
+        return value_C - mass_C, pull_CK, nothing_C
 
 
-class _Support:
-    """Both models on the K ids of each row and the mass outside them."""
+class Buckets:
+    """Both models on K + 1 buckets of each row: the support's tokens, and all others together (the tail).
 
-    def __init__(self, ids_CK: Tensor, log_p_CK: Tensor, log_q_CK: Tensor) -> None:
-        self.log_p_CK, self.log_q_CK = log_p_CK, log_q_CK
+    `difference` is log p - log q. In an empty place of the support everything is 0, so it counts for nothing.
+    """
+
+    def __init__(self, student: StudentChunk, signals: Signals) -> None:
+        assert signals.topk_ids is not None, "this objective needs the teacher's log-probabilities of a support"
+        assert signals.topk_logprobs is not None, "this objective needs the teacher's log-probabilities of a support"
+        self._ids_CK, self._mask_CK = signals.topk_ids, signals.topk_mask
+        log_q_CK = signals.topk_logprobs.to(student.p.dtype).clamp(min=MIN_LOG_Q)
+        log_p_CK = student.log_p.gather(1, self._ids_CK)
+        if self._mask_CK is not None:
+            log_p_CK = log_p_CK.masked_fill(~self._mask_CK, -torch.inf)
+            log_q_CK = log_q_CK.masked_fill(~self._mask_CK, -torch.inf)
         self.p_CK, self.q_CK = log_p_CK.exp(), log_q_CK.exp()
-        self.log_tail_p_C, self.log_tail_q_C = _log_tail(log_p_CK), _log_tail(log_q_CK)
-        self.tail_p_C, self.tail_q_C = self.log_tail_p_C.exp(), self.log_tail_q_C.exp()
+        self.difference_CK = self._without_empty(log_p_CK - log_q_CK)
+        log_tail_p_C, log_tail_q_C = _log_tail(log_p_CK), _log_tail(log_q_CK)
+        self.tail_p_C, self.tail_q_C = log_tail_p_C.exp(), log_tail_q_C.exp()
+        self.tail_difference_C = log_tail_p_C - log_tail_q_C
 
     def reverse_kl(self) -> Tensor:
-        """[C] KL(student || teacher) over K + 1 buckets: at most that over the vocabulary."""
-        inside_C = torch.linalg.vecdot(self.p_CK, self.log_p_CK - self.log_q_CK)
-        return inside_C + self.tail_p_C * (self.log_tail_p_C - self.log_tail_q_C)
+        """[C] KL(student || teacher) over the buckets: at most that over the vocabulary."""
+        return torch.linalg.vecdot(self.p_CK, self.difference_CK) + self.tail_p_C * self.tail_difference_C
+
+    def mean_advantage(self, clip: float | None) -> Tensor:
+        """[C] mean of log q - log p, clipped to +-`clip`, over the student's next token; the tail counts as one."""
+        if clip is None:
+            return -self.reverse_kl()
+        inside_C = torch.linalg.vecdot(self.p_CK, self.difference_CK.clamp(-clip, clip))
+        return -inside_C - self.tail_p_C * self.tail_difference_C.clamp(-clip, clip)
+
+    def put(self, grad_CV: Tensor, inside_CK: Tensor) -> None:
+        """Write values for the support's tokens into `grad`; what the ids of empty places say is left alone."""
+        if self._mask_CK is None:
+            grad_CV.scatter_(1, self._ids_CK, inside_CK)
+            return
+        # an empty place may hold the id of a taken one: first clear the taken ones, then add, where empty places add 0
+        grad_CV.scatter_reduce_(1, self._ids_CK, (~self._mask_CK).to(grad_CV.dtype), "prod")
+        grad_CV.scatter_add_(1, self._ids_CK, self._without_empty(inside_CK))
+
+    def _without_empty(self, values_CK: Tensor) -> Tensor:
+        return values_CK if self._mask_CK is None else values_CK.masked_fill(~self._mask_CK, 0)
 
 
 def _log_tail(logs_CK: Tensor) -> Tensor:
     """[C] log(1 - sum exp(logs)), without the cancellation of the plain difference.
 
-    What is left of rounding (1e-7 in float32) is the floor: a support that holds everything has an empty tail.
+    A support that holds everything has an empty tail, up to rounding (1e-7 in float32): that is the floor, or what a
+    forbidden token counts, if that is more.
     """
-    floor = torch.finfo(logs_CK.dtype).eps
+    floor = max(torch.finfo(logs_CK.dtype).eps, math.exp(MIN_LOG_Q))
     inside_C = torch.logsumexp(logs_CK, dim=-1)
     return torch.log(-torch.expm1(inside_C.clamp(max=-floor)))
