@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Final
 
 import bimodal
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from results import BETAS, LENGTHS, WEIGHTS, GaussianResult, Study
 from topk_bias import Course, Curve
+from torch import Tensor
 
 BLUE, ORANGE, GREEN, RED, PURPLE, BLACK = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#222222"
 DPI: Final = 90
@@ -40,14 +40,14 @@ def _bimodal(study: Study) -> Figure:
 
 
 def _mixture(axes: Axes, result: GaussianResult) -> None:
-    def curve(fit: bimodal.Fit) -> np.ndarray:
-        return np.exp(bimodal.log_normal(fit.mu, fit.sigma))
+    def curve(fit: bimodal.Fit) -> Tensor:
+        return bimodal.log_normal(fit.mu, fit.sigma).exp()
 
     def label(name: str, fit: bimodal.Fit, kl: float) -> str:
         return f"{name} ({fit.mu:.2f}, {fit.sigma:.2f}), KL {kl:.3f}".replace("-0.00", "0.00")
 
     x, fit = bimodal.GRID, result.forward
-    axes.fill_between(x, np.exp(result.teacher.log_density()), color="#cccccc", label="teacher")
+    axes.fill_between(x, result.teacher.log_density().exp(), color="#cccccc", label="teacher")
     axes.plot(x, curve(fit), color=BLUE, label=label("forward", fit, fit.forward), linewidth=2)
     shown: list[float] = []
     for fit in sorted(result.reverse, key=lambda fit: fit.mu):

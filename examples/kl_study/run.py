@@ -3,7 +3,7 @@
     python examples/kl_study/run.py            # tables, and figures in runs/kl_study
     python examples/kl_study/run.py --check    # also fails unless every number is as expected
 
-About half a minute on two cores. It needs the development tools (`make install`), for scipy.
+About half a minute on two cores.
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ V: Final = 50
 K: Final = 8
 STEP: Final = 0.5
 STEPS: Final = 20_000
-AT_REST: Final = 1e-7
-"""Largest component of a gradient that counts as none: 20,000 more steps would move no logit by more than 1e-3."""
+AT_REST: Final = 1e-6
+"""Largest component of a gradient that counts as none: 20,000 more steps would move no logit by more than 0.01."""
 _SPREAD: Final = 1.5
 """Standard deviation of the logits."""
 
