@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from stillhouse.core.spec import StageSpec, TeacherSpec
+from stillhouse.core.spec import StageSpec, StudentSpec, TeacherSpec
 from stillhouse.trainer.batch import TeacherHead, TrainSample
 from stillhouse.trainer.engine import Engine
 from stillhouse.trainer.learner import Learner
@@ -20,22 +20,32 @@ FORWARD = {**FULL, "divergence": "forward_kl"}
 POLICY_GRADIENT = {"objective": "policy_gradient"}
 
 
-def stage(loss: dict, *, temperature: float = 1.0, lr: float = 1e-3, **optimizer) -> StageSpec:
+def stage(loss: dict, *, temperature: float = 1.0, lr: float = 1e-3, packing: str = "auto", **optimizer) -> StageSpec:
     return StageSpec.model_validate(
         {
             "data": {"rows": [{"prompt": "hi"}]},
             "sampling": {"temperature": temperature},
             "loss": loss,
             "optimizer": {"lr": lr, **optimizer},
-            "schedule": {"steps": 100, "micro_batch_tokens": 64},
+            "schedule": {"steps": 100, "micro_batch_tokens": 64, "packing": packing},
         }
     )
 
 
-def learner(model: Path, spec: StageSpec, *, dtype: str = "float32", teachers=("t",), weights=None) -> Learner:
+def learner(
+    model: Path,
+    spec: StageSpec,
+    *,
+    teachers=("t",),
+    weights=None,
+    seed: int = 0,
+    total_steps: int = 100,
+    **student,
+) -> Learner:
+    """`student` are fields of `StudentSpec`."""
     specs = {name: TeacherSpec(model="m", weight=(weights or {}).get(name, 1.0)) for name in teachers}
-    engine = Engine(model, dtype=dtype, stage=spec, seed=0)
-    return Learner(engine, stage=spec, teachers=specs, total_steps=100)
+    engine = Engine(model, student=StudentSpec(model="m", **student), stage=spec, seed=seed)
+    return Learner(engine, stage=spec, teachers=specs, total_steps=total_steps)
 
 
 def engine_of(student: Learner) -> Engine:

@@ -15,7 +15,6 @@ from stillhouse.core.errors import NonFiniteError, WeightsError, WireError
 from stillhouse.core.models import inspect_model
 from stillhouse.core.spec import OptimizerSpec
 from stillhouse.trainer.batch import TeacherHead, TrainSample
-from stillhouse.trainer.export import export_model
 from stillhouse.trainer.learner import Learner, learning_rate
 from stillhouse.v1 import rollout_pb2
 from tests.tiny import TOKENIZER_SIZE, make_tiny_model
@@ -361,7 +360,8 @@ def test_an_exported_student_loads_and_passes_the_intake(
     samples = teacher.score(rollouts())
     train(student, samples, teacher)
     card = {"student": "tiny", "teachers": {"t": "big"}, "steps": 1, "heldout_reverse_kl_before": 5.25, "extra": "a|b"}
-    folder = export_model(engine_of(student).model, models["student"], tmp_path / "export", card)
+    folder = tmp_path / "export"
+    student.export(models["student"], folder, card)
 
     exported, original = inspect_model("x", folder), inspect_model("s", models["student"])
     assert exported.tokenizer_sha256 == original.tokenizer_sha256

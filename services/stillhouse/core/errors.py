@@ -6,6 +6,7 @@ walk the exception's MRO through `GRPC_STATUS` and `HTTP_STATUS`. Messages name 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final, TypeVar
 
 T = TypeVar("T")
@@ -145,6 +146,11 @@ class NonFiniteError(StillhouseError, ArithmeticError):
     """A NaN or infinity where a number is needed."""
 
     code = "non_finite"
+
+    def __init__(self, message: str, *, param: str | None = None, sample_ids: Sequence[str] = ()) -> None:
+        super().__init__(message, param=param)
+        self.sample_ids = tuple(sample_ids)
+        """Samples that caused it, as far as they were looked for."""
 
 
 class JobFailedError(StillhouseError):

@@ -1,7 +1,9 @@
 """The learner's state on disk, bit for bit: safetensors for arrays, JSON for the rest, never pickle.
 
-    model.safetensors       weights in the precision the optimizer sees (float32 masters of a bfloat16 student)
+    model.safetensors       weights in the precision the optimizer sees (float32 masters of a bfloat16 student);
+                            those of the adapter alone where only that learns
     optimizer.safetensors   `{parameter}/{slot}` of AdamW
+    average.safetensors     moving average of these weights, where the job keeps one
     state.json              policy version, random states, versions
 
 Several ranks write a part of each tensor file (shards.py), the first of them the rest. Hashes, the manifest and
@@ -27,6 +29,7 @@ from stillhouse.trainer.shards import Share
 
 WEIGHTS: Final = "model"
 OPTIMIZER: Final = "optimizer"
+AVERAGE: Final = "average"
 STATE_FILE: Final = "state.json"
 SCHEMA_VERSION: Final = 1
 
@@ -37,10 +40,17 @@ def save_state(
     optimizer: torch.optim.Optimizer,
     facts: Mapping[str, Any],
     share: Share,
+    *,
+    average: Mapping[str, Tensor],
 ) -> None:
-    """Write a learner's state, or the share of it that is here; `weights` are the very tensors of the optimizer."""
+    """Write a learner's state, or the share of it that is here; `weights` are the very tensors of the optimizer.
+
+    `average` is empty where the job keeps none.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     shards.write(folder, WEIGHTS, weights, share)
+    if average:
+        shards.write(folder, AVERAGE, average, share)
     slots = {
         f"{name}/{slot}": value
         for name, tensor in weights.items()
@@ -53,7 +63,12 @@ def save_state(
 
 
 def load_state(
-    folder: Path, weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, share: Share
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    share: Share,
+    *,
+    average: Mapping[str, Tensor],
 ) -> dict[str, Any]:
     """Restore what `save_state` wrote, in whatever shares, into the same tensors; gives the facts.
 
@@ -62,13 +77,11 @@ def load_state(
     Raises:
         CorruptError: a file is missing, unreadable, or belongs to another model or version.
     """
-    state = read_json(folder / STATE_FILE)
-    if state.get("schema_version") != SCHEMA_VERSION:
-        raise CorruptError(
-            f"{folder / STATE_FILE} has version {state.get('schema_version')}, this program reads {SCHEMA_VERSION}"
-        )
+    state = read_facts(folder)
     slots = shards.read(folder, OPTIMIZER, share)
     load_weights(folder, weights, share)
+    if average:
+        _copy(folder, AVERAGE, average, share)
     optimizer.state.clear()
     for key, value in slots.items():
         name, _, slot = key.rpartition("/")
@@ -79,20 +92,38 @@ def load_state(
     return state
 
 
-@torch.no_grad()
+def read_facts(folder: Path) -> dict[str, Any]:
+    """state.json of a checkpoint.
+
+    Raises:
+        CorruptError: another version wrote it.
+    """
+    state = read_json(folder / STATE_FILE)
+    if state.get("schema_version") != SCHEMA_VERSION:
+        raise CorruptError(
+            f"{folder / STATE_FILE} has version {state.get('schema_version')}, this program reads {SCHEMA_VERSION}"
+        )
+    return state
+
+
 def load_weights(folder: Path, weights: Mapping[str, Tensor], share: Share) -> None:
     """Copy the weights of a checkpoint into `weights`, the share that is here.
 
     Raises:
         CorruptError: names, shapes or element types differ.
     """
-    loaded = shards.read(folder, WEIGHTS, share)
+    _copy(folder, WEIGHTS, weights, share)
+
+
+@torch.no_grad()
+def _copy(folder: Path, stem: str, weights: Mapping[str, Tensor], share: Share) -> None:
+    loaded = shards.read(folder, stem, share)
     expected = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in weights.items()}
     found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in loaded.items()}
     if expected != found:
         odd = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
         raise CorruptError(
-            f"{folder}: '{WEIGHTS}' does not fit the student: {odd[0]} is {found.get(odd[0])} in the file and "
+            f"{folder}: '{stem}' does not fit the student: {odd[0]} is {found.get(odd[0])} in the file and "
             f"{expected.get(odd[0])} in the model ({len(odd)} tensors differ); was the job's student changed?"
         )
     for name, tensor in weights.items():

@@ -19,14 +19,26 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from stillhouse.core.errors import CorruptError
 from stillhouse.core.failpoints import failpoint
-from stillhouse.core.spec import StageSpec
+from stillhouse.core.spec import LoraSpec, StageSpec, StudentSpec
+from stillhouse.trainer import checkpoint
 from stillhouse.trainer.batch import RowMeasures, TeacherHead, Update
+from stillhouse.trainer.export import export_model
+from stillhouse.trainer.lora import add_adapter
 from stillhouse.trainer.losses import PackedLoss, exact_reverse_kl, make_objective, packed_loss
 from stillhouse.trainer.objectives.base import Head, Signals
 from stillhouse.trainer.packing import MicroBatch
 from stillhouse.trainer.parameters import Parameters
-from stillhouse.trainer.student import load_student, student_head, student_hidden, teacher_head, tokenizer_size
+from stillhouse.trainer.student import (
+    checkpoint_activations,
+    choose_packing,
+    load_student,
+    student_head,
+    student_hidden,
+    teacher_head,
+    tokenizer_size,
+)
 
 
 class Passes(nn.Module):
@@ -46,7 +58,7 @@ class Engine:
     num_ranks = 1
     """Micro-batches that a call takes at once."""
 
-    def __init__(self, model_dir: Path, *, dtype: str, stage: StageSpec, seed: int, threads: int = 0) -> None:
+    def __init__(self, model_dir: Path, *, student: StudentSpec, stage: StageSpec, seed: int, threads: int = 0) -> None:
         if threads:
             torch.set_num_threads(threads)
         # nothing here draws from them; seeded, two runs of a job commit the same states
@@ -54,15 +66,31 @@ class Engine:
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.dtype = dtype
+        self.student = student
         self.stage = stage
-        self.model = load_student(model_dir, dtype, self.device)
+        self.model = load_student(model_dir, student.dtype, self.device)
+        self.packs, self.packing_reason = choose_packing(self.model, stage.schedule.packing)
+        if student.lora is not None:
+            add_adapter(self.model, student.lora, seed)
+        if student.activation_checkpointing:
+            checkpoint_activations(self.model)
         self.vocab_size = min(tokenizer_size(model_dir), student_head(self.model).weight.shape[0])
         """Tokens that are no padding of the student's head."""
         self.parameters = Parameters(self.model, stage.optimizer)
         self._passes = Passes(self.model)
         self._objective = make_objective(stage.loss)
         self._resident_head: tuple[str, Head] | None = None
+        self.heads_loaded = 0
+        """Teachers' heads that were brought to the device."""
+
+    def facts(self) -> dict[str, Any]:
+        """What was loaded, for people: numbers of parameters, whether samples are packed, and why or why not."""
+        return {
+            "parameters": sum(weight.numel() for weight in self.model.parameters()),
+            "learning_parameters": sum(weight.numel() for weight in self.model.parameters() if weight.requires_grad),
+            "packing": self.packs,
+            "packing_reason": self.packing_reason,
+        }
 
     def train(self, batches: Sequence[MicroBatch], heads: Mapping[str, TeacherHead]) -> list[RowMeasures]:
         """Add the micro-batches' gradients to those of the step; `heads` are needed with hidden states only."""
@@ -79,6 +107,10 @@ class Engine:
         """Forget the gradients of the step."""
         self.parameters.clear_gradients()
 
+    def gradient_norm(self) -> float:
+        """Global norm of the step's gradients so far."""
+        return self.parameters.gradient_norm()
+
     def update(self, lr: float) -> Update:
         """Clip the gradients and step the optimizer."""
         return self.parameters.update(lr)
@@ -87,17 +119,40 @@ class Engine:
         """(name, array, element type) of all weights, a copy; see `Parameters.state_arrays`."""
         return self.parameters.state_arrays()
 
+    def show_average(self, on: bool) -> None:
+        """Compute with the moving average of the weights, if the job keeps one, or again with those that learn."""
+        self.parameters.show_average(on)
+
     def save(self, folder: Path, facts: Mapping[str, Any]) -> None:
         """Write everything a bit-exact continuation needs; see checkpoint.py."""
-        self.parameters.save(folder, {"dtype": self.dtype, **facts})
+        lora = self.student.lora.model_dump(mode="json") if self.student.lora else None
+        self.parameters.save(folder, {"dtype": self.student.dtype, "lora": lora, **facts})
 
     def load(self, folder: Path) -> dict[str, Any]:
         """Continue from what `save` wrote; gives the facts."""
+        self._check_lora(folder)
         return self.parameters.load(folder)
 
     def load_weights(self, folder: Path) -> None:
         """Take over the weights of a checkpoint."""
+        self._check_lora(folder)
         self.parameters.load_weights(folder)
+
+    def export(self, source_dir: Path, folder: Path, card: Mapping[str, Any]) -> None:
+        """Write the student as transformers loads it, and an adapter beside it as peft does."""
+        export_model(self.model, self.state_arrays(), source_dir, folder, card)
+        if self.student.lora is not None:
+            self.parameters.save_adapter(folder / "adapter", self.student.model)
+
+    def _check_lora(self, folder: Path) -> None:
+        """Refuse the checkpoint of a student that learns something else."""
+        found = checkpoint.read_facts(folder).get("lora")
+        theirs = LoraSpec.model_validate(found) if found else None
+        if theirs != self.student.lora:
+            raise CorruptError(
+                f"{folder} holds {_learns(theirs)}, the job trains {_learns(self.student.lora)}; was the job's "
+                "student.lora changed?"
+            )
 
     # --- one pass ---
 
@@ -134,7 +189,7 @@ class Engine:
 
     def _hidden_rows(self, model: PreTrainedModel, batch: MicroBatch) -> Tensor:
         """[R, D] the student's hidden states that predict the rows' tokens."""
-        hidden_BLD = student_hidden(model, self._tensor(batch.input_ids))
+        hidden_BLD = student_hidden(model, self._tensor(batch.input_ids), batch.lengths)
         return hidden_BLD.flatten(0, 1).index_select(0, self._tensor(batch.positions))
 
     def _signals(self, batch: MicroBatch, head: TeacherHead | None) -> Signals:
@@ -157,6 +212,7 @@ class Engine:
         if self._resident_head is None or self._resident_head[0] != head.sha256:
             self._resident_head = None  # free the old one first
             self._resident_head = (head.sha256, teacher_head(head, self.device))
+            self.heads_loaded += 1
         return self._resident_head[1]
 
     def _student_head(self, model: PreTrainedModel, signals: Signals) -> Head:
@@ -166,6 +222,13 @@ class Engine:
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device)
+
+
+def _learns(lora: LoraSpec | None) -> str:
+    if lora is None:
+        return "all weights"
+    targets = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules)
+    return f"a LoRA adapter of rank {lora.rank}, alpha {lora.alpha:g} on {targets}"
 
 
 def _array(tensor: Tensor) -> np.ndarray:

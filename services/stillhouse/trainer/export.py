@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+import torch
 import yaml
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from stillhouse.core.errors import ConflictError
@@ -41,8 +44,14 @@ _LABELS: Final = {
 """Known keys of a card, in the order they are shown."""
 
 
-def export_model(model: PreTrainedModel, source_dir: Path, folder: Path, card: Mapping[str, Any]) -> Path:
-    """Write the student to the new or empty `folder`; gives `folder`.
+def export_model(
+    model: PreTrainedModel,
+    weights: Iterable[tuple[str, np.ndarray, str]],
+    source_dir: Path,
+    folder: Path,
+    card: Mapping[str, Any],
+) -> Path:
+    """Write the student with `weights` (`Parameters.state_arrays`) to the new or empty `folder`; gives `folder`.
 
     `card` fills the model card: the keys of `_LABELS`, `license` (a note on the student's licence), and any others,
     which are listed under their own names.
@@ -52,12 +61,16 @@ def export_model(model: PreTrainedModel, source_dir: Path, folder: Path, card: M
     """
     if folder.exists() and any(folder.iterdir()):
         raise ConflictError(f"{folder} is not empty; export into a new folder")
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, state_dict={name: _tensor(array, dtype) for name, array, dtype in weights})
     for name in COPIED_FILES:
         if (source_dir / name).is_file():
             shutil.copyfile(source_dir / name, folder / name)
     (folder / "README.md").write_text(model_card(card))
     return folder
+
+
+def _tensor(array: np.ndarray, dtype: str) -> Tensor:
+    return torch.from_numpy(array).view(torch.bfloat16) if dtype == "bfloat16" else torch.from_numpy(array)
 
 
 def model_card(card: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 
@@ -17,7 +17,10 @@ from stillhouse.core.spec import LossSpec, OptimizerSpec, PolicyGradientLoss, St
 from stillhouse.core.spec_base import NO_TEACHER
 from stillhouse.trainer.batch import RowMeasures, TeacherHead, TrainSample, Update
 from stillhouse.trainer.metrics import StepMeasures
-from stillhouse.trainer.packing import MicroBatch, collate, loss_weights, plan_micro_batches
+from stillhouse.trainer.packing import MicroBatch, collate, loss_weights, padding_fraction, plan_micro_batches
+
+MAX_NAMED: Final = 8
+"""Samples that an error names, at most."""
 
 
 class Computes(Protocol):
@@ -25,14 +28,19 @@ class Computes(Protocol):
 
     num_ranks: int
     vocab_size: int
+    packs: bool
+    heads_loaded: int
 
     def train(self, batches: Sequence[MicroBatch], heads: Mapping[str, TeacherHead]) -> list[RowMeasures]: ...
     def exact_kl(
         self, batches: Sequence[MicroBatch], heads: Mapping[str, TeacherHead], temperature: float
     ) -> list[np.ndarray]: ...
     def clear_gradients(self) -> None: ...
+    def gradient_norm(self) -> float: ...
     def update(self, lr: float) -> Update: ...
+    def show_average(self, on: bool) -> None: ...
     def state_arrays(self) -> list[tuple[str, np.ndarray, str]]: ...
+    def export(self, source_dir: Path, folder: Path, card: Mapping[str, Any]) -> None: ...
     def save(self, folder: Path, facts: Mapping[str, Any]) -> None: ...
     def load(self, folder: Path) -> dict[str, Any]: ...
     def load_weights(self, folder: Path) -> None: ...
@@ -53,15 +61,24 @@ class Learner:
         self.on_progress: Callable[[], None] = lambda: None
         """Called after every micro-batch."""
 
+    @property
+    def is_done(self) -> bool:
+        """The last step is behind it: what is published, evaluated and exported now is the average, if there is one."""
+        return self.policy_version >= self.total_steps
+
+    def plan(self, samples: Sequence[TrainSample]) -> list[list[int]]:
+        """Micro-batches as indices into `samples`."""
+        return plan_micro_batches(samples, self.stage.schedule.micro_batch_tokens, is_packed=self.engine.packs)
+
     def step(
         self, samples: Sequence[TrainSample], heads: Mapping[str, TeacherHead], plan: Sequence[Sequence[int]]
     ) -> dict[str, float]:
-        """One optimizer step on `samples`, run in the micro-batches of `plan` (`plan_micro_batches`).
+        """One optimizer step on `samples`, run in the micro-batches of `plan`.
 
         `heads` holds each teacher's head by the teacher's name; only payloads of hidden states need them.
 
         Raises:
-            NonFiniteError: loss or gradient is not finite; names where. The weights are as before.
+            NonFiniteError: loss or gradient is not finite; names the samples. Weights and optimizer are as before.
             WireError: a sample lacks what the objective needs, or does not fit the vocabulary.
         """
         loss = self.stage.loss
@@ -73,22 +90,32 @@ class Learner:
         weights = loss_weights(
             samples, [self._weight(sample) for sample in samples], loss.reduction, per_teacher=loss.per_teacher
         )
-        measures = StepMeasures(samples)
+        measures, bad, loaded = StepMeasures(samples), dict[str, str](), self.engine.heads_loaded
         self.engine.clear_gradients()
         try:
             for batches in self._batches(samples, plan, weights, heads):
                 for batch, rows in zip(batches, self.engine.train(batches, heads), strict=True):
-                    self._check_loss(batch, rows, samples)
+                    bad |= _bad_losses(batch, rows, samples)
                     measures.add(batch, rows)
                 self.on_progress()
+            self._check_losses(bad)
         except BaseException:
             self.engine.clear_gradients()
             raise
         lr = learning_rate(self.stage.optimizer, self.policy_version, self.total_steps)
         update = self.engine.update(lr)
-        self._check_update(update)
+        if not math.isfinite(update.norm):
+            self._refuse_gradient(update, self._culprits(samples, plan, weights, heads))
+        self._check_weights(update)
         self.policy_version += 1
-        return {**measures.summary(self.policy_version - 1), "grad/norm": update.norm, "lr": lr, "step/skipped": 0.0}
+        return {
+            **measures.summary(self.policy_version - 1),
+            "grad/norm": update.norm,
+            "lr": lr,
+            "step/skipped": 0.0,
+            "heads/loaded": float(self.engine.heads_loaded - loaded),
+            "tokens/padding_fraction": padding_fraction(samples, plan, is_packed=self.engine.packs),
+        }
 
     def skip(self) -> dict[str, float]:
         """Count a step whose gradient was not finite: the schedule goes on, weights and optimizer stay."""
@@ -105,9 +132,9 @@ class Learner:
         """
         _require_hidden(samples, heads)
         temperature = self.stage.sampling.temperature if temperature is None else temperature
-        plan = plan_micro_batches(samples, self.stage.schedule.micro_batch_tokens)
+        self.engine.show_average(self.is_done)
         sums = np.zeros(len(samples))
-        for batches in self._batches(samples, plan, [0.0] * len(samples), heads):
+        for batches in self._batches(samples, self.plan(samples), [0.0] * len(samples), heads):
             for batch, kls in zip(batches, self.engine.exact_kl(batches, heads, temperature), strict=True):
                 np.add.at(sums, batch.sample_of_row, kls)
             self.on_progress()
@@ -123,7 +150,13 @@ class Learner:
 
     def state_arrays(self) -> list[tuple[str, np.ndarray, str]]:
         """(name, array, element type) of all weights, a copy; see `Parameters.state_arrays`."""
+        self.engine.show_average(self.is_done)
         return self.engine.state_arrays()
+
+    def export(self, source_dir: Path, folder: Path, card: Mapping[str, Any]) -> None:
+        """Write the student to the new or empty `folder`; see export.py."""
+        self.engine.show_average(self.is_done)
+        self.engine.export(source_dir, folder, card)
 
     def save(self, folder: Path) -> None:
         """Write everything a bit-exact continuation needs; see checkpoint.py."""
@@ -155,7 +188,7 @@ class Learner:
         """The plan as micro-batches that have rows, as many at once as there are ranks; made when they are needed."""
         together: list[MicroBatch] = []
         for indices in plan:
-            batch = collate(samples, indices, weights)
+            batch = collate(samples, indices, weights, is_packed=self.engine.packs)
             if not len(batch.ids):
                 continue
             self._check_batch(batch, heads.get(batch.teacher), samples)
@@ -192,31 +225,71 @@ class Learner:
                 f"'{batch.teacher}'; the vocabulary they share has {vocab_size}"
             )
 
-    def _check_loss(self, batch: MicroBatch, rows: RowMeasures, samples: Sequence[TrainSample]) -> None:
-        bad = np.flatnonzero(~np.isfinite(rows.values))
-        if len(bad):
-            row = bad[0]
-            sample = samples[int(batch.sample_of_row[row])]
+    def _check_losses(self, bad: Mapping[str, str]) -> None:
+        if bad:
             raise NonFiniteError(
-                f"step {self.policy_version}: the loss is {rows.values[row]} at token "
-                f"{batch.token_of_row[row]} of sample {sample.sample_id} (teacher '{sample.teacher}'), not finite at "
-                f"{len(bad)} of {len(batch.ids)} tokens of its micro-batch; check the teacher's scores, or lower the "
-                "learning rate"
+                f"step {self.policy_version}: the loss is {next(iter(bad.values()))}, not finite in {len(bad)} "
+                f"samples: {_names(list(bad))}; check the teacher's scores, or lower the learning rate",
+                sample_ids=list(bad)[:MAX_NAMED],
             )
 
-    def _check_update(self, update: Update) -> None:
-        """Refuse a gradient that is no number, and to go on with such weights: they would be published, committed."""
-        if not math.isfinite(update.norm):
-            bad = update.bad_gradients
-            raise NonFiniteError(
-                f"step {self.policy_version}: the gradient norm is {update.norm}; not finite in {len(bad)} tensors, "
-                f"the first is {bad[0] if bad else 'none (overflow of the sum)'}; lower the learning rate"
-            )
+    def _refuse_gradient(self, update: Update, culprits: Sequence[str]) -> None:
+        bad = update.bad_gradients
+        where = f"not finite in {len(bad)} tensors, the first is {bad[0]}" if bad else "its sum of squares overflows"
+        of = f"from the samples {_names(culprits)}" if culprits else "no sample's alone is: their sum overflows"
+        raise NonFiniteError(
+            f"step {self.policy_version}: the gradient norm is {update.norm}; {where}; {of}; lower the learning rate",
+            sample_ids=culprits,
+        )
+
+    def _culprits(
+        self,
+        samples: Sequence[TrainSample],
+        plan: Sequence[Sequence[int]],
+        weights: Sequence[float],
+        heads: Mapping[str, TeacherHead],
+    ) -> list[str]:
+        """Up to `MAX_NAMED` samples whose gradient alone is not finite, from the micro-batches whose gradient is not.
+
+        Computes the step once more; a step that is skipped may cost that.
+        """
+
+        def is_finite(part: Sequence[Sequence[int]]) -> bool:
+            for batches in self._batches(samples, part, weights, heads):
+                self.engine.train(batches, heads)
+                self.on_progress()
+            norm = self.engine.gradient_norm()
+            self.engine.clear_gradients()
+            return math.isfinite(norm)
+
+        found: list[str] = []
+        for indices in plan:
+            if len(found) < MAX_NAMED and not is_finite([indices]):
+                found += [samples[index].sample_id for index in indices if not is_finite([[index]])]
+        return found[:MAX_NAMED]
+
+    def _check_weights(self, update: Update) -> None:
+        """Refuse to go on with weights that are no numbers: they would be published and committed."""
         if update.bad_weights:
             raise WeightsError(
                 f"step {self.policy_version}: the update made {len(update.bad_weights)} tensors non-finite, the first "
                 f"is {update.bad_weights[0]}; the last checkpoint is as it was; lower the learning rate"
             )
+
+
+def _bad_losses(batch: MicroBatch, rows: RowMeasures, samples: Sequence[TrainSample]) -> dict[str, str]:
+    """Id of each sample with a loss that is not finite -> where that is first."""
+    found: dict[str, str] = {}
+    for row in np.flatnonzero(~np.isfinite(rows.values)):
+        sample = samples[int(batch.sample_of_row[row])]
+        where = f"at token {batch.token_of_row[row]} of sample {sample.sample_id} (teacher '{sample.teacher}')"
+        found.setdefault(sample.sample_id, f"{rows.values[row]} {where}")
+    return found
+
+
+def _names(sample_ids: Sequence[str]) -> str:
+    shown = ", ".join(sample_ids[:MAX_NAMED])
+    return shown if len(sample_ids) <= MAX_NAMED else f"{shown} and others"
 
 
 def _require_hidden(samples: Sequence[TrainSample], heads: Mapping[str, TeacherHead]) -> None:

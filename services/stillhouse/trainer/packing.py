@@ -1,6 +1,7 @@
 """Which samples go through the model together, and how: micro-batches within a token budget, one teacher each.
 
-Samples are padded on the right for the body of the model; everything after it (head, loss) sees packed rows, one per
+For the body of the model samples lie one after the other in one row (packed), or each in a row of its own, padded on
+the right; student.py says which of the two a model can do. Everything after it (head, loss) sees packed rows, one per
 completion token that is trained on. No torch here.
 Letters: B samples, L padded tokens, R rows, D width of the teacher's hidden state.
 """
@@ -21,8 +22,8 @@ PADDING_ID = 0
 """Any id will do: with padding on the right, causal attention hides it from every real token."""
 
 
-def plan_micro_batches(samples: Sequence[TrainSample], max_tokens: int) -> list[list[int]]:
-    """Indices into `samples`, by micro-batch: one teacher each, at most `max_tokens` padded tokens (or one sample).
+def plan_micro_batches(samples: Sequence[TrainSample], max_tokens: int, *, is_packed: bool = False) -> list[list[int]]:
+    """Indices into `samples`, by micro-batch: one teacher each, at most `max_tokens` tokens of work (or one sample).
 
     Teachers come in order of their names, so that each head is loaded once a step; within a teacher the longest
     samples come first, so that neighbours need little padding and a budget that is too large fails at once.
@@ -31,16 +32,24 @@ def plan_micro_batches(samples: Sequence[TrainSample], max_tokens: int) -> list[
     plan: list[list[int]] = []
     for index in order:
         batch = plan[-1] if plan else []
-        fits = (
-            bool(batch)
-            and samples[batch[0]].teacher == samples[index].teacher
-            and samples[batch[0]].num_tokens * (len(batch) + 1) <= max_tokens
-        )
-        if fits:
+        is_same = bool(batch) and samples[batch[0]].teacher == samples[index].teacher
+        if is_same and _num_tokens(samples, [*batch, index], is_packed) <= max_tokens:
             batch.append(index)
         else:
             plan.append([index])
     return plan
+
+
+def _num_tokens(samples: Sequence[TrainSample], batch: Sequence[int], is_packed: bool) -> int:
+    """Tokens that the model computes for a micro-batch, padding included."""
+    lengths = [samples[i].num_tokens for i in batch]
+    return sum(lengths) if is_packed else max(lengths) * len(lengths)
+
+
+def padding_fraction(samples: Sequence[TrainSample], plan: Sequence[Sequence[int]], *, is_packed: bool) -> float:
+    """Share of the tokens of a step's forward passes that is padding."""
+    computed = sum(_num_tokens(samples, batch, is_packed) for batch in plan if batch)
+    return 1 - sum(samples[i].num_tokens for batch in plan for i in batch) / computed if computed else 0.0
 
 
 def loss_weights(
@@ -77,9 +86,12 @@ class MicroBatch:
 
     teacher: str
     input_ids: np.ndarray
-    """[B, L] int64 - prompt and completion without its last token (nothing is predicted from it), padded right."""
+    """[B, L] int64 - prompt and completion without its last token (nothing is predicted from it), padded right; or
+    [1, L] with all samples one after the other."""
+    lengths: tuple[int, ...] | None
+    """Tokens of each sample in `input_ids` when it is packed; none = it is padded."""
     positions: np.ndarray
-    """[R] int64 - position in the flattened [B * L] whose hidden state predicts the row's token."""
+    """[R] int64 - position in the flattened `input_ids` whose hidden state predicts the row's token."""
     sample_of_row: np.ndarray
     """[R] int64 - index into the step's samples."""
     token_of_row: np.ndarray
@@ -104,7 +116,9 @@ class MicroBatch:
     """[R, K] bool - False = the place is empty; None = all are taken."""
 
 
-def collate(samples: Sequence[TrainSample], indices: Sequence[int], weights: Sequence[float]) -> MicroBatch:
+def collate(
+    samples: Sequence[TrainSample], indices: Sequence[int], weights: Sequence[float], *, is_packed: bool = False
+) -> MicroBatch:
     """The micro-batch of `samples[i] for i in indices`; `weights` is per sample of the step.
 
     Completion token t of a sample is predicted from position P + t - 1.
@@ -113,13 +127,10 @@ def collate(samples: Sequence[TrainSample], indices: Sequence[int], weights: Seq
     teachers = sorted({sample.teacher for sample in chosen})
     if len(teachers) != 1:
         raise WireError(f"a micro-batch takes samples of one teacher, got {teachers}")
-    length = max(sample.num_tokens for sample in chosen) - 1
-    input_ids = np.full((len(chosen), length), PADDING_ID, dtype=np.int64)
+    tokens = [np.concatenate([sample.prompt_ids, sample.completion_ids])[:-1] for sample in chosen]
+    input_ids, offsets = (_packed if is_packed else _padded)(tokens)
     rows = [np.flatnonzero(sample.loss_mask) for sample in chosen]
-    for row, sample in enumerate(chosen):
-        tokens = np.concatenate([sample.prompt_ids, sample.completion_ids])[:-1]
-        input_ids[row, : len(tokens)] = tokens
-    starts = [row * length + len(sample.prompt_ids) - 1 for row, sample in enumerate(chosen)]
+    starts = [offset + len(sample.prompt_ids) - 1 for offset, sample in zip(offsets, chosen, strict=True)]
 
     def gather(name: str) -> np.ndarray:
         return np.concatenate([getattr(sample, name)[kept] for sample, kept in zip(chosen, rows, strict=True)])
@@ -130,6 +141,7 @@ def collate(samples: Sequence[TrainSample], indices: Sequence[int], weights: Seq
     return MicroBatch(
         teacher=teachers[0],
         input_ids=input_ids,
+        lengths=tuple(map(len, tokens)) if is_packed else None,
         positions=np.concatenate([start + kept for start, kept in zip(starts, rows, strict=True)]).astype(np.int64),
         sample_of_row=np.repeat(np.asarray(indices, dtype=np.int64), counts),
         token_of_row=np.concatenate(rows).astype(np.int64),
@@ -143,6 +155,21 @@ def collate(samples: Sequence[TrainSample], indices: Sequence[int], weights: Seq
         topk_logprobs=topk_logprobs,
         topk_mask=topk_mask,
     )
+
+
+def _padded(tokens: Sequence[np.ndarray]) -> tuple[np.ndarray, list[int]]:
+    """([B, L] one sequence per row, where each begins when flattened)."""
+    length = max(map(len, tokens))
+    input_ids = np.full((len(tokens), length), PADDING_ID, dtype=np.int64)
+    for row, sequence in enumerate(tokens):
+        input_ids[row, : len(sequence)] = sequence
+    return input_ids, [row * length for row in range(len(tokens))]
+
+
+def _packed(tokens: Sequence[np.ndarray]) -> tuple[np.ndarray, list[int]]:
+    """([1, L] all sequences in one row, where each begins)."""
+    lengths = [len(sequence) for sequence in tokens]
+    return np.concatenate(tokens).astype(np.int64)[None], [0, *np.cumsum(lengths)[:-1].tolist()]
 
 
 def _support(

@@ -122,7 +122,7 @@ class Run:
         scored = [sample for group in groups for sample in group.scored]
         with self.progress.timed("journal"):
             samples = self._samples(scored, step)
-            plan = await self.learner.plan(samples, self.stage.schedule.micro_batch_tokens)
+            plan = await self.learner.plan(samples)
             await self._write_journal(
                 step,
                 [sample.score for group in groups for sample in group.samples],
@@ -195,7 +195,12 @@ class Run:
                 is_skipped = True
                 metrics = await self.learner.skip()
                 await self.jobs.event(
-                    self.scope.job_id, "step.skipped", f"no update: {error.message}", level="warning", step=step
+                    self.scope.job_id,
+                    "step.skipped",
+                    f"no update: {error.message}",
+                    level="warning",
+                    step=step,
+                    sample_ids=list(error.sample_ids),
                 )
         self.ledger.add(step, [(s.sample_id, s.completion_ids) for s in samples], is_skipped=is_skipped)
         self.step_done = step + 1

@@ -69,7 +69,8 @@ class Start:
         await set_status("starting")
         await self.progress.show("loading the student")
         threads = self.ctx.settings.threads
-        await self.interrupt.race(self.learner.load(Path(student.path), self.spec, threads))
+        facts = await self.interrupt.race(self.learner.load(Path(student.path), self.spec, threads))
+        await self._tell_loaded(facts)
         first_step, ledger = await self._restore(opening)
         await self.progress.show("loading teachers")
         heads = await self.interrupt.race(self._load_teachers(teachers, held_out))
@@ -221,6 +222,15 @@ class Start:
                 f"the job is deterministic and was trained with {manifest['threads']} threads, this trainer has "
                 f"{self.ctx.settings.threads}; set STILLHOUSE_THREADS={manifest['threads']}"
             )
+
+    async def _tell_loaded(self, facts: Mapping[str, Any]) -> None:
+        how = "packed" if facts["packing"] else "padded"
+        message = (
+            f"{facts['learning_parameters']:,} of the student's {facts['parameters']:,} parameters learn; samples are "
+            f"{how}: {facts['packing_reason']}"
+        )
+        self.log.info("student loaded", **facts)
+        await self.ctx.jobs.event(self.scope.job_id, "student.loaded", message, **facts)
 
     async def _tell_rewound(self, step: int) -> None:
         if self.scope.epoch > 1:

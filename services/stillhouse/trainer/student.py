@@ -5,17 +5,22 @@ Loads from safetensors only, runs no foreign code. Leaves out training; see lear
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
 from stillhouse.core.errors import SpecError
+from stillhouse.trainer.attention import packed_hidden, packing_obstacle
 from stillhouse.trainer.batch import TeacherHead
 from stillhouse.trainer.objectives.base import Head
 
@@ -43,13 +48,52 @@ def load_student(model_dir: Path, dtype: str, device: torch.device) -> PreTraine
     return model
 
 
-def student_hidden(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
-    """[B, L, D] hidden states after the final norm for [B, L] ids, padded on the right.
+def student_hidden(model: PreTrainedModel, input_ids: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
+    """[B, L, D] hidden states after the final norm for [B, L] ids, padded on the right; or packed, with `lengths`.
 
     No attention mask: attention is causal, so padding on the right is seen by padding only, and without a mask the
     faster kernels apply.
     """
+    if lengths is not None:
+        return packed_hidden(model, input_ids, lengths)
     return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+
+
+def choose_packing(model: PreTrainedModel, wanted: Literal["auto", "off", "on"]) -> tuple[bool, str]:
+    """(whether samples lie one after the other in a forward pass, why); lets the model do it if so.
+
+    Raises:
+        SpecError: it is wanted, and the model's attention does not keep them apart exactly.
+    """
+    if wanted == "off":
+        return False, "the job says so"
+    if wanted == "auto" and model.device.type != "cpu":
+        return False, f"it was measured to be faster on a CPU only, this is '{model.device.type}'"
+    obstacle = packing_obstacle(model)
+    if obstacle and wanted == "on":
+        raise SpecError(
+            f"schedule.packing is on, and {type(model).__name__} does not keep packed samples apart exactly: "
+            f"{obstacle}; set it to auto or off"
+        )
+    return not obstacle, obstacle or "the model keeps packed samples apart exactly"
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Keep only the input of every layer; the backward pass computes the rest of it again.
+
+    transformers does the same, but in training mode only, which would turn dropout on.
+
+    Raises:
+        SpecError: the model does not say what its layers are.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise SpecError(
+            f"{type(model).__name__} does not mark layers that can be computed again; set "
+            "student.activation_checkpointing to false"
+        )
+    for layer in layers:  # nothing in a layer is random, so no random states need to be kept
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 def student_head(model: PreTrainedModel) -> Head:

@@ -146,30 +146,25 @@ class LearnerThread:
 
         return await asyncio.get_running_loop().run_in_executor(self._executor, measured)
 
-    async def load(self, model_dir: Path, spec: JobSpec, threads: int) -> None:
-        """Load the student."""
+    async def load(self, model_dir: Path, spec: JobSpec, threads: int) -> dict[str, Any]:
+        """Load the student; gives facts about it for people."""
 
         def build() -> Any:
             from stillhouse.trainer.engine import Engine
             from stillhouse.trainer.learner import Learner
 
             stage = spec.stages[0]
-            engine = Engine(model_dir, dtype=spec.student.dtype, stage=stage, seed=spec.seed, threads=threads)
+            engine = Engine(model_dir, student=spec.student, stage=stage, seed=spec.seed, threads=threads)
             learner = Learner(engine, stage=stage, teachers=spec.teachers, total_steps=spec.stop_step())
             learner.on_progress = self.pulse.beat
             return learner
 
         self._learner = await self.call(build, patience=BULK)
+        return self._learner.engine.facts()
 
-    async def plan(self, samples: Sequence[TrainSample], max_tokens: int) -> list[list[int]]:
+    async def plan(self, samples: Sequence[TrainSample]) -> list[list[int]]:
         """Micro-batches as indices into `samples`."""
-
-        def plan() -> list[list[int]]:
-            from stillhouse.trainer.packing import plan_micro_batches
-
-            return plan_micro_batches(samples, max_tokens)
-
-        return await self.call(plan)
+        return await self.call(lambda: self._learner.plan(samples))
 
     async def step(
         self, samples: Sequence[TrainSample], heads: Mapping[str, TeacherHead], plan: list[list[int]]
@@ -201,11 +196,9 @@ class LearnerThread:
         """Write the student as a folder that transformers loads, in place of an older one; complete or not at all."""
 
         def write() -> None:
-            from stillhouse.trainer.export import export_model
-
             shutil.rmtree(folder, ignore_errors=True)
             with staged_dir(folder) as staged:
-                export_model(self._learner.engine.model, source_dir, staged.path, card)
+                self._learner.export(source_dir, staged.path, card)
 
         await self.call(write, patience=BULK)
 
