@@ -61,8 +61,10 @@ async def at_step(made: Cluster, job_id: str, step: int) -> None:
         {"objective": "policy_gradient", "advantage_clip": 5.0, "reduction": "seq_mean_token_mean"},
         {"objective": "top_k", "k": 128, "divergence": "reverse_kl"},
         {"objective": "top_k", "k": 128, "divergence": "forward_kl", "correction": "generalised"},
+        {"objective": "top_k", "k": 64, "support": "student"},
+        {"objective": "top_k", "k": 32, "support": "union"},
     ],
-    ids=["reverse_kl", "forward_kl", "jsd", "policy_gradient", "top_k reverse", "top_k forward"],
+    ids=["reverse_kl", "forward_kl", "jsd", "policy_gradient", "top_k reverse", "top_k forward", "student", "union"],
 )
 async def test_a_job_makes_a_better_student(deployment: Cluster, loss: dict[str, Any]) -> None:
     held_out = [{"prompt": f"tell me about {word}"} for word in ("tea", "rain", "bread", "maps")]
@@ -87,13 +89,25 @@ async def test_a_job_makes_a_better_student(deployment: Cluster, loss: dict[str,
     assert await deployment.ctx.queue.length(keys.scored(job_id, record.epoch)) == 0
 
 
-@pytest.mark.parametrize("objective", ["full_vocabulary", "policy_gradient", "top_k"])
-async def test_a_student_that_is_its_teacher_has_nothing_to_learn(deployment: Cluster, objective: str) -> None:
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"objective": "full_vocabulary"},
+        {"objective": "policy_gradient"},
+        {"objective": "policy_gradient", "baseline": "top_k", "k": 16},
+        {"objective": "policy_gradient", "baseline": "full_vocabulary"},
+        {"objective": "top_k", "k": 16},
+        {"objective": "top_k", "k": 16, "support": "student"},
+        {"objective": "top_k", "k": 16, "support": "union"},
+    ],
+    ids=["full_vocabulary", "policy_gradient", "baseline top_k", "baseline full", "top_k", "student", "union"],
+)
+async def test_a_student_that_is_its_teacher_has_nothing_to_learn(deployment: Cluster, loss: dict[str, Any]) -> None:
     """Through the whole pipeline: templates, alignment, wire, heads. An off-by-one anywhere gives nats, not 1e-4."""
     job_id = await deployment.submit(
         job_spec(
             teachers__main__model="student",
-            stages__0__loss={"objective": objective, **({"k": 16} if objective == "top_k" else {})},
+            stages__0__loss=loss,
             stages__0__schedule={"steps": 1, "prompts_per_step": 5, "group_size": 2, "max_staleness": 0},
         )
     )
@@ -102,16 +116,26 @@ async def test_a_student_that_is_its_teacher_has_nothing_to_learn(deployment: Cl
     assert abs(reverse_kl) <= 1e-4
 
 
-async def test_a_top_k_that_is_too_big_for_the_queue_is_fetched(
-    deployment: Cluster, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("support", ["teacher", "student", "union"])
+async def test_lists_that_are_too_big_for_the_queue_are_fetched(
+    deployment: Cluster, monkeypatch: pytest.MonkeyPatch, support: str
 ) -> None:
-    """And the journal holds it, so that a replay needs no teacher."""
+    """And the journal holds them, so that a replay needs no teacher."""
     monkeypatch.setattr(teacher_messages, "INLINE_BYTES", 0)
-    job_id = await deployment.submit(job_spec(stages__0__loss={"objective": "top_k", "k": 8}))
+    loss = {"objective": "top_k", "k": 8, "support": support}
+    job_id = await deployment.submit(job_spec(stages__0__loss=loss, stages__0__schedule__steps=1))
     assert (await deployment.ended(job_id)).status == "succeeded"
+    kind, fields = {
+        "teacher": ("topk", ["teacher_topk_ids"]),
+        "student": ("targets", ["target_logprobs"]),
+        "union": ("topk", ["teacher_topk_ids", "target_logprobs"]),
+    }[support]
     for score in read_step(deployment.ctx.artifacts.job(job_id).journal(1, 0)).scores:
-        assert not score.topk.HasField("blob")
-        assert list(score.topk.teacher_topk_ids.shape) == [len(ids_list(score.rollout.completion_ids)), 8]
+        payload = getattr(score, kind)
+        assert not payload.HasField("blob")
+        for name in fields:
+            assert list(getattr(payload, name).shape) == [len(ids_list(score.rollout.completion_ids)), 8]
+        assert score.rollout.HasField("target_ids") == (support != "teacher")
 
 
 async def test_sampler_and_trainer_agree_at_equal_weights_at_every_step(deployment: Cluster) -> None:

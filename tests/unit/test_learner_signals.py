@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from stillhouse.core.errors import WireError
-from stillhouse.core.spec import TokensSpec
+from stillhouse.core.spec import StageSpec, TokensSpec
 from stillhouse.trainer import engine as engine_module
 from stillhouse.trainer.batch import TrainSample
 from stillhouse.trainer.masks import mask_tokens
@@ -46,13 +46,46 @@ def everything(log_q: torch.Tensor) -> torch.Tensor:
     return torch.arange(TOKENIZER_SIZE).expand(len(log_q), -1)
 
 
-def test_a_support_of_all_tokens_is_the_full_vocabulary(student: Path, teacher: Teacher) -> None:
-    samples = teacher.score(rollouts())
-    exact, listed = learner(student, stage(FULL)), learner(student, stage({**TOP_K, "support": "student", "k": 260}))
-    expected = train(exact, samples, teacher)
-    found = train(listed, named(teacher, samples, "target", everything))
+def likeliest(log_q: torch.Tensor) -> torch.Tensor:
+    return log_q.topk(TOKENIZER_SIZE).indices
+
+
+@pytest.mark.parametrize("support", ["student", "union"])
+def test_a_support_of_all_tokens_is_the_full_vocabulary(student: Path, teacher: Teacher, support: str) -> None:
+    """Whoever names them: in a union of two such lists every token stands twice and counts once."""
+    samples = listed = teacher.score(rollouts())
+    listed = named(teacher, listed, "target", everything)
+    if support == "union":
+        listed = named(teacher, listed, "topk", likeliest)
+    expected = train(learner(student, stage(FULL)), samples, teacher)
+    found = train(learner(student, stage({**TOP_K, "support": support, "k": TOKENIZER_SIZE})), listed)
     assert found["loss/total"] == pytest.approx(expected["loss/total"], abs=1e-5)
     assert found["grad/norm"] == pytest.approx(expected["grad/norm"], rel=1e-4)
+
+
+def test_a_baseline_over_all_tokens_is_that_over_the_vocabulary(student: Path, teacher: Teacher) -> None:
+    samples = teacher.score(rollouts())
+    spec: dict[str, Any] = {**POLICY_GRADIENT, "baseline": "top_k", "k": TOKENIZER_SIZE}
+    listed = train(learner(student, stage(spec)), named(teacher, samples, "topk", likeliest))
+    exact = train(learner(student, stage({**POLICY_GRADIENT, "baseline": "full_vocabulary"})), samples, teacher)
+    plain = train(learner(student, stage(POLICY_GRADIENT)), samples)
+    assert listed["grad/norm"] == pytest.approx(exact["grad/norm"], rel=1e-4)
+    assert not np.isclose(plain["grad/norm"], exact["grad/norm"], rtol=0.1), "the baseline must have done something"
+
+
+def test_rewards_reach_the_tokens_of_their_completion(student: Path, teacher: Teacher) -> None:
+    """A reward's advantage of 1 everywhere, and no teacher: -log p, which is cross-entropy."""
+    samples = [replace(s, outcome=1.0) for s in teacher.score(rollouts(), hidden=None)]
+    schedule = {"steps": 100, "group_size": 2}
+    parts: dict[str, Any] = {"data": {"rows": [{"prompt": "hi"}]}, "schedule": schedule, "optimizer": {"lr": 1e-3}}
+    grpo = StageSpec.model_validate({**parts, "loss": {**POLICY_GRADIENT, "teacher_weight": 0, "reward": {}}})
+    sft = StageSpec.model_validate({**parts, "loss": {"objective": "cross_entropy"}, "on_policy_fraction": 0})
+    rewarded = train(learner(student, grpo), samples)
+    given = train(learner(student, sft), samples)
+    assert rewarded["loss/total"] == pytest.approx(given["loss/total"], rel=1e-5)
+    assert rewarded["grad/norm"] == pytest.approx(given["grad/norm"], rel=1e-4)
+    one = [replace(s, outcome=float(i == 0)) for i, s in enumerate(samples)]
+    assert 0 < train(learner(student, grpo), one)["loss/total"] < rewarded["loss/total"]
 
 
 @pytest.mark.parametrize(
