@@ -43,7 +43,7 @@ class Job:
             },
             checkpoint={"every_steps": COMMIT_EVERY},
             seed=7,
-            **changes,
+            **{"stages__0__loss": {"objective": "policy_gradient"}, **changes},
         )
         self.spec = JobSpec.model_validate(spec)
         self.artifacts = Artifacts(root).job(JOB_ID)

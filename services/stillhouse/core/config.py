@@ -71,7 +71,8 @@ class Settings(BaseModel):
     sampler_max_sequences: int = Field(default=32, ge=1, le=4096)
     """Completions a sampler generates at once."""
     teacher_memory_gib: float = Field(default=8.0, gt=0, le=100_000)
-    """Budget of a teacher for model weights; least recently used models leave first."""
+    """Budget for the weights of teachers, in a teacher and in a sampler where they write; least recently used models
+    leave first."""
     teacher_batch_tokens: int = Field(default=4096, ge=16, le=10_000_000)
     """Padded tokens per teacher forward pass."""
     blob_memory_mib: int = Field(default=512, ge=1, le=10_000_000)

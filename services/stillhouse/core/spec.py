@@ -146,9 +146,11 @@ class StageSpec(Closed):
     sampling: SamplingSpec = SamplingSpec()
     """How the student writes."""
     on_policy_fraction: float = Field(default=1.0, ge=0, le=1)
-    """Share of the prompts that the student answers itself (lambda of GKD, arXiv:2306.13649); 1 = on-policy."""
+    """Share of the prompt groups that the student answers itself (lambda of GKD, arXiv:2306.13649); 1 = on-policy.
+    Which ones follows from the job's seed."""
     off_policy_source: Literal["data", "teacher"] = "data"
-    """Whose completions the others train on: the rows' `completion`, or texts that the row's teacher writes."""
+    """Whose completions the others train on: the rows' `completion`, or texts that the row's teacher writes, sampled
+    as the stage says. Rows may have a `completion` that is not used."""
     tokens: TokensSpec = TokensSpec()
     """Which tokens of a completion train."""
     loss: LossSpec
@@ -209,6 +211,22 @@ class StageSpec(Closed):
         return self
 
     @model_validator(mode="after")
+    def _source_is_used(self) -> StageSpec:
+        """The source of given texts, and how many of them there are."""
+        if self.on_policy_fraction == 1:
+            if self.off_policy_source != "data":
+                raise ValueError(
+                    f"'off_policy_source' {self.off_policy_source} is never read at on_policy_fraction 1; lower it, or "
+                    "leave out the source"
+                )
+        elif self.off_policy_source == "data" and self.schedule.group_size > 1:
+            raise ValueError(
+                f"a row has one completion, and schedule.group_size {self.schedule.group_size} would train on copies "
+                "of it; set it to 1, or off_policy_source to teacher"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _reward_has_groups(self) -> StageSpec:
         reward = self.loss.reward if isinstance(self.loss, PolicyGradientLoss) else None
         if reward is not None and self.schedule.group_size < 2:
@@ -217,6 +235,10 @@ class StageSpec(Closed):
                 f"{self.schedule.group_size}, set it to 2 at least"
             )
         return self
+
+    def reads_completions(self) -> bool:
+        """Rows need a `completion`."""
+        return self.on_policy_fraction < 1 and self.off_policy_source == "data"
 
     def needs_teacher(self) -> bool:
         """False: nothing of a teacher enters the loss or the texts."""
@@ -321,6 +343,10 @@ class JobSpec(Closed):
                 if row.teacher is None and len(self.teachers) > 1:
                     raise ValueError(f"{where}: name the row's 'teacher', the job has {sorted(self.teachers)}")
         return self
+
+    def asks_teachers(self) -> bool:
+        """Teacher services have to be there: for scores, or for held-out measurements."""
+        return self.evaluation.data is not None or any(stage.loss.payload() != "none" for stage in self.stages)
 
     def stop_step(self) -> int:
         """Optimizer steps of all stages together."""

@@ -38,7 +38,11 @@ class SamplerApp:
             self._compute.close()
 
     def state(self) -> tuple[str, str]:
-        return self.worker.activity, self.worker.scope.job_id if self.worker.scope else ""
+        activity = self.worker.activity
+        if activity not in ("sampling", "pulling"):  # what callers of Generate keep it busy with
+            activity = "loading" if self.student.is_loading_guest else activity
+            activity = "sampling" if self.generator.is_busy else activity
+        return activity, self.worker.scope.job_id if self.worker.scope else ""
 
 
 def build(ctx: Context) -> SamplerApp:

@@ -23,6 +23,11 @@ class Generator:
         self._aborted: set[str] = set()
         self.sampled_tokens = 0
 
+    @property
+    def is_busy(self) -> bool:
+        """A completion is being written, or waits for its turn."""
+        return bool(self._running)
+
     def abort(self, keys: Iterable[str] = ()) -> int:
         """End running completions after their next token (none named = all); returns how many."""
         wanted = set(keys)

@@ -9,7 +9,7 @@ from typing import Any
 
 from stillhouse.core.errors import ConflictError, SpecError, UnimplementedError, WireError
 from stillhouse.core.service import VERSION, Context
-from stillhouse.core.tensors import floats_tensor, ids_list, ids_tensor
+from stillhouse.core.tensors import dtype_name, floats_tensor, ids_list, ids_tensor
 from stillhouse.sampler.engines.base import Engine, SampleRequest
 from stillhouse.sampler.generation import Generator
 from stillhouse.sampler.messages import FINISH_REASONS, make_request
@@ -74,7 +74,8 @@ class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
             for index, seed in enumerate(request.seeds)
         ]
         if request.model:
-            engine = await self._student.guest(request.model)
+            dtype = dtype_name(request.dtype) if request.dtype else "float32"
+            engine = await self._student.guest(request.model, dtype)
             async for response in self._responses(engine, requests, None):
                 yield response
             return

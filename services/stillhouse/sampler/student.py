@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -18,6 +19,7 @@ from stillhouse.core.queue.streams import Scope
 from stillhouse.core.rpc import Peer
 from stillhouse.core.service import Context
 from stillhouse.core.telemetry import POLICY_VERSION, WEIGHT_PULL_SECONDS, WEIGHT_PULLS
+from stillhouse.core.tensors import DTYPE_NAMES, itemsize
 from stillhouse.core.worker import ComputeThread
 from stillhouse.sampler.engines.base import Engine
 from stillhouse.sampler.weights import Weights, fetch_weights
@@ -33,14 +35,15 @@ LoadEngine = Callable[[ModelEntry, str], Engine]
 
 
 class Student:
-    """The engine of the job this sampler serves, and a second one for any frozen model that callers name."""
+    """The engine of the job this sampler serves, and others for frozen models that callers name: guests."""
 
     def __init__(self, ctx: Context, compute: ComputeThread, load_engine: LoadEngine) -> None:
         self._ctx = ctx
         self._compute = compute
         self._load_engine = load_engine
         self._verified: set[str] = set()
-        self._guest: tuple[str, Engine] | None = None
+        self._guests: OrderedDict[tuple[str, str], tuple[Engine, int]] = OrderedDict()
+        """(hash of the model, dtype) -> engine and its bytes; least recently used first."""
         self._guest_lock = asyncio.Lock()
         self._dtype = ""
         self.swap = asyncio.Lock()
@@ -51,6 +54,7 @@ class Student:
         self.weights_job = ""
         self.hint: weights_pb2.WeightsRef | None = None
         """Newest weights heard of."""
+        self.is_loading_guest = False
 
     async def load_model(self, model: str, dtype: str) -> None:
         """Have the architecture of a registered model in memory.
@@ -66,14 +70,23 @@ class Student:
         self.engine = await self._compute.run(self._load, entry, dtype, patience=BULK)
         self.entry, self._dtype = entry, dtype
 
-    async def guest(self, model: str) -> Engine:
-        """An engine with the registered weights of a model, in float32; the last one stays loaded."""
+    async def guest(self, model: str, dtype: str = "float32") -> Engine:
+        """An engine with the registered weights of a model. Others stay loaded as far as the budget goes."""
         entry = self._ctx.models.get(model)
+        key, size_bytes = (entry.sha256, dtype), entry.num_parameters * itemsize(DTYPE_NAMES[dtype])
+        budget_bytes = self._ctx.settings.teacher_memory_gib * 2**30
         async with self._guest_lock:
-            if self._guest is None or self._guest[0] != entry.sha256:
-                self._guest = None
-                self._guest = (entry.sha256, await self._compute.run(self._load, entry, "float32", patience=BULK))
-            return self._guest[1]
+            if key not in self._guests:
+                while self._guests and size_bytes + sum(size for _, size in self._guests.values()) > budget_bytes:
+                    self._guests.popitem(last=False)  # leaves before the next one comes
+                self.is_loading_guest = True
+                try:
+                    engine = await self._compute.run(self._load, entry, dtype, patience=BULK)
+                finally:
+                    self.is_loading_guest = False
+                self._guests[key] = (engine, size_bytes)
+            self._guests.move_to_end(key)
+            return self._guests[key][0]
 
     def _load(self, entry: ModelEntry, dtype: str) -> Engine:
         if entry.sha256 not in self._verified:

@@ -7,7 +7,6 @@ Letters: P prompt tokens, T completion tokens, D width of the teacher's hidden s
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Final
 
 import numpy as np
@@ -17,10 +16,6 @@ from stillhouse.v1 import rollout_pb2
 
 STUDENT_ORIGINS: Final = (rollout_pb2.ORIGIN_UNSPECIFIED, rollout_pb2.ORIGIN_STUDENT)
 """Origins of completions that the student wrote."""
-
-MIN_LOG_Q = -30.0
-"""Teacher log-probabilities of single tokens below it count as this much (1e-13): a token that the teacher forbids
-outright (-inf) would make every reverse divergence infinite. A metric counts them."""
 
 _PER_TOKEN = (
     "loss_mask",
@@ -96,11 +91,10 @@ class TrainSample:
         """The student wrote it."""
         return self.origin in STUDENT_ORIGINS
 
-    @cached_property
+    @property
     def num_tokens(self) -> int:
-        """Tokens up to the last one that trains: what comes after it is not read. P + T where all do."""
-        trained = np.flatnonzero(self.loss_mask)
-        return len(self.prompt_ids) + (int(trained[-1]) + 1 if len(trained) else 1)
+        """P + T."""
+        return len(self.prompt_ids) + len(self.completion_ids)
 
     @property
     def num_loss_tokens(self) -> int:

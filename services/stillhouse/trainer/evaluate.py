@@ -14,8 +14,8 @@ from typing import Any, Final
 
 from stillhouse.core.blobs import JobArtifacts, read_json, write_json
 from stillhouse.core.errors import DeadlineError, JobFailedError, OverloadedError, UnavailableError
-from stillhouse.core.spec import EvaluationSpec
-from stillhouse.core.tensors import ids_list, ids_tensor
+from stillhouse.core.spec import EvaluationSpec, TeacherSpec
+from stillhouse.core.tensors import DTYPE_NAMES, ids_list, ids_tensor
 from stillhouse.trainer.batch import TeacherHead
 from stillhouse.trainer.exchange import ScoredGroup, ScoredSample
 from stillhouse.trainer.prompts import Prompt, Renderer
@@ -24,11 +24,6 @@ from stillhouse.trainer.space import Space
 from stillhouse.trainer.train import LearnerThread, to_sample
 from stillhouse.v1 import rollout_pb2, sampler_pb2, tensor_pb2
 
-GENERATE_TIMEOUT_S: Final = 600.0
-"""Deadline of one teacher-written text: the sampler may have to load the teacher first."""
-GENERATE_TRIES: Final = 3
-GENERATE_PAUSE_S: Final = 5.0
-"""Pause between tries: about the time until a dead sampler is off the list."""
 NGRAM: Final = 4
 """Length of the repeated pieces that are counted."""
 
@@ -54,7 +49,7 @@ class HeldOut:
         space: Space,
         learner: LearnerThread,
         heads: Mapping[str, TeacherHead],
-        teacher_models: Mapping[str, str],
+        teachers: Mapping[str, TeacherSpec],
         samplers: SamplerPool,
         renderer: Renderer,
         stop_ids: Sequence[int],
@@ -70,7 +65,7 @@ class HeldOut:
         self._space = space
         self._learner = learner
         self._heads = heads
-        self._teacher_models = teacher_models
+        self._teachers = teachers
         self._samplers = samplers
         self._renderer = renderer
         self._stop_ids = stop_ids
@@ -175,21 +170,21 @@ class HeldOut:
             for sample in read_json(first)["samples"]:
                 if sample["prompt"] == prompt.text:
                     return sample["teacher"]
+        teacher = self._teachers[prompt.teacher]
         request = sampler_pb2.GenerateRequest(
-            model=self._teacher_models[prompt.teacher],
+            model=teacher.model,
+            dtype=DTYPE_NAMES[teacher.dtype],
             prompt_ids=ids_tensor(prompt.teacher_prompt_ids or prompt.prompt_ids),
             sampling=rollout_pb2.SamplingParams(
                 temperature=0.0, top_p=1.0, max_tokens=self._spec.max_tokens, stop_token_ids=self._stop_ids
             ),
             seeds=[0],
         )
-        for _ in range(GENERATE_TRIES):
-            try:
-                answers = await self._race(self._samplers.generate(request, GENERATE_TIMEOUT_S))
-                return self._renderer.text(ids_list(answers[0].completion_ids))
-            except (UnavailableError, DeadlineError, OverloadedError):
-                await asyncio.sleep(GENERATE_PAUSE_S)  # the sampler died: its lease runs out, another takes over
-        return ""  # only people read this text; a job never fails for it
+        try:
+            written = await self._race(self._samplers.generate(request))
+        except (UnavailableError, DeadlineError, OverloadedError):
+            return ""  # only people read this text; a job never fails for it
+        return self._renderer.text(ids_list(written.answers[0].completion_ids))
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -168,6 +168,27 @@ class Exchange:
         failpoint("trainer.planned")
         return future
 
+    def expect(self, group: rollout_pb2.PromptGroup) -> asyncio.Future[ScoredGroup]:
+        """A group whose completions the trainer itself brings (`bring`); the future is that of `plan`."""
+        return self._expect(group.group_id, group.group, {f"{group.group_id}/{i}" for i in group.sample_indices})
+
+    async def bring(self, rollouts: Sequence[rollout_pb2.Rollout], failure: rollout_pb2.Failure | None = None) -> None:
+        """Put completions where a sampler's would go: to their teacher, or to their end if no teacher is asked or they
+        could not be had. May be repeated: each arrives once.
+        """
+        for rollout in rollouts:
+            stream, mark = self._scored, f"score:{rollout.sample_id}:0"
+            message: Any = rollout_pb2.Score(schema_version=1, rollout=rollout)
+            if failure is not None:
+                message.failed.CopyFrom(failure)
+            elif rollout.score.kind == rollout_pb2.SCORE_KIND_NONE:
+                message.none.SetInParent()
+            else:
+                stream = keys.rollouts(self._scope.job_id, self._scope.epoch, rollout.teacher)
+                mark, message = f"rollout:{rollout.sample_id}:0", rollout
+            if await self._queue.add(self._scope, stream, mark, message.SerializeToString()) is Outcome.CLOSED:
+                raise _closed(self._scope)
+
     async def rescore(self, group: int, scores: Sequence[rollout_pb2.Score]) -> asyncio.Future[ScoredGroup]:
         """Have journalled rollouts scored again (their payloads were not journalled): replay after a takeover."""
         future = self._expect(f"replay-{group}", group, {score.rollout.sample_id for score in scores})

@@ -110,6 +110,7 @@ class Lead:
             status=lambda: self.status,
             idle_s=lambda: self._start.exchange.idle_s() if self._start.exchange else 0.0,
             trouble=self.space.trouble,
+            needs_teachers=self.spec.asks_teachers(),
         )
         self._run_beside(watch.run(), "renew lease")
         end: _End | None = None
@@ -125,7 +126,7 @@ class Lead:
             await cancel_all(self._background)
             with suppress(RedisError, OSError):
                 await self._start.samplers.release()
-            await asyncio.to_thread(self._start.learner.close)
+            await self._start.close()
         if end is not None:
             await self._write_end(end)
 

@@ -62,23 +62,22 @@ class Progress:
         await self._jobs.update(self._scope, progress={"phase": phase, "total_steps": self._stop_step})
 
     async def step_done(self, step: int, metrics: dict[str, float], busy: Mapping[str, float]) -> None:
-        """Record a finished step; `busy` has tokens, sample_s, score_s and workers of its samples."""
+        """Record a finished step; `busy` has tokens, seconds and processes of its sampling and scoring."""
         now = time.monotonic()
         wall_s = now - self._step_started
         timings = self._timings(wall_s)
         self._step_started = now
         self._phases.clear()
         train_s = timings["time/train_s"]
-        tokens = busy["tokens"]
-        self.usage["sampled_tokens"] += tokens
-        self.usage["scored_tokens"] += tokens
+        self.usage["sampled_tokens"] += busy["sampled_tokens"]
+        self.usage["scored_tokens"] += busy["scored_tokens"]
         self.usage["trained_tokens"] += metrics.get("tokens/trained", 0.0)
         self.usage["sample_s"] += busy["sample_s"]
         self.usage["score_s"] += busy["score_s"]
         self.usage["train_s"] += train_s
         speeds = {
-            "sample": _rate(tokens, busy["sample_s"] / max(busy["samplers"], 1)),
-            "score": _rate(tokens, busy["score_s"] / max(busy["teachers"], 1)),
+            "sample": _rate(busy["sampled_tokens"], busy["sample_s"] / max(busy["samplers"], 1)),
+            "score": _rate(busy["scored_tokens"], busy["score_s"] / max(busy["teachers"], 1)),
             "train": _rate(metrics.get("tokens/trained", 0.0), train_s),
         }
         metrics.update(timings)
@@ -101,7 +100,7 @@ class Progress:
     def _timings(self, wall_s: float) -> dict[str, float]:
         timings = {
             f"time/{phase}_s": self._phases.get(phase, 0.0)
-            for phase in ("train", "publish", "commit", "evaluate", "journal")
+            for phase in ("train", "publish", "commit", "evaluate", "journal", "judge")
         }
         timings["time/wait_s"] = max(0.0, wall_s - sum(timings.values()))
         timings["time/step_s"] = wall_s
@@ -128,4 +127,6 @@ def _bottleneck(wait_s: float, train_s: float, speeds: Mapping[str, float]) -> s
     """The stage that would make the job faster if it were faster."""
     if train_s >= wait_s:
         return "trainer"
-    return "sampler" if speeds["sample"] <= speeds["score"] else "teacher"
+    running = {"sampler": speeds["sample"], "teacher": speeds["score"]}
+    running = {role: speed for role, speed in running.items() if speed > 0}
+    return min(running, key=lambda role: running[role], default="sampler")

@@ -10,12 +10,13 @@ import hashlib
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from stillhouse.core.errors import PreflightError, SpecError
 from stillhouse.core.spec import DataSpec, Row, TeacherSpec
+from stillhouse.core.spec_base import NO_TEACHER
 from stillhouse.core.tensors import ids_tensor
 from stillhouse.v1 import rollout_pb2
 
@@ -24,15 +25,20 @@ from stillhouse.v1 import rollout_pb2
 class Prompt:
     """A row, ready to be sampled and scored."""
 
+    source: Row
+    """The row as the user gave it."""
     row: int
     text: str
     """The user's last message, for people."""
     teacher: str
+    """Name of its teacher; NO_TEACHER in a job without."""
     weight: float
     prompt_ids: tuple[int, ...]
     """[P] as the student reads it."""
     teacher_prompt_ids: tuple[int, ...] | None
     """[Q] as the teacher reads it; None = the same."""
+    completion_ids: tuple[int, ...] | None = None
+    """[T] the row's own completion, where the job reads those."""
 
 
 def load_rows(data: DataSpec, file_path: Path | None) -> list[Row]:
@@ -70,6 +76,21 @@ class Renderer:
         )
         return tuple(int(token) for token in encoded["input_ids"])
 
+    def completion(self, text: str, stop_ids: Sequence[int]) -> tuple[int, ...]:
+        """[T] a given text as the assistant's turn: its tokens, and the token that ends the turn.
+
+        It is tokenized apart from the prompt, as a model writes it; what looks like a special token in it is text.
+        """
+        ids = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return (*(int(token) for token in ids), self._end_of_turn(stop_ids))
+
+    def _end_of_turn(self, stop_ids: Sequence[int]) -> int:
+        """The end-of-sequence token with which the chat template closes the assistant's turn, if it does with one."""
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        rendered = self._tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True)["input_ids"]
+        closing = [int(token) for token in rendered if token in stop_ids]
+        return closing[-1] if closing else stop_ids[0]
+
     def text(self, ids: Sequence[int]) -> str:
         """Completion ids as text, special tokens left out."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
@@ -77,16 +98,14 @@ class Renderer:
 
 def prepare(rows: Sequence[Row], teachers: Mapping[str, TeacherSpec], renderer: Renderer) -> list[Prompt]:
     """Render every row for student and teacher."""
-    only = next(iter(teachers)) if len(teachers) == 1 else None
     prompts = []
     for index, row in enumerate(rows):
-        name = row.teacher or only
-        if name is None or name not in teachers:
-            raise PreflightError(f"row {index}: teacher '{row.teacher}' is not one of {sorted(teachers)}")
+        name = _route(row, index, teachers)
         conversation = row.conversation()
-        for_teacher = _teacher_conversation(row, conversation, teachers[name])
+        for_teacher = _teacher_conversation(row, conversation, teachers.get(name))
         prompts.append(
             Prompt(
+                source=row,
                 row=index,
                 text=conversation[-1]["content"],
                 teacher=name,
@@ -98,9 +117,35 @@ def prepare(rows: Sequence[Row], teachers: Mapping[str, TeacherSpec], renderer: 
     return prompts
 
 
+def with_completions(prompts: Sequence[Prompt], renderer: Renderer, stop_ids: Sequence[int]) -> list[Prompt]:
+    """The prompts with the rows' completions as tokens.
+
+    Raises:
+        PreflightError: names a row that has none.
+    """
+    made = []
+    for prompt in prompts:
+        text = prompt.source.completion
+        if text is None:
+            raise PreflightError(f"row {prompt.row} has no 'completion', and the job trains on those; add it")
+        made.append(replace(prompt, completion_ids=renderer.completion(text, stop_ids)))
+    return made
+
+
+def _route(row: Row, index: int, teachers: Mapping[str, TeacherSpec]) -> str:
+    """Name of the row's teacher."""
+    if row.teacher is None and len(teachers) < 2:
+        return next(iter(teachers), NO_TEACHER)
+    if row.teacher is None or row.teacher not in teachers:
+        raise PreflightError(f"row {index}: teacher '{row.teacher}' is not one of {sorted(teachers)}")
+    return row.teacher
+
+
 def _teacher_conversation(
-    row: Row, conversation: list[dict[str, str]], teacher: TeacherSpec
+    row: Row, conversation: list[dict[str, str]], teacher: TeacherSpec | None
 ) -> list[dict[str, str]] | None:
+    if teacher is None:
+        return None
     if row.teacher_prompt is not None:
         return [message.model_dump() for message in row.teacher_prompt]
     if teacher.system_prompt is not None:
@@ -117,7 +162,8 @@ def check_lengths(prompts: Sequence[Prompt], max_tokens: int, limits: Mapping[st
     """
     for prompt in prompts:
         lengths = {"student": len(prompt.prompt_ids)}
-        lengths[prompt.teacher] = len(prompt.teacher_prompt_ids or prompt.prompt_ids)
+        if prompt.teacher != NO_TEACHER:
+            lengths[prompt.teacher] = len(prompt.teacher_prompt_ids or prompt.prompt_ids)
         for who, length in lengths.items():
             if length + max_tokens > limits[who]:
                 raise PreflightError(
@@ -150,6 +196,13 @@ def sample_seed(job_seed: int, group_id: str, index: int) -> int:
     """Seed of a sample: from the job's seed, the group and the index, never from the policy version."""
     digest = hashlib.sha256(f"{job_seed}/{group_id}/{index}".encode()).digest()
     return int.from_bytes(digest[:8], "big")
+
+
+def is_on_policy(job_seed: int, group: int, fraction: float) -> bool:
+    """Whether the student answers a group itself: true of `fraction` of the groups, drawn from the job's seed."""
+    digest = hashlib.sha256(f"{job_seed}/origin/{group}".encode()).digest()
+    # 53 bits are exact as a float below 1: a fraction of 0 is never, one of 1 is always
+    return (int.from_bytes(digest[:8], "big") >> 11) / 2**53 < fraction
 
 
 def make_group(

@@ -26,11 +26,13 @@ from stillhouse.trainer.ledger import Ledger
 from stillhouse.trainer.manifests import ManifestRef, Opening
 from stillhouse.trainer.masks import mask_tokens
 from stillhouse.trainer.progress import Progress
-from stillhouse.trainer.prompts import Prompt, PromptOrder, make_group, sample_seed
+from stillhouse.trainer.prompts import Prompt, PromptOrder, is_on_policy, make_group, sample_seed
 from stillhouse.trainer.publish import Publisher
 from stillhouse.trainer.retention import retain
+from stillhouse.trainer.rewards import Rewards, outcomes, reward_metrics
 from stillhouse.trainer.samplers import SamplerPool
 from stillhouse.trainer.space import Space
+from stillhouse.trainer.texts import Texts
 from stillhouse.trainer.train import LearnerThread, micro_batch_plans, plan_from_journal, to_sample
 from stillhouse.v1 import rollout_pb2
 
@@ -63,6 +65,10 @@ class Run:
     order: PromptOrder
     prompts: Sequence[Prompt]
     heads: Mapping[str, TeacherHead]
+    texts: Texts
+    """Brings what the student does not write."""
+    rewards: Rewards | None
+    """Judges what it writes; None = the stage has no outcome reward."""
     stop_ids: Sequence[int]
     special_ids: Sequence[int]
     """Special tokens of the student, where the stage masks them."""
@@ -77,6 +83,7 @@ class Run:
     """Optimizer steps in the learner."""
     _batch: tuple[list[TrainSample], list[list[int]]] = field(default_factory=lambda: ([], []))
     _metrics: dict[str, float] = field(default_factory=dict)
+    _reward_metrics: dict[str, float] = field(default_factory=dict)
     _busy: dict[str, float] = field(default_factory=dict)
     _non_finite: int = 0
     """Steps in a row whose gradient was not finite."""
@@ -90,8 +97,9 @@ class Run:
     # -- Rollouts ----------------------------------------------------------------------------------------------------
 
     async def start(self, group: int, min_policy_version: int) -> asyncio.Future[ScoredGroup]:
-        return await self.plan(
-            self.order[group],
+        prompt = self.order[group]
+        message = self._group(
+            prompt,
             purpose=rollout_pb2.PURPOSE_TRAIN,
             group=group,
             group_id=str(group),
@@ -101,14 +109,24 @@ class Run:
             score=self._score_spec(),
             min_policy_version=min_policy_version,
         )
+        if is_on_policy(self.spec.seed, group, self.stage.on_policy_fraction):
+            return await self._plan(message)
+        return await self.texts.start(message, prompt)
 
-    async def plan(self, prompt: Prompt, *, seed_id: str, size: int, **fields: Any) -> asyncio.Future[ScoredGroup]:
-        """Plan a group of `size` samples whose seeds follow from `seed_id`."""
+    async def plan(self, prompt: Prompt, **fields: Any) -> asyncio.Future[ScoredGroup]:
+        """Plan a group that the student answers; for `fields` see `_group` and `make_group`."""
+        return await self._plan(self._group(prompt, **fields))
+
+    async def _plan(self, message: rollout_pb2.PromptGroup) -> asyncio.Future[ScoredGroup]:
+        return await self.space.insist("more prompts", lambda: self.exchange.plan(message))
+
+    def _group(self, prompt: Prompt, *, seed_id: str, size: int, **fields: Any) -> rollout_pb2.PromptGroup:
+        """A group of `size` samples whose seeds follow from `seed_id`."""
         seeds = [sample_seed(self.spec.seed, seed_id, index) for index in range(size)]
         message = make_group(prompt, job_id=self.scope.job_id, epoch=self.scope.epoch, seeds=seeds, **fields)
         if self.spec.deterministic:  # the oldest version allowed, and no other: chosen by schedule, not by time
             message.exact_policy_version_plus_one = message.min_policy_version + 1
-        return await self.space.insist("more prompts", lambda: self.exchange.plan(message))
+        return message
 
     async def done(self, groups: Sequence[ScoredGroup]) -> None:
         await self.exchange.done([sample for group in groups for sample in group.samples])
@@ -120,6 +138,7 @@ class Run:
         self.exchange.check_failures(self.spec.max_failed_fraction)
         await self._report_failures(groups)
         scored = [sample for group in groups for sample in group.scored]
+        self._reward_metrics = await self._judge(step, scored)
         with self.progress.timed("journal"):
             samples = self._samples(scored, step)
             plan = await self.learner.plan(samples)
@@ -134,6 +153,19 @@ class Run:
         self._batch = (samples, plan)
         self._busy = self._busy_seconds(scored)
 
+    async def _judge(self, step: int, scored: Sequence[ScoredSample]) -> dict[str, float]:
+        """Have completions judged, where the stage has an outcome reward; gives its metrics."""
+        if self.rewards is None or not scored:
+            return {}
+        with self.progress.timed("judge"):
+            problems = await self.rewards.judge(scored)
+        if problems:
+            message = f"{len(problems)} of {len(scored)} completions got no verdict, hence reward 0; {problems[0]}"
+            await self.jobs.event(
+                self.scope.job_id, "reward.failed", message, level="warning", step=step, count=len(problems)
+            )
+        return {**reward_metrics(scored), "reward/timeouts": float(len(problems))}
+
     async def _write_journal(self, step: int, scores: Sequence[rollout_pb2.Score], **header: Any) -> None:
         await self.space.insist(
             f"the journal of step {step}",
@@ -146,7 +178,11 @@ class Run:
         if not scored:
             raise JobFailedError("every sample of the step failed; the events of the job name the reasons")
         temperature = self.stage.sampling.temperature
-        samples = [to_sample(s, self.prompts[s.score.rollout.row].weight, temperature) for s in scored]
+        advantages = outcomes(scored, self.rewards.spec) if self.rewards is not None else {}
+        samples = []
+        for sample in scored:
+            weight = self.prompts[sample.score.rollout.row].weight
+            samples.append(to_sample(sample, weight, temperature, advantages.get(sample.sample_id, 0.0)))
         return mask_tokens(samples, self.stage.tokens, step, self.special_ids)
 
     async def _report_failures(self, groups: Sequence[ScoredGroup]) -> None:
@@ -165,20 +201,23 @@ class Run:
             )
 
     def _busy_seconds(self, scored: Sequence[ScoredSample]) -> dict[str, float]:
-        rollouts = [sample.score.rollout for sample in scored]
+        """Tokens, seconds and processes of samplers and teachers; texts of the data and missing scores cost none."""
+        sampled = [sample.score.rollout for sample in scored if sample.score.rollout.origin != rollout_pb2.ORIGIN_DATA]
+        judged = [sample.score for sample in scored if sample.score.WhichOneof("result") != "none"]
         return {
-            "tokens": float(sum(rollout.completion_ids.shape[0] for rollout in rollouts)),
-            "sample_s": sum(rollout.sample_s for rollout in rollouts),
-            "score_s": sum(sample.score.score_s for sample in scored),
-            "samplers": float(len({rollout.sampler for rollout in rollouts})),
-            "teachers": float(len({sample.score.teacher_instance for sample in scored})),
+            "sampled_tokens": float(sum(rollout.completion_ids.shape[0] for rollout in sampled)),
+            "scored_tokens": float(sum(score.rollout.completion_ids.shape[0] for score in judged)),
+            "sample_s": sum(rollout.sample_s for rollout in sampled),
+            "score_s": sum(score.score_s for score in judged),
+            "samplers": float(len({rollout.sampler for rollout in sampled})),
+            "teachers": float(len({score.teacher_instance for score in judged})),
         }
 
     # -- Learner -----------------------------------------------------------------------------------------------------
 
     async def step(self, step: int, groups: Sequence[ScoredGroup]) -> None:
         samples, plan = self._batch
-        self._metrics = await self._train(step, samples, plan)
+        self._metrics = {**await self._train(step, samples, plan), **self._reward_metrics}
         failpoint("trainer.stepped")
 
     async def _train(self, step: int, samples: list[TrainSample], plan: list[list[int]]) -> dict[str, float]:
@@ -215,6 +254,7 @@ class Run:
             if self.spec.deterministic:  # the next groups want the weights of the versions before
                 await self.publisher.hold(ref.step, await self.learner.state_arrays())
             metrics = await self._train(ref.step, samples, plan_from_journal(samples, journalled.header.micro_batches))
+            metrics |= reward_metrics(scored) if self.rewards is not None else {}
             failpoint("trainer.replayed")
             await self.progress.step_done(self.step_done, metrics, self._busy_seconds(scored))
 

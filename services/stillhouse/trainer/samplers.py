@@ -3,24 +3,42 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import time
+from dataclasses import dataclass
 from typing import Any, Final
 
 from redis.exceptions import RedisError
 
-from stillhouse.core.errors import StillhouseError
+from stillhouse.core.errors import DeadlineError, OverloadedError, StillhouseError, UnavailableError
 from stillhouse.core.queue.registry import Registry, ServiceInfo
 from stillhouse.core.queue.streams import Scope
 from stillhouse.core.rpc import Peers
 from stillhouse.core.spec import SamplersSpec
-from stillhouse.v1 import sampler_pb2, sampler_pb2_grpc, weights_pb2
+from stillhouse.v1 import rollout_pb2, sampler_pb2, sampler_pb2_grpc, weights_pb2
 
 AWAY_LEASES: Final = (0.2, 1.2)
 """Shortest and longest pause after samplers were given back, in leases: of two jobs one comes back first and finds all
 of them free."""
 HINT_TIMEOUT_S: Final = 5.0
 """Deadline of a SyncWeights hint: it only wakes the sampler."""
+GENERATE_TIMEOUT_S: Final = 600.0
+"""Deadline of a prompt's texts: the sampler may have to load their model first, and has other work."""
+GENERATE_TRIES: Final = 5
+"""As for samples over the queue: what five samplers died of is its own fault."""
+GENERATE_PAUSE_S: Final = 5.0
+"""Pause between tries: about the time until a dead sampler is off the list."""
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """Completions of a prompt, in the order of their seeds."""
+
+    answers: list[sampler_pb2.GenerateResponse]
+    sampler: str
+    """Instance that wrote them."""
+    seconds: float
 
 
 class SamplerPool:
@@ -48,6 +66,7 @@ class SamplerPool:
         """Monotonic time until when it leases none, so that others can."""
         self._changed = asyncio.Event()
         self._hints: set[asyncio.Task[None]] = set()
+        self._turns = itertools.count()
 
     @property
     def size(self) -> int:
@@ -100,7 +119,10 @@ class SamplerPool:
 
     async def wait_for_min(self) -> None:
         """Wait until `samplers.min` samplers are leased (interrupted from outside)."""
-        while self.size < self._spec.min:
+        await self._wait_for(self._spec.min)
+
+    async def _wait_for(self, number: int) -> None:
+        while self.size < number:
             self._changed.clear()
             await self._changed.wait()
 
@@ -118,13 +140,34 @@ class SamplerPool:
         except StillhouseError as error:
             self._log.debug("SyncWeights missed", sampler=info.instance, error=error.message)
 
-    async def generate(
-        self, request: sampler_pb2.GenerateRequest, timeout_s: float
+    async def generate(self, request: sampler_pb2.GenerateRequest) -> Written:
+        """Completions outside the queue, from the samplers in turns; one that dies is replaced by another.
+
+        Raises:
+            StillhouseError: the sampler refused, or none answered in GENERATE_TRIES.
+        """
+        for number in range(1, GENERATE_TRIES + 1):
+            await self._wait_for(1)
+            info = sorted(self._leased.values(), key=lambda info: info.instance)[next(self._turns) % self.size]
+            started = time.monotonic()
+            try:
+                return Written(await self._generate(info, request), info.instance, time.monotonic() - started)
+            except (UnavailableError, DeadlineError, OverloadedError) as error:
+                self._log.warning("text not written", sampler=info.instance, error=error.message, tries=number)
+                if number == GENERATE_TRIES:
+                    raise
+                await asyncio.sleep(GENERATE_PAUSE_S)
+        raise AssertionError("the last try returns or raises")
+
+    async def _generate(
+        self, info: ServiceInfo, request: sampler_pb2.GenerateRequest
     ) -> list[sampler_pb2.GenerateResponse]:
-        """Completions outside the queue, from any of the samplers."""
-        await self.wait_for_min()
-        info = next(iter(self._leased.values()))
-        return [part async for part in self._peer(info).stream("Generate", request, timeout_s=timeout_s)]
+        parts = self._peer(info).stream("Generate", request, timeout_s=GENERATE_TIMEOUT_S)
+        answers = {part.index: part async for part in parts}
+        is_cut_off = any(part.finish_reason == rollout_pb2.FINISH_REASON_ABORT for part in answers.values())
+        if is_cut_off or len(answers) != len(request.seeds):
+            raise UnavailableError(f"sampler {info.instance} stopped in the middle of a text")
+        return [answers[index] for index in range(len(request.seeds))]
 
     def _peer(self, info: ServiceInfo) -> Any:
         return self._peers.get(info.address, sampler_pb2_grpc.SamplerServiceStub, f"sampler {info.instance}")

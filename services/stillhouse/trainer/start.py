@@ -14,7 +14,7 @@ from stillhouse.core.models import ModelEntry, verify_files
 from stillhouse.core.queue.jobs import JobRecord
 from stillhouse.core.queue.streams import Scope
 from stillhouse.core.service import Context
-from stillhouse.core.spec import DataSpec, JobSpec
+from stillhouse.core.spec import DataSpec, JobSpec, PolicyGradientLoss, TeacherSpec
 from stillhouse.trainer import manifests
 from stillhouse.trainer.batch import TeacherHead
 from stillhouse.trainer.evaluate import HeldOut
@@ -24,13 +24,24 @@ from stillhouse.trainer.ledger import Ledger
 from stillhouse.trainer.loop import Interrupt
 from stillhouse.trainer.manifests import Opening
 from stillhouse.trainer.progress import Progress
-from stillhouse.trainer.prompts import Prompt, PromptOrder, Renderer, check_lengths, load_rows, prepare
+from stillhouse.trainer.prompts import (
+    Prompt,
+    PromptOrder,
+    Renderer,
+    check_lengths,
+    load_rows,
+    prepare,
+    with_completions,
+)
 from stillhouse.trainer.publish import Publisher
+from stillhouse.trainer.rewards import Rewards
 from stillhouse.trainer.run import Run
 from stillhouse.trainer.samplers import SamplerPool
 from stillhouse.trainer.space import Space
+from stillhouse.trainer.texts import Texts
 from stillhouse.trainer.tokens import special_token_ids, stop_token_ids
 from stillhouse.trainer.train import LearnerThread
+from stillhouse.trainer.verify.judges import Judges
 
 
 @dataclass
@@ -52,19 +63,22 @@ class Start:
     run_beside: Callable[[Coroutine[Any, Any, None], str], None]
     """Runs something until the claim ends; its error ends the claim."""
     exchange: Exchange | None = None
+    judges: Judges | None = None
 
     async def run(self, opening: Opening, set_status: Callable[[str], Awaitable[None]]) -> Run:
         """Validate the job and bring everything to the state that `opening` names."""
         await set_status("validating")
         if self.spec.deterministic:
             await self._check_services()
-        student = self.ctx.models.get(self.spec.student.model)
+        stage, student = self.spec.stages[0], self.ctx.models.get(self.spec.student.model)
         teachers = {name: self.ctx.models.get(spec.model) for name, spec in self.spec.teachers.items()}
         await asyncio.to_thread(verify_files, student)
         renderer = await asyncio.to_thread(Renderer, Path(student.path))
         prompts, held_out = await self._load_prompts(renderer, student, teachers)
         self.exchange = await self._open_exchange(teachers)
         self.run_beside(self.exchange.run(), "take scores")
+        texts = self._texts(self.exchange, student, teachers)
+        self.run_beside(texts.run(), "write texts")
 
         await set_status("starting")
         await self.progress.show("loading the student")
@@ -74,7 +88,6 @@ class Start:
         first_step, ledger = await self._restore(opening)
         await self.progress.show("loading teachers")
         heads = await self.interrupt.race(self._load_teachers(teachers, held_out))
-        stage = self.spec.stages[0]
         run = Run(
             scope=self.scope,
             spec=self.spec,
@@ -89,6 +102,8 @@ class Start:
             order=PromptOrder(prompts, self.spec.seed, stage.data.shuffle),
             prompts=prompts,
             heads=heads,
+            texts=texts,
+            rewards=self._rewards(prompts, renderer),
             stop_ids=stop_token_ids(student),
             special_ids=special_token_ids(student) if stage.tokens.mask_special else (),
             threads=threads,
@@ -97,7 +112,7 @@ class Start:
             step_done=first_step,
             ledger=ledger,
         )
-        run.held_out = self._held_out(run, held_out, renderer, teachers)
+        run.held_out = self._held_out(run, held_out, renderer)
         if opening.replay:
             await self.progress.show(f"replaying {len(opening.replay)} steps")
             await self.interrupt.race(run.replay())
@@ -147,6 +162,8 @@ class Start:
             return prompts
 
         prompts = await asyncio.to_thread(load, stage.data, stage.sampling.max_tokens)
+        if stage.reads_completions():
+            prompts = await asyncio.to_thread(with_completions, prompts, renderer, stop_token_ids(student))
         held_out: list[Prompt] = []
         if evaluation.data is not None:
             held_out = await asyncio.to_thread(load, evaluation.data, evaluation.max_tokens)
@@ -161,13 +178,49 @@ class Start:
             registry=ctx.registry,
             peers=ctx.peers,
             consumer=ctx.instance,
-            tasks={
-                name: make_task(self.scope, name, spec, teachers[name]) for name, spec in self.spec.teachers.items()
-            },
+            tasks={name: make_task(self.scope, name, spec, teachers[name]) for name, spec in self._asked().items()},
             log=self.log,
         )
         await self.space.insist("the streams of the job", exchange.open)
         return exchange
+
+    def _asked(self) -> Mapping[str, TeacherSpec]:
+        """Teachers that score."""
+        return self.spec.teachers if self.spec.asks_teachers() else {}
+
+    def _texts(self, exchange: Exchange, student: ModelEntry, teachers: dict[str, ModelEntry]) -> Texts:
+        """What brings off-policy groups; if teachers write them, they must end as the student does."""
+        stage = self.spec.stages[0]
+        writes = stage.on_policy_fraction < 1 and stage.off_policy_source == "teacher"
+        known = {*stop_token_ids(student), *stage.sampling.stop_token_ids}
+        for name, entry in teachers.items() if writes else ():
+            if odd := sorted(set(stop_token_ids(entry)) - known):
+                raise PreflightError(
+                    f"teacher '{name}' ({entry.name}) ends its texts with the tokens {odd}, too, at which the student "
+                    f"({student.name}) would go on; add them to sampling.stop_token_ids"
+                )
+        return Texts(
+            exchange=exchange,
+            samplers=self.samplers,
+            space=self.space,
+            teachers=self.spec.teachers if writes else None,
+            tokenizer_sha256=student.tokenizer_sha256,
+            log=self.log,
+        )
+
+    def _rewards(self, prompts: Sequence[Prompt], renderer: Renderer) -> Rewards | None:
+        loss = self.spec.stages[0].loss
+        reward = loss.reward if isinstance(loss, PolicyGradientLoss) else None
+        if reward is None:
+            return None
+        self.judges = Judges(timeout_s=reward.timeout_s)
+        return Rewards(reward, prompts, self.judges, renderer.text, self.interrupt.race)
+
+    async def close(self) -> None:
+        """Drop what outlives no claim."""
+        if self.judges is not None:
+            await self.judges.close()
+        await asyncio.to_thread(self.learner.close)
 
     async def _load_teachers(
         self, teachers: dict[str, ModelEntry], held_out: Sequence[Prompt]
@@ -175,7 +228,7 @@ class Start:
         """Every teacher loaded somewhere; the heads of those whose hidden states come to the learner."""
         needs_heads = self.spec.stages[0].loss.payload() == "hidden" or bool(held_out)
         heads: dict[str, TeacherHead] = {}
-        for name, spec in self.spec.teachers.items():
+        for name, spec in self._asked().items():
             task = make_task(self.scope, name, spec, teachers[name])
             if needs_heads:
                 heads[name] = await fetch_head(self.ctx.registry, self.ctx.peers, task)
@@ -183,9 +236,7 @@ class Start:
                 await ensure_loaded(self.ctx.registry, self.ctx.peers, task)
         return heads
 
-    def _held_out(
-        self, run: Run, prompts: Sequence[Prompt], renderer: Renderer, teachers: dict[str, ModelEntry]
-    ) -> HeldOut | None:
+    def _held_out(self, run: Run, prompts: Sequence[Prompt], renderer: Renderer) -> HeldOut | None:
         if not prompts:
             return None
         return HeldOut(
@@ -198,7 +249,7 @@ class Start:
             space=self.space,
             learner=self.learner,
             heads=run.heads,
-            teacher_models={name: entry.name for name, entry in teachers.items()},
+            teachers=self.spec.teachers,
             samplers=self.samplers,
             renderer=renderer,
             stop_ids=run.stop_ids,

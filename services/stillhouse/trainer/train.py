@@ -29,8 +29,11 @@ LISTS: Final = ("topk_ids", "topk_logprobs", "target_ids", "target_logprobs")
 """Fields of a sample that hold several tokens per position."""
 
 
-def to_sample(sample: ScoredSample, weight: float, temperature: float | None = None) -> TrainSample:
+def to_sample(
+    sample: ScoredSample, weight: float, temperature: float | None = None, outcome: float = 0.0
+) -> TrainSample:
     """A scored sample as the learner takes it; checks that all lengths agree, and the temperature if one is given.
+    `outcome` as in `TrainSample`.
 
     Raises:
         WireError: names the sample and both lengths or temperatures.
@@ -74,6 +77,7 @@ def to_sample(sample: ScoredSample, weight: float, temperature: float | None = N
         finish_reason=int(rollout.finish_reason),
         **{name: arrays[name] for name in (*LISTS, "entropies") if name in arrays},
         is_filtered=is_students and _is_filtered(rollout.sampling),
+        outcome=outcome,
         origin=rollout.origin,
     )
 

@@ -62,6 +62,7 @@ class Watch:
         status: Callable[[], str],
         idle_s: Callable[[], float],
         trouble: Callable[[], tuple[str, str] | None] = lambda: None,
+        needs_teachers: bool = True,
     ) -> None:
         self._ctx = ctx
         self._scope = scope
@@ -72,6 +73,7 @@ class Watch:
         self._idle_s = idle_s
         self._trouble = trouble
         """(reason, message) of what the trainer itself waits for."""
+        self._needs_teachers = needs_teachers
 
     async def run(self) -> None:
         """Keep the lease; pass on a user's wish to cancel and the process's wish to stop; until cancelled.
@@ -135,7 +137,7 @@ class Watch:
             return "no_sampler", "no sampler service is running; `stillhouse ps` shows what runs"
         if self._status() == "running" and self._samplers.size == 0:
             return "no_sampler", f"the job has lost its samplers, and the {len(samplers)} there are serve other jobs"
-        if not teachers:
+        if self._needs_teachers and not teachers:
             return "no_teacher", "no teacher service is running; `stillhouse ps` shows what runs"
         return self._standstill([*(info for info in samplers if info.job_id == self._scope.job_id), *teachers])
 

@@ -27,7 +27,7 @@ from stillhouse.v1 import tensor_pb2 as stillhouse_dot_v1_dot_tensor__pb2
 from stillhouse.v1 import weights_pb2 as stillhouse_dot_v1_dot_weights__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bstillhouse/v1/sampler.proto\x12\rstillhouse.v1\x1a\x1bstillhouse/v1/rollout.proto\x1a\x1astillhouse/v1/tensor.proto\x1a\x1bstillhouse/v1/weights.proto\"\x1e\n\x1cSamplerServiceGetInfoRequest\"\x90\x02\n\x1dSamplerServiceGetInfoResponse\x12\x10\n\x08instance\x18\x01 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x0e\n\x06job_id\x18\x04 \x01(\t\x12*\n\x07weights\x18\x05 \x01(\x0b\x32\x19.stillhouse.v1.WeightsRef\x12\r\n\x05model\x18\x06 \x01(\t\x12\x18\n\x10tokenizer_sha256\x18\x07 \x01(\t\x12\x12\n\nvocab_size\x18\x08 \x01(\r\x12\x1b\n\x13max_sequence_length\x18\t \x01(\r\x12\x0e\n\x06paused\x18\n \x01(\x08\x12\x16\n\x0esampled_tokens\x18\x0b \x01(\x04\"^\n SamplerServiceSyncWeightsRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12*\n\x07weights\x18\x02 \x01(\x0b\x32\x19.stillhouse.v1.WeightsRef\"O\n!SamplerServiceSyncWeightsResponse\x12*\n\x07weights\x18\x01 \x01(\x0b\x32\x19.stillhouse.v1.WeightsRef\"\x8b\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12)\n\nprompt_ids\x18\x02 \x01(\x0b\x32\x15.stillhouse.v1.Tensor\x12/\n\x08sampling\x18\x03 \x01(\x0b\x32\x1d.stillhouse.v1.SamplingParams\x12\r\n\x05seeds\x18\x04 \x03(\x04\"\xe1\x01\n\x10GenerateResponse\x12\r\n\x05index\x18\x01 \x01(\r\x12-\n\x0e\x63ompletion_ids\x18\x02 \x01(\x0b\x32\x15.stillhouse.v1.Tensor\x12/\n\x10rollout_logprobs\x18\x03 \x01(\x0b\x32\x15.stillhouse.v1.Tensor\x12\x32\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x1b.stillhouse.v1.FinishReason\x12*\n\x07weights\x18\x05 \x01(\x0b\x32\x19.stillhouse.v1.WeightsRef\"\x0e\n\x0cPauseRequest\"\x0f\n\rPauseResponse\"\x0f\n\rResumeRequest\"\x10\n\x0eResumeResponse\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nsample_ids\x18\x01 \x03(\t\" \n\rAbortResponse\x12\x0f\n\x07\x61\x62orted\x18\x01 \x01(\r2\x86\x04\n\x0eSamplerService\x12\x64\n\x07GetInfo\x12+.stillhouse.v1.SamplerServiceGetInfoRequest\x1a,.stillhouse.v1.SamplerServiceGetInfoResponse\x12p\n\x0bSyncWeights\x12/.stillhouse.v1.SamplerServiceSyncWeightsRequest\x1a\x30.stillhouse.v1.SamplerServiceSyncWeightsResponse\x12M\n\x08Generate\x12\x1e.stillhouse.v1.GenerateRequest\x1a\x1f.stillhouse.v1.GenerateResponse0\x01\x12\x42\n\x05Pause\x12\x1b.stillhouse.v1.PauseRequest\x1a\x1c.stillhouse.v1.PauseResponse\x12\x45\n\x06Resume\x12\x1c.stillhouse.v1.ResumeRequest\x1a\x1d.stillhouse.v1.ResumeResponse\x12\x42\n\x05\x41\x62ort\x12\x1b.stillhouse.v1.AbortRequest\x1a\x1c.stillhouse.v1.AbortResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bstillhouse/v1/sampler.proto\x12\rstillhouse.v1\x1a\x1bstillhouse/v1/rollout.proto\x1a\x1astillhouse/v1/tensor.proto\x1a\x1bstillhouse/v1/weights.proto\"\x1e\n\x1cSamplerServiceGetInfoRequest\"\x90\x02\n\x1dSamplerServiceGetInfoResponse\x12\x10\n\x08instance\x18\x01 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x0e\n\x06job_id\x18\x04 \x01(\t\x12*\n\x07weights\x18\x05 \x01(\x0b\x32\x19.stillhouse.v1.WeightsRef\x12\r\n\x05model\x18\x06 \x01(\t\x12\x18\n\x10tokenizer_sha256\x18\x07 \x01(\t\x12\x12\n\nvocab_size\x18\x08 \x01(\r\x12\x1b\n\x13max_sequence_length\x18\t \x01(\r\x12\x0e\n\x06paused\x18\n \x01(\x08\x12\x16\n\x0esampled_tokens\x18\x0b \x01(\x04\"^\n SamplerServiceSyncWeightsRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12*\n\x07weights\x18\x02 \x01(\x0b\x32\x19.stillhouse.v1.WeightsRef\"O\n!SamplerServiceSyncWeightsResponse\x12*\n\x07weights\x18\x01 \x01(\x0b\x32\x19.stillhouse.v1.WeightsRef\"\xb3\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12)\n\nprompt_ids\x18\x02 \x01(\x0b\x32\x15.stillhouse.v1.Tensor\x12/\n\x08sampling\x18\x03 \x01(\x0b\x32\x1d.stillhouse.v1.SamplingParams\x12\r\n\x05seeds\x18\x04 \x03(\x04\x12&\n\x05\x64type\x18\x05 \x01(\x0e\x32\x17.stillhouse.v1.DataType\"\xe1\x01\n\x10GenerateResponse\x12\r\n\x05index\x18\x01 \x01(\r\x12-\n\x0e\x63ompletion_ids\x18\x02 \x01(\x0b\x32\x15.stillhouse.v1.Tensor\x12/\n\x10rollout_logprobs\x18\x03 \x01(\x0b\x32\x15.stillhouse.v1.Tensor\x12\x32\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x1b.stillhouse.v1.FinishReason\x12*\n\x07weights\x18\x05 \x01(\x0b\x32\x19.stillhouse.v1.WeightsRef\"\x0e\n\x0cPauseRequest\"\x0f\n\rPauseResponse\"\x0f\n\rResumeRequest\"\x10\n\x0eResumeResponse\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nsample_ids\x18\x01 \x03(\t\" \n\rAbortResponse\x12\x0f\n\x07\x61\x62orted\x18\x01 \x01(\r2\x86\x04\n\x0eSamplerService\x12\x64\n\x07GetInfo\x12+.stillhouse.v1.SamplerServiceGetInfoRequest\x1a,.stillhouse.v1.SamplerServiceGetInfoResponse\x12p\n\x0bSyncWeights\x12/.stillhouse.v1.SamplerServiceSyncWeightsRequest\x1a\x30.stillhouse.v1.SamplerServiceSyncWeightsResponse\x12M\n\x08Generate\x12\x1e.stillhouse.v1.GenerateRequest\x1a\x1f.stillhouse.v1.GenerateResponse0\x01\x12\x42\n\x05Pause\x12\x1b.stillhouse.v1.PauseRequest\x1a\x1c.stillhouse.v1.PauseResponse\x12\x45\n\x06Resume\x12\x1c.stillhouse.v1.ResumeRequest\x1a\x1d.stillhouse.v1.ResumeResponse\x12\x42\n\x05\x41\x62ort\x12\x1b.stillhouse.v1.AbortRequest\x1a\x1c.stillhouse.v1.AbortResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -43,21 +43,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLERSERVICESYNCWEIGHTSRESPONSE']._serialized_start=535
   _globals['_SAMPLERSERVICESYNCWEIGHTSRESPONSE']._serialized_end=614
   _globals['_GENERATEREQUEST']._serialized_start=617
-  _globals['_GENERATEREQUEST']._serialized_end=756
-  _globals['_GENERATERESPONSE']._serialized_start=759
-  _globals['_GENERATERESPONSE']._serialized_end=984
-  _globals['_PAUSEREQUEST']._serialized_start=986
-  _globals['_PAUSEREQUEST']._serialized_end=1000
-  _globals['_PAUSERESPONSE']._serialized_start=1002
-  _globals['_PAUSERESPONSE']._serialized_end=1017
-  _globals['_RESUMEREQUEST']._serialized_start=1019
-  _globals['_RESUMEREQUEST']._serialized_end=1034
-  _globals['_RESUMERESPONSE']._serialized_start=1036
-  _globals['_RESUMERESPONSE']._serialized_end=1052
-  _globals['_ABORTREQUEST']._serialized_start=1054
-  _globals['_ABORTREQUEST']._serialized_end=1088
-  _globals['_ABORTRESPONSE']._serialized_start=1090
-  _globals['_ABORTRESPONSE']._serialized_end=1122
-  _globals['_SAMPLERSERVICE']._serialized_start=1125
-  _globals['_SAMPLERSERVICE']._serialized_end=1643
+  _globals['_GENERATEREQUEST']._serialized_end=796
+  _globals['_GENERATERESPONSE']._serialized_start=799
+  _globals['_GENERATERESPONSE']._serialized_end=1024
+  _globals['_PAUSEREQUEST']._serialized_start=1026
+  _globals['_PAUSEREQUEST']._serialized_end=1040
+  _globals['_PAUSERESPONSE']._serialized_start=1042
+  _globals['_PAUSERESPONSE']._serialized_end=1057
+  _globals['_RESUMEREQUEST']._serialized_start=1059
+  _globals['_RESUMEREQUEST']._serialized_end=1074
+  _globals['_RESUMERESPONSE']._serialized_start=1076
+  _globals['_RESUMERESPONSE']._serialized_end=1092
+  _globals['_ABORTREQUEST']._serialized_start=1094
+  _globals['_ABORTREQUEST']._serialized_end=1128
+  _globals['_ABORTRESPONSE']._serialized_start=1130
+  _globals['_ABORTRESPONSE']._serialized_end=1162
+  _globals['_SAMPLERSERVICE']._serialized_start=1165
+  _globals['_SAMPLERSERVICE']._serialized_end=1683
 # @@protoc_insertion_point(module_scope)

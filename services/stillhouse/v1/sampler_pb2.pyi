@@ -54,16 +54,18 @@ class SamplerServiceSyncWeightsResponse(_message.Message):
     def __init__(self, weights: _Optional[_Union[_weights_pb2.WeightsRef, _Mapping]] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("model", "prompt_ids", "sampling", "seeds")
+    __slots__ = ("model", "prompt_ids", "sampling", "seeds", "dtype")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PROMPT_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     SEEDS_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
     model: str
     prompt_ids: _tensor_pb2.Tensor
     sampling: _rollout_pb2.SamplingParams
     seeds: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, model: _Optional[str] = ..., prompt_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., sampling: _Optional[_Union[_rollout_pb2.SamplingParams, _Mapping]] = ..., seeds: _Optional[_Iterable[int]] = ...) -> None: ...
+    dtype: _tensor_pb2.DataType
+    def __init__(self, model: _Optional[str] = ..., prompt_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., sampling: _Optional[_Union[_rollout_pb2.SamplingParams, _Mapping]] = ..., seeds: _Optional[_Iterable[int]] = ..., dtype: _Optional[_Union[_tensor_pb2.DataType, str]] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("index", "completion_ids", "rollout_logprobs", "finish_reason", "weights")

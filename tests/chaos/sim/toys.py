@@ -108,7 +108,7 @@ class ToySampler:
                     reason = "abort"
                     break
                 ids.append((request.seed >> (index % 48)) % VOCABULARY)
-            on_finished(Completion(request.key, reason, ids, [-1.0] * len(ids), 0.001))
+            on_finished(Completion(request.key, reason, ids, [-1.0] * len(ids), sample_s=0.001))
 
     def load_weights(self, arrays: dict[str, np.ndarray], dtypes: dict[str, int]) -> None:
         self.weights = arrays

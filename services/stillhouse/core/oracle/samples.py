@@ -10,13 +10,17 @@ import numpy as np
 from stillhouse.core.errors import WireError
 from stillhouse.core.oracle.lineage import Lineage
 from stillhouse.core.oracle.report import Report
-from stillhouse.core.spec import JobSpec
+from stillhouse.core.spec import JobSpec, PolicyGradientLoss, StageSpec
 from stillhouse.core.tensors import from_tensor
 from stillhouse.v1 import rollout_pb2
 
 if TYPE_CHECKING:
     from stillhouse.core.oracle.steps import Rows
 
+STUDENTS: Final = (rollout_pb2.ORIGIN_UNSPECIFIED, rollout_pb2.ORIGIN_STUDENT)
+"""Origins of what the student wrote."""
+RESULTS: Final = {"none": "none", "sampled": "sampled", "top_k": "topk", "targets": "targets", "hidden": "hidden"}
+"""Payload that a loss needs -> field of the score."""
 EPSILON: Final = 1e-3
 """A log-probability may lie so far above 0, by rounding in bfloat16 or float32."""
 
@@ -29,8 +33,14 @@ class SampleCheck:
         self._lineage = lineage
         self._report = report
         self._rows = rows
+        self._stage = spec.stages[0]
+        loss = self._stage.loss
+        self._kind = RESULTS[loss.payload()]
+        self._is_rewarded = isinstance(loss, PolicyGradientLoss) and loss.reward is not None
         self._prompts: dict[int, bytes] = {}
         """Row -> hash of its prompt ids."""
+        self._completions: dict[int, bytes] = {}
+        """Row -> hash of its own completion, as trained on."""
         self._names: dict[tuple[int, int], str] = {}
         """(epoch, policy version) -> sha256 of its weights."""
 
@@ -40,6 +50,7 @@ class SampleCheck:
         where: dict[str, Any] = {"epoch": epoch, "step": step, "sample": rollout.sample_id}
         self._check_identity(rollout, where)
         self._check_row(rollout, where)
+        self._check_origin(rollout, where)
         result = score.WhichOneof("result")
         if result is None:
             self._report.violate("complete", f"sample {rollout.sample_id} has neither a score nor a failure", **where)
@@ -48,7 +59,9 @@ class SampleCheck:
                 self._report.violate("reason", f"sample {rollout.sample_id} failed, and nothing says why", **where)
         else:
             num_tokens = self._check_values(score, getattr(score, result), where)
-            self._check_spans(rollout, num_tokens, epoch, step, where)
+            self._check_answers(score, result, where)
+            if rollout.origin in STUDENTS:
+                self._check_spans(rollout, num_tokens, epoch, step, where)
 
     def _check_identity(self, rollout: rollout_pb2.Rollout, where: dict[str, Any]) -> None:
         name = rollout.sample_id
@@ -78,19 +91,54 @@ class SampleCheck:
             message = f"sample {rollout.sample_id}: row {rollout.row} had another prompt before"
             self._report.violate("rows", message, **where)
 
+    def _check_origin(self, rollout: rollout_pb2.Rollout, where: dict[str, Any]) -> None:
+        """Who wrote it, and that nothing of a policy is said of what the student did not write."""
+        name, found = rollout.sample_id, rollout.origin or rollout_pb2.ORIGIN_STUDENT
+        expected = origin_of(self._spec.seed, rollout.group, self._stage)
+        if found != expected:
+            mine, theirs = rollout_pb2.Origin.Name(found), rollout_pb2.Origin.Name(expected)
+            self._report.violate("origin", f"sample {name} is {mine}, by the job's seed it is {theirs}", **where)
+        if rollout.origin in STUDENTS:
+            return
+        if rollout.spans or rollout.weights_sha256 or rollout.HasField("rollout_logprobs"):
+            message = (
+                f"sample {name}, which the student did not write, names weights or log-probabilities of its policy"
+            )
+            self._report.violate("origin", message, **where)
+        text = hashlib.sha256(rollout.completion_ids.data).digest()
+        if found == rollout_pb2.ORIGIN_DATA and self._completions.setdefault(rollout.row, text) != text:
+            message = f"sample {name}: row {rollout.row} had another completion before"
+            self._report.violate("rows", message, **where)
+
+    def _check_answers(self, score: rollout_pb2.Score, result: str, where: dict[str, Any]) -> None:
+        """What teacher and verifier were asked for is there, and nothing else."""
+        name = score.rollout.sample_id
+        if result != self._kind:
+            self._report.violate(
+                "kind", f"sample {name} has a score '{result}', the loss needs '{self._kind}'", **where
+            )
+        if score.HasField("reward") != self._is_rewarded:
+            has, wants = ("a", "none") if score.HasField("reward") else ("no", "one")
+            self._report.violate("reward", f"sample {name} has {has} reward, the loss asks for {wants}", **where)
+        elif self._is_rewarded and not np.isfinite(score.reward):
+            self._report.violate("reward", f"sample {name}: its reward is {score.reward}", **where)
+
     def _check_values(self, score: rollout_pb2.Score, result: Any, where: dict[str, Any]) -> int:
         """Lengths and numbers; returns T."""
         rollout = score.rollout
         arrays = {}
         try:
             ids = np.atleast_1d(from_tensor(rollout.completion_ids))
-            arrays["rollout_logprobs"] = from_tensor(rollout.rollout_logprobs)
+            if rollout.origin in STUDENTS:
+                arrays["rollout_logprobs"] = from_tensor(rollout.rollout_logprobs)
             # a score too big for the queue stays with the teacher, all of it; of hidden states these are never left out
             if isinstance(result, rollout_pb2.TopKScore) and result.HasField("teacher_topk_logprobs"):
                 num_ids, num_logprobs = result.teacher_topk_ids.shape, result.teacher_topk_logprobs.shape
                 if list(num_ids) != list(num_logprobs) or list(num_ids[:1]) != [len(ids)]:
                     raise WireError(f"top k ids {list(num_ids)} and {list(num_logprobs)} for {len(ids)} tokens")
-            if result.HasField("teacher_logprobs") or score.WhichOneof("result") in ("sampled", "hidden"):
+            if isinstance(result, rollout_pb2.NoScore):
+                pass
+            elif result.HasField("teacher_logprobs") or score.WhichOneof("result") in ("sampled", "hidden"):
                 arrays["teacher_logprobs"] = from_tensor(result.teacher_logprobs)
             elif not result.blob.key:
                 raise WireError("neither teacher_logprobs nor the key of a payload")
@@ -167,6 +215,15 @@ class SampleCheck:
                 f"{rollout.weights_sha256[:12]}, elsewhere {known[:12]}"
             )
             self._report.violate("weights", message, **where)
+
+
+def origin_of(job_seed: int, group: int, stage: StageSpec) -> int:
+    """Who must have written a group: the student if the first 53 bits of sha256("job seed/origin/group"), as a fraction
+    of 2^53, are below the stage's on_policy_fraction; else the stage's source."""
+    digest = hashlib.sha256(f"{job_seed}/origin/{group}".encode()).digest()
+    if int.from_bytes(digest[:8], "big") // 2**11 < stage.on_policy_fraction * 2**53:
+        return rollout_pb2.ORIGIN_STUDENT
+    return rollout_pb2.ORIGIN_TEACHER if stage.off_policy_source == "teacher" else rollout_pb2.ORIGIN_DATA
 
 
 def seed_of(job_seed: int, group_id: str, index: str) -> int:

@@ -15,6 +15,10 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+MIN_LOG_Q = -30.0
+"""Teacher log-probabilities on the wire below it count as this much (1e-13): a token that the teacher forbids outright
+(-inf) would make every reverse divergence infinite."""
+
 
 @dataclass(frozen=True, eq=False)
 class Head:

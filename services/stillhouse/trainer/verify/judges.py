@@ -5,8 +5,8 @@
     await judges.close()
 
 Processes start when they are needed. One that does not answer in time is killed and replaced: its completion has
-reward 0, the others do not notice. One that dies is replaced, and the completion judged once more. A verifier that only
-fails ends the job (VerifierError): training towards its zeros would be training towards nothing.
+reward 0, the others do not notice. A verifier that only fails ends the job (VerifierError): training towards its zeros
+would be training towards nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 from stillhouse.core.answers import ANSWER_MAX
-from stillhouse.core.errors import JobFailedError, UnavailableError, WireError
+from stillhouse.core.errors import JobFailedError, WireError
 from stillhouse.core.tasks import cancel_all
 from stillhouse.trainer.verify.process import WorkerDied, WorkerProcess
 
@@ -33,7 +33,7 @@ FAILED_ROWS: Final = 4
 VERDICTS_MAX: Final = 2000
 """A process is replaced after so many, so that what a library leaks never becomes somebody's reward 0."""
 TEXT_MAX: Final = 1_000_000
-"""Characters of a completion that are judged, from its end; a queue entry carries some 57,000 tokens."""
+"""Characters of a completion that are judged, from its end: ten times the longest that a queue entry carries."""
 
 Failure = Literal["", "timeout", "crash", "exception"]
 
@@ -79,7 +79,6 @@ class Judges:
         self._workers = workers
         self._idle: list[WorkerProcess] = []
         self._processes: set[WorkerProcess] = set()
-        self._is_closed = False
         self._failed_in_a_row: Counter[str] = Counter()
         self._failed_rows: dict[str, set[int]] = {}
         self.failures: Counter[str] = Counter()
@@ -109,8 +108,7 @@ class Judges:
         return [verdict for verdict in verdicts if verdict is not None]
 
     async def close(self) -> None:
-        """Kill all processes and wait until they are gone; verdicts under way fail."""
-        self._is_closed = True
+        """Kill all processes and wait until they are gone."""
         self._idle.clear()
         for process in self._processes:
             process.kill()
@@ -122,9 +120,6 @@ class Judges:
         for index, item in todo:
             async with self._slots:
                 verdict = await self._judge(item)
-                if verdict.failure == "crash" and not self._is_closed:
-                    # what was killed from outside must not be somebody's reward; what crashes by itself does it again
-                    verdict = await self._judge(item)
             verdicts[index] = verdict
             self._watch(item, verdict)
 
@@ -152,7 +147,7 @@ class Judges:
     async def _ready(self, name: str) -> WorkerProcess:
         """A process that has loaded the verifier. A death while loading may be somebody else's doing: once more."""
         for attempt in (1, 2):
-            process = await self._take()
+            process = self._idle.pop() if self._idle else await self._start()
             if name in process.loaded:
                 return process
             is_fit = False
@@ -173,28 +168,20 @@ class Judges:
                     await self._give_back(process, is_fit=False)
         raise AssertionError("unreachable: the second attempt returns or raises")
 
-    async def _take(self) -> WorkerProcess:
-        """An idle process, or a new one."""
-        while self._idle:
-            process = self._idle.pop()
-            if not process.has_ended:
-                return process
-            await self._bury(process)
+    async def _start(self) -> WorkerProcess:
         process = await WorkerProcess.start()
         self._processes.add(process)
-        if self._is_closed:
-            await self._bury(process)
-            raise UnavailableError("the judges are closed")
         return process
 
     async def _give_back(self, process: WorkerProcess, *, is_fit: bool) -> None:
-        if is_fit and not self._is_closed:
+        if is_fit:
             self._idle.append(process)
-        else:
-            await self._bury(process)
+            return
+        process.kill()  # at once, before anything can interrupt us
+        await self._bury(process)
 
     async def _bury(self, process: WorkerProcess) -> None:
-        process.kill()  # before anything can interrupt us
+        process.kill()
         await process.reap()
         self._processes.discard(process)
 
