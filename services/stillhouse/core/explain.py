@@ -97,8 +97,9 @@ def _user_path(loc: Sequence[Any], body: Any) -> list[str]:
         is_last = index == len(loc) - 1
         if part == "[key]":
             continue
-        if isinstance(part, str) and isinstance(value, Mapping) and part not in value and not is_last:
-            continue  # a tag such as "policy_gradient"
+        is_unknown = isinstance(part, str) and isinstance(value, Mapping) and part not in value
+        if is_unknown and (not is_last or part in value.values()):
+            continue  # a tag such as "policy_gradient"; any other last part is a key that is missing
         path.append(str(part))
         if isinstance(value, Mapping):
             value = value.get(part)

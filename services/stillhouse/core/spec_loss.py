@@ -83,8 +83,9 @@ class PolicyGradientLoss(Reduced):
     estimator: Literal["advantage", "k2"] = "advantage"
     """advantage: -A log p, A held fixed. k2: half the squared log-ratio, differentiated. Same gradient on average."""
     baseline: Literal["none", "top_k", "full_vocabulary"] = "none"
-    """What is subtracted from the advantage to lower its variance: nothing, or its mean over the next token, -KL, held
-    fixed, over the teacher's `k` likeliest tokens and a tail, or exactly. The teacher then sends 8*k or 2*d bytes."""
+    """What is subtracted from the advantage to lower its variance: nothing, or its mean over the next token (-KL, where
+    nothing is clipped), held fixed, over the teacher's `k` likeliest tokens and a tail, or exactly. The teacher then
+    sends 8*k or 2*d bytes."""
     k: int = Field(default=64, ge=1, le=1024)
     """baseline top_k: tokens per position."""
     hidden_dtype: Literal["float16", "float32"] = "float16"
