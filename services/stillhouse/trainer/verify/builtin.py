@@ -17,6 +17,10 @@ from stillhouse.core.answers import ANSWER_CHECKS, last_number, same_number
 from stillhouse.trainer.verify.gym import load_gym
 from stillhouse.trainer.verify.reading import Judgement, Verifier, final_answer, short
 
+MATH_MAX: Final = 2000
+"""Characters that math-verify searches for an expression: of 40,000 such as `1 1 1 ...`, which a student in a loop
+writes, it needs 18 s, with the square of their number."""
+
 
 def exact(text: str, answer: str, row: Mapping[str, Any]) -> Judgement:
     """The final answer is the reference answer; runs of white space count as one blank, letter case counts."""
@@ -52,10 +56,8 @@ def load_math() -> Verifier:
     config = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
 
     def read(text: str) -> list[Any]:
-        # of several boxes it would make one list, and an earlier one must not stand in for the last
-        text = text[max(text.rfind("\\boxed"), 0) :]
         # its own time limit is an alarm signal that counts as a wrong answer; ours kills the process and says so
-        return parse(text, extraction_config=config, parsing_timeout=None)  # pyright: ignore[reportArgumentType]
+        return parse(_end(text), extraction_config=config, parsing_timeout=None)  # pyright: ignore[reportArgumentType]
 
     @lru_cache(maxsize=1024)
     def reference(answer: str) -> list[Any]:
@@ -86,6 +88,12 @@ LOADERS: Final[dict[str, Callable[[], Verifier]]] = {
 
 def _normal(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def _end(text: str) -> str:
+    """From the last box on, or the end: of several boxes math-verify would make one list."""
+    start = text.rfind("\\boxed")
+    return text[start : start + MATH_MAX] if start >= 0 else text[-MATH_MAX:]
 
 
 def _as_latex(answer: str) -> str:
