@@ -27,12 +27,15 @@ class StepMeasures:
     gate: list[np.ndarray] = field(default_factory=list)
 
     def add(self, batch: MicroBatch, rows: RowMeasures) -> None:
-        """Take over the measures of a micro-batch."""
+        """Take over the measures of a micro-batch; rows of weight 0 were not computed and have none."""
+        trained = batch.weights != 0
+        if not trained.any():
+            return
         self.loss += rows.loss
-        self.reverse_kl.setdefault(batch.teacher, []).append(rows.reverse_kl)
-        self.entropy.append(rows.entropy)
-        self.gate.append(rows.gate)
-        self.gap.append(np.abs(batch.rollout_logprobs - rows.logprobs))
+        self.reverse_kl.setdefault(batch.teacher, []).append(rows.reverse_kl[trained])
+        self.entropy.append(rows.entropy[trained])
+        self.gate.append(rows.gate[trained])
+        self.gap.append(np.abs(batch.rollout_logprobs - rows.logprobs)[trained])
 
     def summary(self, policy_version: int) -> dict[str, float]:
         """The step's metrics; `policy_version` is that of the weights that were trained."""

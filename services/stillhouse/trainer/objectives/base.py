@@ -1,7 +1,8 @@
 """What every objective is given and what it answers: distributions of a chunk of rows in, loss and gradient out.
 
 An objective is one class with one method and a gradient in closed form; the kernel (losses.py) does the rest. The
-student's logits, its softmax and the product with the head happen once, whatever the objective.
+student's logits, its softmax and the product with the head happen once, whatever the objective. The teacher's are made
+when the objective asks for them, and never for one that does not.
 
 Letters: R rows (trained completion tokens of a micro-batch), C rows of a chunk, V vocabulary, D width.
 p is the student's distribution, q the teacher's, both of softmax(logits / temperature). Losses are in nats.
@@ -9,8 +10,9 @@ p is the student's distribution, q the teacher's, both of softmax(logits / tempe
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Final, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -18,6 +20,10 @@ from torch import Tensor
 MIN_LOG_Q = -30.0
 """Teacher log-probabilities on the wire below it count as this much (1e-13): a token that the teacher forbids outright
 (-inf) would make every reverse divergence infinite."""
+
+CONVERTED_COLUMNS: Final = 8192
+"""Tokens of the vocabulary whose products exist at once in the model's type where logits are kept in another: 8 MB for
+512 rows in bfloat16, and still 512 x 8192 x D for the matrix product to work on."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,16 +39,33 @@ class Head:
     soft_cap: float = 0.0
     """0 = none; otherwise logits = cap * tanh(logits / cap)."""
 
-    def logits(self, hidden_CD: Tensor) -> Tensor:
-        """[C, V] in float32 at least; the product itself runs in the weight's type, as in the model."""
-        weight = self.weight
-        logits_CV = (hidden_CD.to(weight.dtype) @ weight.T).to(torch.promote_types(weight.dtype, torch.float32))
+    @property
+    def is_plain(self) -> bool:
+        """Logits are the product with the weight and nothing else."""
+        return self.bias is None and self.scale == 1.0 and not self.soft_cap
+
+    def logits(self, hidden_D: Tensor) -> Tensor:
+        """[..., V] for [..., D], in float32 at least; the product itself runs in the weight's type, as in the model."""
+        products_V = hidden_D.to(self.weight.dtype) @ self.weight.T
+        return self.finish_(products_V.to(torch.promote_types(self.weight.dtype, torch.float32)))
+
+    def project(self, hidden_CD: Tensor, out_CV: Tensor) -> Tensor:
+        """`out` = hidden @ weight.T, nothing else."""
+        hidden_CD = hidden_CD.to(self.weight.dtype)
+        if out_CV.dtype == self.weight.dtype:
+            return torch.mm(hidden_CD, self.weight.T, out=out_CV)
+        for columns in converted_columns(self.weight):
+            out_CV[:, columns] = hidden_CD @ self.weight[columns].T
+        return out_CV
+
+    def finish_(self, logits_CV: Tensor) -> Tensor:
+        """Products to logits, in place: bias, scale, soft-cap."""
         if self.bias is not None:
-            logits_CV = logits_CV + self.bias
+            logits_CV.add_(self.bias)
         if self.scale != 1.0:
-            logits_CV = logits_CV * self.scale
+            logits_CV.mul_(self.scale)
         if self.soft_cap:
-            logits_CV = self.soft_cap * torch.tanh(logits_CV / self.soft_cap)
+            logits_CV.div_(self.soft_cap).tanh_().mul_(self.soft_cap)
         return logits_CV
 
     def first(self, vocab_size: int) -> Head:
@@ -52,10 +75,10 @@ class Head:
         bias = None if self.bias is None else self.bias[:vocab_size]
         return replace(self, weight=self.weight[:vocab_size], bias=bias)
 
-    def log_probs(self, hidden_CD: Tensor, temperature: float) -> Tensor:
-        """[C, V] log-softmax(logits / temperature)."""
-        logits_CV = self.logits(hidden_CD) / temperature
-        return logits_CV - torch.logsumexp(logits_CV, dim=-1, keepdim=True)
+
+def converted_columns(weight_VD: Tensor) -> list[slice]:
+    """The vocabulary in pieces of `CONVERTED_COLUMNS`."""
+    return [slice(start, start + CONVERTED_COLUMNS) for start in range(0, len(weight_VD), CONVERTED_COLUMNS)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +90,9 @@ class Signals:
     hidden: Tensor | None = None
     """[R, D_teacher] teacher's states, to which `head` is applied."""
     head: Head | None = None
+    products: Callable[[], Tensor] | None = None
+    """Gives `head.project` of `hidden`, [R, V], to be read only; none = made when needed. The kernel sets it, so that
+    one product serves all tiles of a chunk."""
     topk_ids: Tensor | None = None
     """[R, K] int64, the support: the teacher's likeliest tokens, the student's, or both; no id twice in a row, but
     where `topk_mask` is False."""
@@ -85,19 +111,26 @@ class Signals:
     advantage: Tensor | None = None
     """[R] likewise."""
 
-    def __getitem__(self, rows: slice) -> Signals:
-        per_row = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "head"}
+    def __getitem__(self, rows: slice | Tensor) -> Signals:
+        shared = ("head", "products")
+        per_row = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in shared}
         return Signals(head=self.head, **{name: None if v is None else v[rows] for name, v in per_row.items()})
 
     def log_q(self, temperature: float) -> Tensor:
         """[R, V] log-probabilities of the whole vocabulary; the caller may overwrite them."""
         assert self.hidden is not None, "this objective needs the teacher's hidden states"
         assert self.head is not None, "this objective needs the teacher's head"
-        return self.head.log_probs(self.hidden, temperature)
+        if self.products is None:
+            logits_RV = self.head.logits(self.hidden)
+        else:
+            logits_RV = self.products()
+            logits_RV = logits_RV if self.head.is_plain else self.head.finish_(logits_RV.clone())
+        return torch.log_softmax(logits_RV if temperature == 1 else logits_RV / temperature, dim=-1)
 
 
 class StudentChunk(NamedTuple):
-    """The student's distribution at C rows. An objective may overwrite `log_p` and `p`: they are large."""
+    """The student's distribution at C rows, few enough for the caches (a tile). An objective may overwrite `log_p` and
+    `p`, and answer with one of them."""
 
     log_p: Tensor
     """[C, V]."""

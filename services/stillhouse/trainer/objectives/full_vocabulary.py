@@ -9,7 +9,8 @@
     entropy_mix     KL(p || q) + c [H(q) > t] KL(q || p)                       p = q; covers where the teacher is unsure
     k2              (log p(y) - log q(y))^2 / 2 at the sampled token y         p = q; on average over y the reverse KL's
 
-Which way each runs is said with student p and teacher q. Every gradient is 0 at p = q.
+Which way each runs is said with student p and teacher q. Every gradient is 0 at p = q. Each class overwrites what it
+is given, tile by tile: passes over [C, V] and fresh memory for it are what an objective costs.
 
 Sources: generalised JSD as in GKD (arXiv:2306.13649); skew KL as in DistiLLM (arXiv:2402.03898); the entropy-aware mix
 after arXiv:2603.07079. The gradients are checked against autograd of the definitions in tests/unit/test_objectives.py.
@@ -21,6 +22,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from stillhouse.trainer.objectives.base import ChunkLoss, Signals, StudentChunk, through_softmax
@@ -62,13 +64,14 @@ class GeneralisedJSD:
     rescale: bool = False
 
     def __call__(self, student: StudentChunk, signals: Signals, temperature: float) -> ChunkLoss:
-        log_p_CV, log_q_CV = student.log_p, signals.log_q(temperature)
-        reverse_kl_C = torch.linalg.vecdot(student.p, log_p_CV - log_q_CV)
-        log_m_CV = torch.logaddexp(log_q_CV + math.log(self.beta), log_p_CV + math.log1p(-self.beta))
-        p_to_m_CV = log_p_CV.sub_(log_m_CV)
+        log_q_CV = signals.log_q(temperature)
+        difference_CV = torch.sub(log_q_CV, student.log_p, out=student.log_p)
+        reverse_kl_C = -torch.linalg.vecdot(student.p, difference_CV)
+        q_CV = log_q_CV.exp_()
+        p_to_m_CV = log_over_mixture(difference_CV, self.beta)
         student_C = torch.linalg.vecdot(student.p, p_to_m_CV)
-        q_to_m_CV = log_m_CV.neg_().add_(log_q_CV)
-        teacher_C = torch.linalg.vecdot(log_q_CV.exp_(), q_to_m_CV)
+        q_to_m_CV = difference_CV.add_(p_to_m_CV)
+        teacher_C = torch.linalg.vecdot(q_CV, q_to_m_CV)
         size = 1 / (self.beta * (1 - self.beta)) if self.rescale else 1.0
         value_C = size * (self.beta * teacher_C + (1 - self.beta) * student_C)
         grad_CV = p_to_m_CV.sub_(student_C[:, None]).mul_(student.p).mul_(size * (1 - self.beta))
@@ -83,10 +86,10 @@ class SkewForwardKL:
     """0 < a < 1; 0 would be the forward KL."""
 
     def __call__(self, student: StudentChunk, signals: Signals, temperature: float) -> ChunkLoss:
-        log_p_CV, log_q_CV = student.log_p, signals.log_q(temperature)
-        reverse_kl_C = torch.linalg.vecdot(student.p, log_p_CV - log_q_CV)
-        log_m_CV = torch.logaddexp(log_q_CV + math.log(self.alpha), log_p_CV + math.log1p(-self.alpha))
-        q_to_m_CV = log_m_CV.neg_().add_(log_q_CV)
+        log_q_CV = signals.log_q(temperature)
+        difference_CV = torch.sub(log_q_CV, student.log_p, out=student.log_p)
+        reverse_kl_C = -torch.linalg.vecdot(student.p, difference_CV)
+        q_to_m_CV = difference_CV.add_(log_over_mixture(difference_CV, self.alpha))
         value_C = torch.linalg.vecdot(log_q_CV.exp_(), q_to_m_CV)
         slope_CV = q_to_m_CV.exp_().mul_(self.alpha - 1)  # d/dp of -q log m = -(1 - a) q / m
         return ChunkLoss(value_C, through_softmax(student.p, slope_CV), reverse_kl_C)
@@ -100,10 +103,9 @@ class SkewReverseKL:
     """0 < a < 1; 0 would be the reverse KL."""
 
     def __call__(self, student: StudentChunk, signals: Signals, temperature: float) -> ChunkLoss:
-        log_p_CV, log_q_CV = student.log_p, signals.log_q(temperature)
-        reverse_kl_C = torch.linalg.vecdot(student.p, log_p_CV - log_q_CV)
-        log_n_CV = torch.logaddexp(log_q_CV + math.log1p(-self.alpha), log_p_CV + math.log(self.alpha))
-        p_to_n_CV = log_p_CV.sub_(log_n_CV)
+        difference_CV = torch.sub(signals.log_q(temperature), student.log_p, out=student.log_p)
+        reverse_kl_C = -torch.linalg.vecdot(student.p, difference_CV)
+        p_to_n_CV = log_over_mixture(difference_CV, 1 - self.alpha)
         value_C = torch.linalg.vecdot(student.p, p_to_n_CV)
         # d/dp of p log(p / n) = log(p / n) + 1 - a p / n; the 1 falls out in the softmax
         slope_CV = p_to_n_CV.sub_(p_to_n_CV.exp().mul_(self.alpha))
@@ -150,6 +152,12 @@ class K2:
         return ChunkLoss(ratio_C.square() / 2, grad_CV, reverse_kl_C)
 
 
-def entropy(log_p_CV: Tensor, p_CV: Tensor) -> Tensor:
-    """[C] entropy in nats."""
-    return -torch.linalg.vecdot(p_CV, log_p_CV)
+def log_over_mixture(difference_CV: Tensor, share: float) -> Tensor:
+    """[C, V] log(p / m), m = share q + (1 - share) p, from log q - log p.
+
+    = -log(1 - share) - log(1 + exp(x)), x = log q - log p + log(share / (1 - share)): exact where one of the two has
+    underflowed, and cheaper than the logarithm of a sum of exponentials.
+    """
+    shifted_CV = difference_CV + (math.log(share) - math.log1p(-share))
+    # beyond 40, log(1 + exp(x)) is x, to double precision
+    return F.softplus(shifted_CV, threshold=40).neg_().sub_(math.log1p(-share))
