@@ -1,0 +1,121 @@
+"""A SmolLM2 job of every family of objectives, through real processes: the files of examples/families, shortened."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from stillhouse.client.client import Client
+from tests.e2e.deployment import Stillhouse
+
+pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]
+ROOT = Path(__file__).resolve().parents[2]
+FAMILIES = ROOT / "examples" / "families"
+DEMO_MODELS = ROOT / "runs" / "demo" / "models"
+STUDENT, TEACHER = "smollm2-23l", "smollm2-135m-instruct"
+SHORT = {
+    "schedule": {"steps": 6, "prompts_per_step": 3},
+    "sampling": {"max_tokens": 12},
+    "optimizer": {"warmup_steps": 1},
+    "evaluation": {"num_prompts": 4, "max_tokens": 12, "show": 0},
+    "checkpoint": {"every_steps": 100, "max_redo_s": 600},
+}
+"""Parts of a job that replace those of the file: the least that shows that a family learns. Two checkpoints of 1.3 GB
+are written anyway, at the first step and at the last."""
+NOISE = 0.15
+"""Nats per token by which held-out reverse KL may rise in so few steps; it starts near 3."""
+LEARNS = {"full_vocabulary": 0.2, "top_k": 0.2, "top_k_union_lora": 0.1}
+"""Families that see the teacher's whole distribution: by how much reverse KL must fall at least, nats per token."""
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the demo's two models; they are made where `make demo` did not run."""
+    if all((DEMO_MODELS / name / "tokenizer.json").is_file() for name in (STUDENT, TEACHER)):
+        return DEMO_MODELS
+    folder = tmp_path_factory.mktemp("models")
+    subprocess.run([sys.executable, str(ROOT / "examples/quickstart/prepare_smollm2.py"), str(folder)], check=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stillhouse(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stillhouse]:
+    """A deployment that knows both models."""
+    command = Stillhouse(tmp_path_factory.mktemp("families") / "home")
+    command("up", "--detach", "--port", "0", "--threads", "1")
+    try:
+        for name in (STUDENT, TEACHER):
+            command("models", "add", name, str(models / name))
+        yield command
+    finally:
+        command("down")
+
+
+def shortened(family: str, folder: Path) -> Path:
+    """The family's job file, fewer and shorter steps."""
+    document: dict[str, Any] = yaml.safe_load((FAMILIES / f"{family}.yaml").read_text())
+    stage, evaluation = document["stages"][0], document["evaluation"]
+    for part in ("schedule", "sampling", "optimizer"):
+        stage[part] |= SHORT[part]
+    evaluation |= SHORT["evaluation"]
+    document["checkpoint"] = SHORT["checkpoint"]
+    for data in (stage["data"], evaluation["data"]):
+        data["path"] = str((FAMILIES / data["path"]).resolve())
+    file = folder / f"{family}.yaml"
+    file.write_text(yaml.safe_dump(document))
+    return file
+
+
+def run(stillhouse: Stillhouse, family: str, folder: Path) -> tuple[Client, str]:
+    """Submit and wait: exit code 0 is success. Gives a client and the job's id."""
+    stillhouse("submit", str(shortened(family, folder)), "--watch", timeout_s=400)
+    entrance = json.loads((stillhouse.home / "client.json").read_text())
+    job_id = json.loads(stillhouse("jobs", "--json"))[0]["id"]
+    return Client(entrance["url"], entrance["api_key"]), job_id
+
+
+@pytest.mark.parametrize("family", sorted(path.stem for path in FAMILIES.glob("*.yaml")))
+def test_a_job_of_the_family_ends_with_a_student_that_is_no_worse(
+    stillhouse: Stillhouse, models: Path, family: str, tmp_path: Path
+) -> None:
+    client, job_id = run(stillhouse, family, tmp_path)
+    job = client.jobs.get(job_id)
+    assert job["status"] == "succeeded"
+    assert job["progress"]["step"] == SHORT["schedule"]["steps"]
+    points = client.jobs.metrics(job_id)
+    assert len(points) == SHORT["schedule"]["steps"]
+    for point in points:
+        bad = {name: value for name, value in point["values"].items() if value is None or not math.isfinite(value)}
+        assert bad == {}, f"step {point['step']}"
+
+    before, after = (evaluation["reverse_kl"] for evaluation in client.jobs.evaluations(job_id))
+    assert after < before + (-LEARNS[family] if family in LEARNS else NOISE)
+    print(f"{family}: held-out reverse KL {before:.3f} -> {after:.3f}")
+    report = json.loads(stillhouse("verify", job_id, "--json"))
+    assert (report["violations"], report["damage"]) == ([], [])
+    stillhouse("download", job_id, "-o", str(tmp_path / "student"))
+    check_model(tmp_path / "student", models / STUDENT)
+
+
+def check_model(folder: Path, base: Path) -> None:
+    """transformers loads it, and it writes; an adapter on the student's first weights is the same model, says peft."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    ids = AutoTokenizer.from_pretrained(folder)("Why is the sky blue?", return_tensors="pt")
+    written = model.generate(**ids, max_new_tokens=4, do_sample=False)
+    assert written.shape[1] > ids["input_ids"].shape[1]
+    if (folder / "adapter").is_dir():
+        start = AutoModelForCausalLM.from_pretrained(base)
+        adapted = PeftModel.from_pretrained(start, str(folder / "adapter"))
+        with torch.no_grad():
+            torch.testing.assert_close(adapted(**ids).logits, model(**ids).logits, rtol=1e-3, atol=1e-3)
