@@ -61,8 +61,6 @@ WRONG_FIELDS = [
     ("init_from", "job_0123456789", "init_from", "not supported yet"),
     ("stages.0.data", {"file": "file_0123456789"}, "stages.0.data.file", "POST /v1/files"),
     ("stages.0.data.rows.1", {"prompt": "x" * 300}, "stages.0.data.rows.1", "row 1: 300 prompt tokens + 8"),
-    ("stages.0.data.rows.1", {"prompt": "x", "completion": "y"}, "stages.0.data.rows.1", "not supported yet"),
-    ("stages.0.data.rows.1", {"prompt": "x", "verifier": "math"}, "stages.0.data.rows.1", "not supported yet"),
     ("stages.0.sampling.max_tokens", 256, "stages.0.data.rows.0", "max_sequence_length of the student 'small' of 256"),
     ("teachers.main.system_prompt", "y" * 300, "stages.0.data.rows.0", "max_sequence_length of the teacher 'main'"),
     ("teachers.spare", {"model": "big"}, "stages.0.data.rows.0", "name the row's 'teacher'"),

@@ -7,7 +7,7 @@ Built-in ones run in trainer/verify. Others come with installed packages, by ent
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -93,12 +93,13 @@ def entry_point(name: str) -> EntryPoint | None:
     return next(iter(entry_points(group=GROUP, name=name)), None)
 
 
-def problem_of(name: str, answer: str | None) -> str:
+def problem_of(name: str, answer: str | None, known: Mapping[str, VerifierInfo] | None = None) -> str:
     """Why a row with this `verifier` and `answer` cannot be judged, with the fix; empty = nothing is known against it.
 
-    Whether the packages behind a verifier are installed where the trainer runs is not known here.
+    `known` are the `verifiers()`, looked up once by whoever checks many rows. Whether the packages behind a verifier
+    are installed where the trainer runs is not known here.
     """
-    known = verifiers()
+    known = verifiers() if known is None else known
     info = known.get(name)
     if info is None:
         return f"unknown verifier '{name}'; there are {', '.join(sorted(known))}"

@@ -18,14 +18,14 @@ from tokenizers import Tokenizer
 from stillhouse.core.blobs import Artifacts
 from stillhouse.core.explain import MAX_FINDINGS, Finding
 from stillhouse.core.models import ModelEntry, ModelRegistry
-from stillhouse.core.spec import DataSpec, JobSpec, Row
+from stillhouse.core.spec import DataSpec, JobSpec, PolicyGradientLoss, Row, StageSpec
+from stillhouse.core.verifiers import problem_of, verifiers
 from stillhouse.gateway.problems import InvalidError
 
 BYTES_PER_TOKEN: Final = 16
 """Of a rollout in the queue: id, sampled log-probability, teacher's answer and one more word, 4 bytes each."""
 MAX_ROLLOUT_BYTES: Final = 900 << 10
 """A queue entry holds 1 MiB; the rest is for names, text and the message's own bytes."""
-MAX_ROLLOUT_TOKENS: Final = MAX_ROLLOUT_BYTES // BYTES_PER_TOKEN
 COUNT_BATCH: Final = 256
 """Texts tokenized at once."""
 
@@ -42,6 +42,19 @@ class Source:
     """Line of each row in the file; position for inline rows."""
     max_tokens: int
     """Longest completion to a row of this source, tokens."""
+    stage: StageSpec | None
+    """Stage that trains on it; None = held-out."""
+
+    def recorded_bytes(self) -> int:
+        """What the sampler records of a completion token beside the usual: likeliest tokens, entropy."""
+        if self.stage is None:
+            return 0
+        select = self.stage.tokens.select
+        return 4 * self.stage.loss.record_top_k() + 4 * (select is not None and select.by == "entropy")
+
+    def queue_tokens(self) -> int:
+        """Longest rollout that a queue entry carries, prompt and completion, tokens."""
+        return max(0, MAX_ROLLOUT_BYTES - self.max_tokens * self.recorded_bytes()) // BYTES_PER_TOKEN
 
     def where(self, index: int) -> str:
         """Path of a row; a row of a file has none of its own."""
@@ -99,19 +112,20 @@ def look_up(spec: JobSpec, models: ModelRegistry, artifacts: Artifacts) -> Case:
     entries = models.all()
     missing: list[tuple[str, str]] = []
 
-    def source(param: str, data: DataSpec, max_tokens: int) -> Source:
+    def source(param: str, data: DataSpec, max_tokens: int, stage: StageSpec | None = None) -> Source:
         if data.rows is not None:
-            return Source(param, None, list(data.rows), list(range(len(data.rows))), max_tokens)
+            return Source(param, None, list(data.rows), list(range(len(data.rows))), max_tokens, stage)
         assert data.file is not None, "a data source has rows or a file"
         path = artifacts.file(data.file)
         if not path.is_file():
             missing.append((f"{param}.file", data.file))
-            return Source(param, data.file, [], [], max_tokens)
+            return Source(param, data.file, [], [], max_tokens, stage)
         lines, rows = zip(*read_rows(path), strict=True)
-        return Source(param, data.file, list(rows), list(lines), max_tokens)
+        return Source(param, data.file, list(rows), list(lines), max_tokens, stage)
 
     training = [
-        source(f"stages.{index}.data", stage.data, stage.sampling.max_tokens) for index, stage in enumerate(spec.stages)
+        source(f"stages.{index}.data", stage.data, stage.sampling.max_tokens, stage)
+        for index, stage in enumerate(spec.stages)
     ]
     evaluation = spec.evaluation
     return Case(
@@ -142,12 +156,6 @@ def check_supported(case: Case) -> Iterator[Finding]:
         )
     if spec.init_from is not None:
         yield Finding("init_from", "starting from a checkpoint is not supported yet", "remove it")
-    for source in case.sources():
-        for key in ("completion", "verifier"):
-            index = next((i for i, row in enumerate(source.rows) if getattr(row, key) is not None), None)
-            if index is not None:
-                message = f"{source.name(index)}: '{key}' is not supported yet"
-                yield Finding(source.where(index), message, f"remove '{key}' from the rows")
 
 
 def check_models_exist(case: Case) -> Iterator[Finding]:
@@ -196,22 +204,28 @@ def check_files(case: Case) -> Iterator[Finding]:
 
 
 def check_routes(case: Case) -> Iterator[Finding]:
-    """Every row is routed to a teacher that the job has."""
+    """Every row is routed to a teacher that the job has, if it has any."""
     names = sorted(case.spec.teachers)
+    have = ", ".join(names) or "none"
     for source in case.sources():
         for index, row in enumerate(source.rows):
             teacher = case.teacher_of(row)
-            if teacher is None:
-                message = f"{source.name(index)} names no teacher and the job has {', '.join(names)}"
+            if teacher is None and names:
+                message = f"{source.name(index)} names no teacher and the job has {have}"
                 yield Finding(source.where(index), message, "set the row's 'teacher'")
-            elif teacher not in case.spec.teachers:
-                message = f"{source.name(index)} is routed to '{teacher}', the job has {', '.join(names)}"
+            elif teacher is not None and teacher not in case.spec.teachers:
+                message = f"{source.name(index)} is routed to '{teacher}', the job has {have}"
                 yield Finding(source.where(index), message, "use one of these names, or add the teacher")
 
 
 def check_teachers_used(case: Case) -> Iterator[Finding]:
-    """A teacher that no row is routed to is a typing mistake somewhere."""
+    """A teacher that no row is routed to is a typing mistake somewhere, and so is one that nothing asks."""
     if case.missing_files:
+        return
+    if not any(stage.needs_teacher() for stage in case.spec.stages) and case.evaluation is None:
+        for name in case.spec.teachers:
+            message = "the loss asks no teacher, and there is no held-out evaluation that would"
+            yield Finding(f"teachers.{name}", message, "remove it, or add evaluation.data")
         return
     used = {case.teacher_of(row) for source in case.training for row in source.rows}
     for name in case.spec.teachers:
@@ -219,11 +233,38 @@ def check_teachers_used(case: Case) -> Iterator[Finding]:
             yield Finding(f"teachers.{name}", "no row is routed to this teacher", "remove it, or route rows to it")
 
 
+def check_completions(case: Case) -> Iterator[Finding]:
+    """Rows have completions where a stage trains on those; elsewhere they may have them."""
+    for source in case.training:
+        if source.stage is None or not source.stage.reads_completions():
+            continue
+        for index, row in enumerate(source.rows):
+            if not (row.completion or "").strip():
+                message = f"{source.name(index)}: 'completion' is {'missing' if row.completion is None else 'empty'}, "
+                message += f"and the stage trains on it (on_policy_fraction {source.stage.on_policy_fraction:g})"
+                yield Finding(source.where(index), message, "add it, or set off_policy_source to teacher")
+
+
+def check_verifiers(case: Case) -> Iterator[Finding]:
+    """Rows can be judged where a stage asks for an outcome reward; elsewhere they may name what they like."""
+    known = verifiers()
+    for source in case.training:
+        loss = source.stage.loss if source.stage is not None else None
+        reward = loss.reward if isinstance(loss, PolicyGradientLoss) else None
+        for index, row in enumerate(source.rows if reward is not None else ()):
+            name = row.verifier or (reward.verifier if reward is not None else None)
+            problem = problem_of(name, row.answer, known) if name else "no verifier judges its completions"
+            if problem:
+                fix = "correct the row" if name else "set the row's 'verifier', or loss.reward.verifier"
+                yield Finding(source.where(index), f"{source.name(index)}: {problem}", fix)
+
+
 def check_lengths(case: Case) -> Iterator[Finding]:
     """Prompt and completion fit into the student, the teacher and the queue. Counted without the chat template, so what
     is refused here certainly does not fit."""
     for source in case.sources():
         readers = list(_readers(case, source))
+        fix = "shorten the prompt or lower max_tokens" + (" or loss.k" if source.recorded_bytes() > 4 else "")
         # a token is at least a byte of text in practically every tokenizer: short texts need no counting
         long = [reader for reader in readers if len(reader.text.encode()) + source.max_tokens > reader.limit]
         for start in range(0, len(long), COUNT_BATCH):
@@ -234,7 +275,7 @@ def check_lengths(case: Case) -> Iterator[Finding]:
                         source.where(reader.index),
                         f"{source.name(reader.index)}: {tokens} prompt tokens + {source.max_tokens} completion tokens "
                         f"are more than {reader.what} of {reader.limit}",
-                        "shorten the prompt or lower max_tokens",
+                        fix,
                     )
 
 
@@ -251,9 +292,9 @@ class _Reader:
 def _readers(case: Case, source: Source) -> Iterable[_Reader]:
     if case.student is None:
         return
-    student_limit = min(case.student.max_sequence_length, MAX_ROLLOUT_TOKENS)
+    student_limit = min(case.student.max_sequence_length, source.queue_tokens())
     student_what = f"the max_sequence_length of the student '{case.student.name}'"
-    if student_limit == MAX_ROLLOUT_TOKENS:
+    if student_limit == source.queue_tokens():
         student_what = f"the longest rollout the queue carries ({MAX_ROLLOUT_BYTES >> 10} KiB)"
     for index, row in enumerate(source.rows):
         text = "\n".join(message["content"] for message in row.conversation())
@@ -328,6 +369,8 @@ CHECKS: Final[tuple[Check, ...]] = (
     check_files,
     check_routes,
     check_teachers_used,
+    check_completions,
+    check_verifiers,
     check_held_out,
     check_evaluation_size,
     check_lengths,

@@ -1,0 +1,122 @@
+"""Jobs that read completions, ask verifiers or have no teacher: what of their rows is refused, and what is let be."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.gateway_kit import Gateway, add_model, make_spec, open_gateway
+
+TWO = [{"prompt": "one"}, {"prompt": "two"}]
+
+
+@pytest.fixture
+async def gateway(tmp_path: Path, redis_url: str) -> AsyncIterator[Gateway]:
+    async with open_gateway(redis_url, tmp_path) as opened:
+        yield opened
+
+
+def job(loss: dict[str, Any], rows: list[dict[str, Any]], *, teachers: Any = None, **stage: Any) -> dict[str, Any]:
+    spec = make_spec(teachers={"main": {"model": "big"}} if teachers is None else teachers)
+    spec["stages"][0] |= {"loss": loss, "data": {"rows": rows}, **stage}
+    return spec
+
+
+def sft(*rows: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return job({"objective": "cross_entropy"}, [*rows], on_policy_fraction=0, **{"teachers": {}, **changes})
+
+
+def grpo(*rows: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    loss = {"objective": "policy_gradient", "teacher_weight": 0, "reward": {}} | changes
+    return job(loss, [*rows], teachers={}, schedule={"steps": 2, "group_size": 2})
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        sft({"prompt": "one", "completion": "1"}, {"prompt": "two", "completion": "2"}),
+        sft(*TWO, teachers={"main": {"model": "big"}}, off_policy_source="teacher"),
+        grpo({"prompt": "1 + 1", "verifier": "numeric", "answer": "2"}),
+        grpo({"prompt": "1 + 1", "answer": "2"}, reward={"verifier": "exact"}),
+        job({"objective": "policy_gradient"}, [{"prompt": "x", "completion": "y", "verifier": "nobody"}]),
+    ],
+    ids=["sft", "seq_kd", "grpo", "grpo, verifier of the loss", "columns that nothing reads"],
+)
+async def test_these_are_accepted(gateway: Gateway, spec: dict[str, Any]) -> None:
+    answer = await gateway.submit(spec)
+    assert answer.status_code == 201, answer.text
+
+
+@pytest.mark.parametrize(
+    ("spec", "param", "words"),
+    [
+        (sft({"prompt": "one", "completion": "1"}, {"prompt": "two"}), "stages.0.data.rows.1", ["row 1", "missing"]),
+        (sft({"prompt": "one", "completion": " "}), "stages.0.data.rows.0", ["empty", "off_policy_source"]),
+        (
+            sft({"prompt": "one", "completion": "1"}, teachers={"main": {"model": "big"}}),
+            "teachers.main",
+            ["asks no teacher", "evaluation.data"],
+        ),
+        (
+            sft({"prompt": "x", "completion": "y"}, schedule={"steps": 1, "group_size": 4}),
+            "stages.0",
+            ["group_size 4", "copies"],
+        ),
+        (
+            job({"objective": "policy_gradient"}, TWO, off_policy_source="teacher"),
+            "stages.0",
+            ["off_policy_source", "never read"],
+        ),
+        (grpo({"prompt": "x", "answer": "y"}), "stages.0.data.rows.0", ["no verifier", "loss.reward.verifier"]),
+        (grpo({"prompt": "x", "verifier": "exakt"}), "stages.0.data.rows.0", ["unknown verifier 'exakt'", "exact"]),
+        (grpo({"prompt": "x", "verifier": "exact"}), "stages.0.data.rows.0", ["row 0", "'answer'"]),
+    ],
+    ids=[
+        "no completion",
+        "an empty completion",
+        "a teacher that nothing asks",
+        "copies of a completion",
+        "a source that is never read",
+        "no verifier",
+        "an unknown verifier",
+        "no answer",
+    ],
+)
+async def test_these_are_refused_with_their_fix(
+    gateway: Gateway, spec: dict[str, Any], param: str, words: list[str]
+) -> None:
+    body = await gateway.refused(spec)
+    assert body["param"] == param, body
+    for word in words:
+        assert word in body["detail"], body
+
+
+async def test_rows_without_a_teacher_name_none(gateway: Gateway) -> None:
+    """Of a file: in the spec itself the format refuses it."""
+    data = b'{"prompt": "x", "completion": "y", "teacher": "main"}'
+    upload = await gateway.http.post("/v1/files", content=data, headers={"Content-Type": "application/jsonl"})
+    spec = sft()
+    spec["stages"][0]["data"] = {"file": upload.json()["id"]}
+    body = await gateway.refused(spec)
+    assert "routed to 'main', the job has none" in body["detail"]
+
+
+async def test_what_the_sampler_records_must_fit_into_a_queue_entry(gateway: Gateway) -> None:
+    """512 token ids of 4 bytes at each of 400 positions leave room for a prompt of (921,600 - 819,200) / 16 - 400."""
+    add_model(gateway.home, "long", max_length=1_000_000)
+    add_model(gateway.home, "long-teacher", max_length=1_000_000, size=8)
+
+    def spec(length: int) -> dict[str, Any]:
+        loss = {"objective": "top_k", "support": "student", "k": 512}
+        made = job(loss, [{"prompt": "x" * length}], teachers={"main": {"model": "long-teacher"}})
+        made["student"]["model"] = "long"
+        made["stages"][0]["sampling"] = {"max_tokens": 400}
+        return made
+
+    assert (await gateway.submit(spec(6_000))).status_code == 201
+    body = await gateway.refused(spec(6_001))
+    assert "of 6400" in body["detail"]
+    assert "loss.k" in body["detail"]
