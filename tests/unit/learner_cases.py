@@ -114,7 +114,7 @@ def rollouts(seed: int = 0, count: int = 5) -> list[tuple[list[int], list[int]]]
 
 def train(student: Learner, samples: list[TrainSample], *teachers: Teacher, max_tokens: int = 64) -> dict[str, float]:
     heads = {teacher.name: teacher.head for teacher in teachers}
-    return student.step(samples, heads, plan_micro_batches(samples, max_tokens))
+    return student.step(samples, heads, plan_micro_batches(samples, max_tokens, is_packed=student.engine.packs))
 
 
 def weights_of(student: Learner) -> dict[str, np.ndarray]:

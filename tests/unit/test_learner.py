@@ -248,18 +248,6 @@ def test_a_non_finite_score_is_named_and_leaves_the_weights_alone(
     assert all((array == weights_of(student)[name]).all() for name, array in weights_of(untouched).items())
 
 
-def test_a_non_finite_gradient_is_named(models: dict[str, Path], teacher: Teacher) -> None:
-    samples = teacher.score(rollouts())
-    student = learner(models["student"], stage(FULL))
-    before = weights_of(student)
-    name, param = next(iter(engine_of(student).model.named_parameters()))
-    param.register_hook(lambda grad: grad * float("inf"))
-    with pytest.raises(NonFiniteError, match=name):
-        train(student, samples, teacher)
-    assert student.policy_version == 0
-    assert all((array == before[key]).all() for key, array in weights_of(student).items())
-
-
 def test_a_skipped_step_counts_and_changes_nothing(models: dict[str, Path], teacher: Teacher) -> None:
     """The schedule goes on, weights and moments stay."""
     samples = teacher.score(rollouts())

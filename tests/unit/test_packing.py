@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from stillhouse.core.errors import WireError
 from stillhouse.trainer.batch import TeacherHead, TrainSample
-from stillhouse.trainer.packing import collate, loss_weights, plan_micro_batches
+from stillhouse.trainer.packing import collate, loss_weights, padding_fraction, plan_micro_batches
 
 
 def sample(index: int, prompt: int, completion: int, teacher: str = "a", *, mask: list[int] | None = None, weight=1.0):
@@ -38,34 +38,50 @@ def sample(index: int, prompt: int, completion: int, teacher: str = "a", *, mask
 sizes = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30), st.sampled_from("abc")), max_size=30)
 
 
-@given(sizes, st.integers(1, 200))
-def test_plan_is_a_partition_within_the_budget_with_one_teacher_each(shapes, max_tokens: int) -> None:
+def computed(samples, batch, is_packed: bool) -> int:
+    """Tokens of a forward pass, the plain way."""
+    return sum(samples[i].num_tokens if is_packed else max(samples[j].num_tokens for j in batch) for i in batch)
+
+
+@given(sizes, st.integers(1, 200), st.booleans())
+def test_plan_is_a_partition_within_the_budget_with_one_teacher_each(shapes, max_tokens: int, is_packed: bool) -> None:
     samples = [sample(i, *shape) for i, shape in enumerate(shapes)]
-    plan = plan_micro_batches(samples, max_tokens)
+    plan = plan_micro_batches(samples, max_tokens, is_packed=is_packed)
     assert sorted(i for batch in plan for i in batch) == list(range(len(samples)))
     for batch in plan:
         assert len({samples[i].teacher for i in batch}) == 1
-        padded = max(samples[i].num_tokens for i in batch) * len(batch)
-        assert padded <= max_tokens or len(batch) == 1
+        assert computed(samples, batch, is_packed) <= max_tokens or len(batch) == 1
     blocks = [samples[batch[0]].teacher for batch in plan]
     assert blocks == sorted(blocks), "each head is loaded once"
-    assert plan == plan_micro_batches(samples, max_tokens)
+    assert plan == plan_micro_batches(samples, max_tokens, is_packed=is_packed)
 
 
 @given(sizes, st.integers(30, 200))
-def test_no_two_neighbours_of_a_plan_could_have_been_one(shapes, max_tokens: int) -> None:
+def test_packing_never_pads_and_never_needs_more_passes(shapes, max_tokens: int) -> None:
     samples = [sample(i, *shape) for i, shape in enumerate(shapes)]
-    plan = plan_micro_batches(samples, max_tokens)
+    padded, packed = (plan_micro_batches(samples, max_tokens, is_packed=is_packed) for is_packed in (False, True))
+    assert len(packed) <= len(padded)
+    assert padding_fraction(samples, packed, is_packed=True) == 0
+    total = sum(sample.num_tokens for sample in samples)
+    expected = 1 - total / sum(computed(samples, batch, False) for batch in padded) if samples else 0
+    assert padding_fraction(samples, padded, is_packed=False) == pytest.approx(expected)
+
+
+@given(sizes, st.integers(30, 200), st.booleans())
+def test_no_two_neighbours_of_a_plan_could_have_been_one(shapes, max_tokens: int, is_packed: bool) -> None:
+    samples = [sample(i, *shape) for i, shape in enumerate(shapes)]
+    plan = plan_micro_batches(samples, max_tokens, is_packed=is_packed)
     for left, right in itertools.pairwise(plan):
         if samples[left[0]].teacher == samples[right[0]].teacher:
             merged = left + right[:1]
-            assert max(samples[i].num_tokens for i in merged) * len(merged) > max_tokens
+            assert computed(samples, merged, is_packed) > max_tokens
 
 
-def test_collate_against_a_loop_over_tokens() -> None:
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_collate_against_a_loop_over_tokens(is_packed: bool) -> None:
     samples = [sample(0, 3, 4), sample(1, 1, 1), sample(2, 2, 5, mask=[1, 0, 1, 1, 0]), sample(3, 2, 2, mask=[0, 0])]
     indices, weights = [2, 0, 3, 1], [0.1, 0.2, 0.3, 0.4]
-    batch = collate(samples, indices, weights)
+    batch = collate(samples, indices, weights, is_packed=is_packed)
     flat = batch.input_ids.flatten()
     row = 0
     for i in indices:
@@ -83,7 +99,8 @@ def test_collate_against_a_loop_over_tokens() -> None:
             assert batch.weights[row] == np.float32(weights[i])
             row += 1
     assert row == len(batch.ids) == 8
-    assert batch.input_ids.shape == (4, 6)
+    assert batch.input_ids.shape == ((1, 16) if is_packed else (4, 6))
+    assert batch.lengths == ((6, 6, 3, 1) if is_packed else None)
 
 
 def test_collate_refuses_two_teachers() -> None:

@@ -101,7 +101,7 @@ class OptimizerSpec(Closed):
     """Peak learning rate."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     """Decay rates of the moments."""
-    eps: float = Field(default=1e-8, gt=0, le=1)
+    eps: float = Field(default=1e-8, ge=1e-20, le=1)
     """Added to the root of the second moment."""
     weight_decay: float = Field(default=0.0, ge=0, le=1)
     """Decoupled weight decay."""

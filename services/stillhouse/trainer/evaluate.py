@@ -78,8 +78,8 @@ class HeldOut:
         every = self._spec.every_steps
         return step in (0, stop_step) or bool(every and step % every == 0)
 
-    async def evaluate(self, step: int) -> dict[str, Any]:
-        """Measure the weights of `step` steps; the result is also written to the artifacts."""
+    async def evaluate(self, step: int, *, is_averaged: bool) -> dict[str, Any]:
+        """Measure the weights of `step` steps, or their moving average; the result is also written to the artifacts."""
         start = time.monotonic()
         # both are planned before either is awaited: the teacher scores the first while the sampler writes the second
         sampled_futures = await self._start(step, "sampled", 1.0, rollout_pb2.SCORE_KIND_HIDDEN)
@@ -91,6 +91,7 @@ class HeldOut:
         greedy_ids = {sample.sample_id: ids_list(sample.score.rollout.completion_ids) for sample in greedy}
         result: dict[str, Any] = {
             "step": step,
+            "averaged": is_averaged,
             "reverse_kl": sum(row["reverse_kl_sum"] for row in rows) / max(num_tokens, 1),
             "num_prompts": len(sampled),
             "num_tokens": num_tokens,

@@ -36,6 +36,8 @@ _LABELS: Final = {
     "teachers": "Teacher(s)",
     "objective": "Objective",
     "steps": "Optimizer steps",
+    "adapter": "Low-rank adapter, merged here and by itself in adapter/",
+    "ema_decay": "Weights are their moving average over the steps, with decay",
     "data_sha256": "Training data (sha256)",
     "heldout_reverse_kl_before": "Held-out KL(student || teacher) before, nats per token",
     "heldout_reverse_kl_after": "Held-out KL(student || teacher) after, nats per token",

@@ -241,6 +241,11 @@ class Lead:
             "job_id": self.scope.job_id,
             "spec_sha256": manifests.spec_sha256(self.spec.model_dump(mode="json")),
         }
+        lora, decay = self.spec.student.lora, self.spec.stages[-1].optimizer.ema_decay
+        if lora is not None:
+            card["adapter"] = lora.model_dump()
+        if decay is not None:
+            card["ema_decay"] = decay
         if "evaluation" in result:
             kl = result["evaluation"]["reverse_kl"]
             card.update(heldout_reverse_kl_before=kl["before"], heldout_reverse_kl_after=kl["after"])

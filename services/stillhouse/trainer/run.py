@@ -345,13 +345,16 @@ class Run:
             return
         with self.progress.timed("evaluate"):
             await self.progress.show("evaluating")
-            result = await self.held_out.evaluate(step)
+            is_averaged = step == self.spec.stop_step() and self.stage.optimizer.ema_decay is not None
+            result = await self.held_out.evaluate(step, is_averaged=is_averaged)
         await self.progress.show("training")
         await self.jobs.event(
             self.scope.job_id,
             "evaluation",
-            f"step {step}: held-out reverse KL {result['reverse_kl']:.4f} nats/token",
+            f"step {step}: held-out reverse KL {result['reverse_kl']:.4f} nats/token"
+            + (" (moving average of the weights)" if is_averaged else ""),
             step=step,
+            averaged=is_averaged,
             reverse_kl=result["reverse_kl"],
             teacher_nll_greedy=result["teacher_nll_greedy"],
             repeated_4grams=result["repeated_4grams"],

@@ -17,6 +17,7 @@ from stillhouse.core.spec import JobSpec
 NEEDED: Final = 2
 """Newest checkpoints of a lineage that a recovery needs: the last one may turn out to be damaged."""
 WEIGHTS_FILE: Final = "model.safetensors"
+AVERAGE_FILE: Final = "average.safetensors"
 
 
 class CheckpointChecks:
@@ -238,19 +239,26 @@ def check_finite(folder: Path, report: Report, say: Any, where: dict[str, Any]) 
     return len(paths)
 
 
-def check_export(artifacts: JobArtifacts, lineage: Lineage, stop_step: int, report: Report, *, deep: bool) -> None:
-    """The export of a job that succeeded: there, readable, finite, and equal to the last checkpoint."""
+def check_export(
+    artifacts: JobArtifacts, spec: JobSpec, lineage: Lineage, stop_step: int, report: Report, *, deep: bool
+) -> None:
+    """The export of a job that succeeded: there, readable, finite, and equal to the last checkpoint.
+
+    A job that averages its weights exports the average. An adapter is compared, weights that it is merged into are not.
+    """
     folder = artifacts.export(lineage.head)
     where: dict[str, Any] = {"epoch": lineage.head, "step": stop_step}
-    weights = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    weights = [path for part in (folder, folder / "adapter") for path in sorted(part.glob("*.safetensors"))]
     if not weights:
         report.violate("success", f"the job succeeded, and {folder} holds no exported student", **where)
         return
     if not deep:
         return
-    check_finite(folder, report, report.violate, where)
+    for part in (folder, folder / "adapter"):
+        check_finite(part, report, report.violate, where)
     last = next((c for c in lineage.checkpoints if c.step == stop_step), None)
-    committed = last.folder / WEIGHTS_FILE if last is not None else None
+    name = WEIGHTS_FILE if spec.stages[-1].optimizer.ema_decay is None else AVERAGE_FILE
+    committed = last.folder / name if last is not None else None
     if committed is None or not committed.is_file():
         return
     number = 0

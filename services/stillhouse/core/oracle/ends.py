@@ -108,7 +108,7 @@ class EndChecks:
             self._check_measured(stop_step)
         if self.end.get("error"):
             self._report.violate("success", f"the job succeeded, and carries the error {self.end['error']!r}")
-        check_export(self._artifacts, self._lineage, stop_step, self._report, deep=deep)
+        check_export(self._artifacts, self._spec, self._lineage, stop_step, self._report, deep=deep)
 
     def _check_measured(self, stop_step: int) -> None:
         """The held-out prompts were measured before the first step and after the last."""
