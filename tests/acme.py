@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 MODULE = '''
-import os, signal, subprocess, sys
+import os, signal, subprocess, sys, time
 
 def judge(text, answer, row):
     """Does what the text says."""
@@ -22,6 +22,15 @@ def child(text, answer, row):
     with open(answer, "w") as file:
         file.write(str(started.pid))
     hang(text, answer, row)
+
+def once(text, answer, row):
+    """Says its pid in the file `answer` and waits for the file `answer.go`."""
+    with open(answer + ".new", "w") as file:
+        file.write(str(os.getpid()))
+    os.rename(answer + ".new", answer)
+    while not os.path.exists(answer + ".go"):
+        pass
+    return 1.0
 
 def noisy(text, answer, row):
     for _ in range(200):
@@ -39,6 +48,7 @@ def say(text, answer, row):
 BEHAVIOURS = {
     "hang": hang,
     "child": child,
+    "once": once,
     "noisy": noisy,
     "hog": hog,
     "say": say,
@@ -51,6 +61,7 @@ BEHAVIOURS = {
     "raise": lambda text, answer, row: 1 / 0,
     "sysexit": lambda text, answer, row: sys.exit(5),
     "nan": lambda text, answer, row: float("nan"),
+    "nap": lambda text, answer, row: time.sleep(0.2) or 0.5,
     "half": lambda text, answer, row: 0.5,
     "true": lambda text, answer, row: True,
     "above": lambda text, answer, row: (7.5, "well done"),

@@ -18,7 +18,7 @@ from stillhouse.core.tensors import ids_list
 from stillhouse.trainer.exchange import ScoredSample
 from stillhouse.trainer.outcome import group_advantages
 from stillhouse.trainer.prompts import Prompt
-from stillhouse.trainer.verify.judges import Item, Verdict
+from stillhouse.trainer.verify.judges import Item, Verdict, check_step
 
 
 class Judge(Protocol):
@@ -40,8 +40,14 @@ class Rewards:
     """Ends the wait when the job is asked to stop."""
 
     async def judge(self, samples: Sequence[ScoredSample]) -> list[str]:
-        """Fill in the rewards of samples; gives what went wrong with verdicts, a line each."""
-        verdicts = await self.race(self.judges.judge([self._item(sample) for sample in samples]))
+        """Fill in the rewards of a step's samples; gives what went wrong with verdicts, a line each.
+
+        Raises:
+            VerifierError: a verifier does not work, or none of the samples could be judged.
+        """
+        items = [self._item(sample) for sample in samples]
+        verdicts = await self.race(self.judges.judge(items))
+        check_step(items, verdicts)
         for sample, verdict in zip(samples, verdicts, strict=True):
             sample.score.reward, sample.score.reward_note = verdict.reward, verdict.note
         return [

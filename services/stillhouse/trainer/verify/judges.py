@@ -5,8 +5,8 @@
     await judges.close()
 
 Processes start when they are needed. One that does not answer in time is killed and replaced: its completion has
-reward 0, the others do not notice. A verifier that only fails ends the job (VerifierError): training towards its zeros
-would be training towards nothing.
+reward 0, the others do not notice. One that dies is replaced, and the completion judged again. A verifier that only
+fails ends the job (VerifierError): training towards its zeros would be training towards nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 from stillhouse.core.answers import ANSWER_MAX
-from stillhouse.core.errors import JobFailedError, WireError
+from stillhouse.core.errors import JobFailedError, UnavailableError, WireError
 from stillhouse.core.tasks import cancel_all
 from stillhouse.trainer.verify.process import WorkerDied, WorkerProcess
 
@@ -26,6 +26,9 @@ WORKERS: Final = 2
 """Processes at once: verdicts take milliseconds, and a second one goes on while the first waits for its deadline."""
 LOAD_S: Final = 120.0
 """Deadline of importing a verifier: reasoning-gym takes 4 s from a cold disk; 30 times that on a busy machine."""
+TRIES: Final = 3
+"""Processes that may die of a verdict, or of loading, before it has failed: what was killed from outside must not be
+somebody's reward, and what crashes by itself does it again."""
 FAILED_IN_A_ROW: Final = 32
 """So many verdicts of a verifier failed and none worked in between: it is broken."""
 FAILED_ROWS: Final = 4
@@ -33,7 +36,7 @@ FAILED_ROWS: Final = 4
 VERDICTS_MAX: Final = 2000
 """A process is replaced after so many, so that what a library leaks never becomes somebody's reward 0."""
 TEXT_MAX: Final = 1_000_000
-"""Characters of a completion that are judged, from its end: ten times the longest that a queue entry carries."""
+"""Characters of a completion that are judged, from its end; a queue entry carries some 57,000 tokens."""
 
 Failure = Literal["", "timeout", "crash", "exception"]
 
@@ -79,6 +82,7 @@ class Judges:
         self._workers = workers
         self._idle: list[WorkerProcess] = []
         self._processes: set[WorkerProcess] = set()
+        self._is_closed = False
         self._failed_in_a_row: Counter[str] = Counter()
         self._failed_rows: dict[str, set[int]] = {}
         self.failures: Counter[str] = Counter()
@@ -108,7 +112,8 @@ class Judges:
         return [verdict for verdict in verdicts if verdict is not None]
 
     async def close(self) -> None:
-        """Kill all processes and wait until they are gone."""
+        """Kill all processes and wait until they are gone; verdicts under way fail."""
+        self._is_closed = True
         self._idle.clear()
         for process in self._processes:
             process.kill()
@@ -120,6 +125,9 @@ class Judges:
         for index, item in todo:
             async with self._slots:
                 verdict = await self._judge(item)
+                for _ in range(TRIES - 1):
+                    if verdict.failure == "crash" and not self._is_closed:
+                        verdict = await self._judge(item)
             verdicts[index] = verdict
             self._watch(item, verdict)
 
@@ -145,9 +153,9 @@ class Judges:
             await self._give_back(process, is_fit=is_fit)
 
     async def _ready(self, name: str) -> WorkerProcess:
-        """A process that has loaded the verifier. A death while loading may be somebody else's doing: once more."""
-        for attempt in (1, 2):
-            process = self._idle.pop() if self._idle else await self._start()
+        """A process that has loaded the verifier."""
+        for attempt in range(1, TRIES + 1):
+            process = await self._take()
             if name in process.loaded:
                 return process
             is_fit = False
@@ -161,27 +169,35 @@ class Judges:
             except TimeoutError:
                 raise VerifierError(f"verifier '{name}' was not loaded within {LOAD_S:g} s") from None
             except WorkerDied as death:
-                if attempt == 2:
+                if attempt == TRIES:
                     raise VerifierError(f"verifier '{name}' cannot be loaded: {death}") from None
             finally:
                 if not is_fit:
                     await self._give_back(process, is_fit=False)
-        raise AssertionError("unreachable: the second attempt returns or raises")
+        raise AssertionError("unreachable: the last attempt returns or raises")
 
-    async def _start(self) -> WorkerProcess:
+    async def _take(self) -> WorkerProcess:
+        """An idle process, or a new one."""
+        while self._idle:
+            process = self._idle.pop()
+            if not process.has_ended:
+                return process
+            await self._bury(process)
         process = await WorkerProcess.start()
         self._processes.add(process)
+        if self._is_closed:
+            await self._bury(process)
+            raise UnavailableError("the judges are closed")
         return process
 
     async def _give_back(self, process: WorkerProcess, *, is_fit: bool) -> None:
-        if is_fit:
+        if is_fit and not self._is_closed:
             self._idle.append(process)
-            return
-        process.kill()  # at once, before anything can interrupt us
-        await self._bury(process)
+        else:
+            await self._bury(process)
 
     async def _bury(self, process: WorkerProcess) -> None:
-        process.kill()
+        process.kill()  # before anything can interrupt us
         await process.reap()
         self._processes.discard(process)
 

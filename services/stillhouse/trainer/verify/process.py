@@ -16,6 +16,8 @@ from stillhouse.trainer.verify import frames
 
 END_S: Final = 10.0
 """How long the kernel may take to end a process after SIGKILL: only one in a stuck disk call takes any time."""
+READ_S: Final = 0.05
+"""Time beyond the deadline to read what lies in the pipe: if this event loop was held up, it may have come in time."""
 EXIT_S: Final = 2.0
 """How long a process whose pipes are closed may take to end by itself: the kernel writes no core file."""
 STDERR_BYTES: Final = 2048
@@ -39,11 +41,12 @@ def environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 class WorkerProcess:
-    """States: started -> asked, answered, asked, ... -> killed -> reaped. Whoever holds it may ask; `kill` any time."""
+    """States: started -> asked, answered, asked, ... -> killed -> reaped. One asks at a time; `kill` any time."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
         self._stderr = bytearray()
+        self._is_killed = False
         self._drain = asyncio.create_task(self._keep_stderr(), name="verifier stderr")
         self.loaded: set[str] = set()
         """Verifiers it has loaded."""
@@ -71,6 +74,11 @@ class WorkerProcess:
     def pid(self) -> int:
         return self._process.pid
 
+    @property
+    def has_ended(self) -> bool:
+        """It died by itself, or somebody else killed it."""
+        return self._process.returncode is not None
+
     async def ask(self, request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         """The answer to a request. After any exception the process is in an unknown state: kill it.
 
@@ -79,15 +87,17 @@ class WorkerProcess:
             WorkerDied: it ended instead, or answered nonsense.
             WireError: the request cannot be sent; nothing was.
         """
-        frame = frames.encode(request)
-        stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin is not None, "started with pipes"
-        assert stdout is not None, "started with pipes"
+        exchange = asyncio.create_task(self._exchange(frames.encode(request)), name="verdict")
         try:
-            async with asyncio.timeout(timeout_s):
-                stdin.write(frame)
-                await stdin.drain()
-                return await frames.read_async(stdout)
+            done, _ = await asyncio.wait([exchange], timeout=timeout_s)
+            if not done:
+                done, _ = await asyncio.wait([exchange], timeout=READ_S)
+        finally:
+            await cancel_all([exchange])
+        if not done:
+            raise TimeoutError
+        try:
+            return exchange.result()
         except (asyncio.IncompleteReadError, ConnectionError):
             # its pipes are closed: let it end by itself, so that it is seen how it ended
             with suppress(TimeoutError):
@@ -98,8 +108,19 @@ class WorkerProcess:
         except WireError as error:
             raise WorkerDied(f"its process answered {error.message}") from None
 
+    async def _exchange(self, frame: bytes) -> dict[str, Any]:
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None, "started with pipes"
+        assert stdout is not None, "started with pipes"
+        stdin.write(frame)
+        await stdin.drain()
+        return await frames.read_async(stdout)
+
     def kill(self) -> None:
-        """SIGKILL to the process and all that it started."""
+        """SIGKILL to the process and all that it started; once, since its number may then belong to another."""
+        if self._is_killed:
+            return
+        self._is_killed = True
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
 
@@ -110,8 +131,8 @@ class WorkerProcess:
                 await self._process.wait()
                 await asyncio.wait([self._drain])
         await cancel_all([self._drain])
-        if self._process.stdin is not None:
-            self._process.stdin.close()
+        # closes our ends of the pipes, which a child in a session of its own may still hold; Process has no call for it
+        self._process._transport.close()  # type: ignore[attr-defined]
 
     def _how_it_died(self) -> str:
         code = self._process.returncode
