@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stillhouse.trainer.objectives.base import Head, Objective, Signals, StudentChunk
+from stillhouse.trainer.objectives.base import Head, Objective, Signals, StudentChunk, through_softmax
 from stillhouse.trainer.objectives.full_vocabulary import ForwardKL, GeneralisedJSD, ReverseKL
 from stillhouse.trainer.objectives.topk import TopK
 
@@ -66,35 +66,42 @@ class Example:
         """The gradient that the trainer's objective gives."""
         return lambda logits: objective(*self.chunk(logits), 1.0).grad
 
-    def naive(self, loss: Callable[[Tensor, Tensor], Tensor]) -> Gradient:
-        """The gradient of a loss of (p on S [R, k], q on S [k]), by autograd."""
+    def naive(self, slope: Callable[[Tensor, Tensor], Tensor]) -> Gradient:
+        """The gradient of a loss of p and q on S, from its derivative with respect to p on S [R, k]."""
 
         def gradient(logits: Tensor) -> Tensor:
-            free = logits.detach().requires_grad_()
-            losses = loss(free.softmax(1)[:, self.support], self.q[self.support])
-            return torch.autograd.grad(losses.sum(), free)[0]
+            p = logits.softmax(1)
+            slopes = torch.zeros_like(p)
+            slopes[:, self.support] = slope(p[:, self.support], self.q[self.support])
+            return through_softmax(p, slopes)
 
         return gradient
 
 
+# Naive losses, each as its derivative with respect to p on S; the test of the study has the losses themselves.
+
+
 def truncated_reverse(p_S: Tensor, q_S: Tensor) -> Tensor:
-    """sum over S of p log(p / q), the rest dropped."""
-    return (p_S * (p_S / q_S).log()).sum(-1)
+    """Of sum over S of p log(p / q), the rest dropped."""
+    return (p_S / q_S).log() + 1
 
 
 def renormalised_reverse(p_S: Tensor, q_S: Tensor) -> Tensor:
-    """The same between the two distributions given S."""
-    return truncated_reverse(p_S / p_S.sum(-1, keepdim=True), q_S / q_S.sum())
+    """Of the same between the two distributions given S."""
+    mass = p_S.sum(-1, keepdim=True)
+    given, log_ratio = p_S / mass, (p_S / mass / (q_S / q_S.sum())).log()
+    return (log_ratio - (given * log_ratio).sum(-1, keepdim=True)) / mass
 
 
 def truncated_forward(p_S: Tensor, q_S: Tensor) -> Tensor:
-    """sum over S of q log(q / p), the rest dropped."""
-    return (q_S * (q_S / p_S).log()).sum(-1)
+    """Of sum over S of q log(q / p), the rest dropped."""
+    return -q_S / p_S
 
 
 def clamped_forward(p_S: Tensor, q_S: Tensor) -> Tensor:
-    """The same, no less than 0."""
-    return truncated_forward(p_S, q_S).clamp(min=0)
+    """Of the same, but no less than 0: where the sum is negative, nothing moves."""
+    loss = (q_S * (q_S / p_S).log()).sum(-1, keepdim=True)
+    return truncated_forward(p_S, q_S) * (loss >= 0)
 
 
 @dataclass(frozen=True)

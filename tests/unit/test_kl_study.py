@@ -5,11 +5,15 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
+
+pytestmark = pytest.mark.timeout(240)  # ten seconds of computation; a busy machine may need many times that
 
 STUDY = Path(__file__).resolve().parents[2] / "examples" / "kl_study"
 MODULES = [path.stem for path in STUDY.glob("*.py")]
@@ -31,6 +35,34 @@ def modules() -> Iterator[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def study(modules: dict[str, Any]) -> Any:
     return modules["results"].measure()
+
+
+def given(x: Tensor) -> Tensor:
+    return x / x.sum(-1, keepdim=True)
+
+
+def log_ratios(a: Tensor, b: Tensor) -> Tensor:
+    return (a * (a / b).log()).sum(-1)
+
+
+NAIVE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "truncated_reverse": lambda p, q: log_ratios(p, q),
+    "renormalised_reverse": lambda p, q: log_ratios(given(p), given(q)),
+    "truncated_forward": lambda p, q: log_ratios(q, p),
+    "clamped_forward": lambda p, q: log_ratios(q, p).clamp(min=0),
+}
+"""The naive losses of p and q on the support, as they are met."""
+
+
+@pytest.mark.parametrize("name", NAIVE)
+def test_the_naive_gradients_are_those_of_their_losses(modules: dict[str, Any], name: str) -> None:
+    study = modules["topk_bias"]
+    example = study.Example()
+    draw = torch.Generator().manual_seed(1)
+    logits = torch.randn(20, study.V, generator=draw, dtype=torch.float64).requires_grad_()
+    losses = NAIVE[name](logits.softmax(1)[:, example.support], example.q[example.support])
+    (expected,) = torch.autograd.grad(losses.sum(), logits)
+    torch.testing.assert_close(example.naive(getattr(study, name))(logits.detach()), expected)
 
 
 def test_every_number_is_as_known(modules: dict[str, Any], study: Any) -> None:
