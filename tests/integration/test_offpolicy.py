@@ -14,6 +14,7 @@ from stillhouse.trainer.journal import read_step
 from stillhouse.v1 import rollout_pb2 as pb
 from tests.cluster import Cluster, cluster, job_spec
 from tests.tiny import EOS_ID
+from tests.waiting import wait_until
 
 ROWS = [{"prompt": f"say {word}", "completion": word} for word in ("one", "two", "three", "four", "five")]
 
@@ -37,6 +38,15 @@ async def succeeded(made: Cluster, job_id: str) -> None:
     assert record.status == "succeeded", record.error
     report = verify_job(made.ctx.artifacts.job(job_id), record)
     assert report.ok, report.text()
+
+
+async def at_step(made: Cluster, job_id: str, step: int) -> None:
+    async def reached() -> bool:
+        record = await made.ctx.jobs.get(job_id)
+        assert record.status != "failed", record.error
+        return record.step >= step
+
+    await wait_until(reached, timeout_s=60, what=f"step {step}")
 
 
 def scores(made: Cluster, job_id: str, steps: int, epoch: int = 1) -> list[pb.Score]:
@@ -84,16 +94,19 @@ async def test_a_completion_is_cut_at_max_tokens(deployment: Cluster) -> None:
         assert score.rollout.finish_reason == (pb.FINISH_REASON_STOP if is_whole else pb.FINISH_REASON_LENGTH)
 
 
-async def test_a_teacher_writes_and_the_student_learns_its_texts(deployment: Cluster) -> None:
-    """Sequence-level distillation: the texts come from a sampler, so no teacher service is needed."""
-    spec = job_spec(
+def seq_kd(steps: int = 12) -> dict[str, Any]:
+    return job_spec(
         stages__0__loss={"objective": "cross_entropy"},
         stages__0__on_policy_fraction=0,
         stages__0__off_policy_source="teacher",
         stages__0__optimizer__lr=1e-2,
-        stages__0__schedule={"steps": 12, "prompts_per_step": 5, "group_size": 4},
+        stages__0__schedule={"steps": steps, "prompts_per_step": 5, "group_size": 4},
     )
-    job_id = await deployment.submit(spec)
+
+
+async def test_a_teacher_writes_and_the_student_learns_its_texts(deployment: Cluster) -> None:
+    """Sequence-level distillation: the texts come from a sampler, so no teacher service is needed."""
+    job_id = await deployment.submit(seq_kd())
     await succeeded(deployment, job_id)
     losses = await metrics(deployment, job_id, "loss/total")
     assert losses[-1] < 0.8 * losses[0]
@@ -102,18 +115,22 @@ async def test_a_teacher_writes_and_the_student_learns_its_texts(deployment: Clu
     assert len({score.rollout.completion_ids.data for score in trained}) > 100, "sampled, each with its own seed"
 
 
-async def test_a_mixture_trains_on_the_students_and_on_given_texts(deployment: Cluster) -> None:
-    """Generalised knowledge distillation (GKD) with the data's completions."""
-    await deployment.start("teacher")
-    held_out = [{"prompt": f"tell me about {word}"} for word in ("tea", "rain")]
-    spec = job_spec(
+def gkd(**changes: Any) -> dict[str, Any]:
+    return job_spec(
         stages__0__data={"rows": ROWS},
         stages__0__loss={"objective": "full_vocabulary", "divergence": "jsd", "beta": 0.5, "beta_rescale": True},
         stages__0__on_policy_fraction=0.5,
         stages__0__optimizer__lr=5e-3,
         stages__0__schedule={"steps": 16, "prompts_per_step": 5, "max_staleness": 1},
-        evaluation={"data": {"rows": held_out}, "num_prompts": 2, "max_tokens": 12, "show": 1},
+        **changes,
     )
+
+
+async def test_a_mixture_trains_on_the_students_and_on_given_texts(deployment: Cluster) -> None:
+    """Generalised knowledge distillation (GKD) with the data's completions."""
+    await deployment.start("teacher")
+    held_out = [{"prompt": f"tell me about {word}"} for word in ("tea", "rain")]
+    spec = gkd(evaluation={"data": {"rows": held_out}, "num_prompts": 2, "max_tokens": 12, "show": 1})
     job_id = await deployment.submit(spec)
     await succeeded(deployment, job_id)
     record = await deployment.ctx.jobs.get(job_id)
@@ -145,3 +162,99 @@ async def test_rewards_alone_teach_without_a_teacher(deployment: Cluster) -> Non
     await succeeded(deployment, job_id)
     rewards = await metrics(deployment, job_id, "reward/mean")
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.2
+
+
+@pytest.mark.full
+async def test_a_reward_is_added_to_what_the_teacher_says(deployment: Cluster) -> None:
+    await deployment.start("teacher")
+    spec = grpo()
+    spec["teachers"] = {"main": {"model": "teacher"}}
+    spec["stages"][0]["loss"] = {"objective": "policy_gradient", "reward": {"verifier": "regex", "weight": 0.5}}
+    spec["stages"][0]["schedule"] = {"steps": 2, "prompts_per_step": 3, "group_size": 4}
+    job_id = await deployment.submit(spec)
+    await succeeded(deployment, job_id)
+    for score in scores(deployment, job_id, 2):
+        assert score.WhichOneof("result") == "sampled"
+        assert score.reward in (0.0, 1.0)
+        assert score.reward_note.startswith("matched" if score.reward else "no match"), score.reward_note
+    assert len(await metrics(deployment, job_id, "loss/reverse_kl/mean")) == 2
+
+
+async def test_a_verdict_that_does_not_come_is_a_reward_of_0_and_an_event(deployment: Cluster) -> None:
+    """A regular expression that takes exponential time, on a text that it almost matches."""
+    spec = grpo()
+    spec["stages"][0]["data"]["rows"] = [{"prompt": "say one", "answer": "(([^q]?)+)+$(?<=q)q"}]
+    spec["stages"][0]["sampling"]["max_tokens"] = 60
+    spec["stages"][0]["loss"]["reward"]["timeout_s"] = 0.5
+    spec["stages"][0]["schedule"] = {"steps": 1, "prompts_per_step": 1, "group_size": 2}
+    job_id = await deployment.submit(spec)
+    await succeeded(deployment, job_id)
+    assert await metrics(deployment, job_id, "reward/timeouts") == [2.0]
+    assert await metrics(deployment, job_id, "reward/zero_spread_groups") == [1.0]
+    assert [score.reward for score in scores(deployment, job_id, 1)] == [0.0, 0.0]
+    (event,) = [event for event in await deployment.ctx.jobs.events(job_id) if event["type"] == "reward.failed"]
+    assert "2 of 2 completions got no verdict" in event["message"]
+
+
+@pytest.mark.full
+async def test_a_sampler_that_dies_with_a_teachers_text_is_replaced(deployment: Cluster) -> None:
+    job_id = await deployment.submit(seq_kd(8))
+    await at_step(deployment, job_id, 2)
+    await deployment.crash("sampler-0")
+    await deployment.start("sampler", "sampler-1")
+    await succeeded(deployment, job_id)
+    record = await deployment.ctx.jobs.get(job_id)
+    assert record.usage["failed_samples"] == 0
+
+
+async def test_a_teacher_that_cannot_write_fails_the_job_with_its_reason(deployment: Cluster) -> None:
+    spec = seq_kd(2)
+    spec["stages"][0]["sampling"]["max_tokens"] = 100
+    deployment.add_model("short", seed=3, max_position_embeddings=64)
+    spec["teachers"]["main"]["model"] = "short"
+    record = await deployment.ended(await deployment.submit(spec))
+    assert record.error is not None
+    assert "the 64 that main can read" in record.error["message"], record.error
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["sft", "seq_kd", "gkd", "grpo"])
+async def test_a_takeover_in_the_middle_changes_nothing_that_was_journalled(deployment: Cluster, kind: str) -> None:
+    spec = {"sft": sft, "seq_kd": seq_kd, "gkd": gkd, "grpo": grpo}[kind]()
+    spec["checkpoint"] = {"every_steps": 5}
+    spec["stages"][0]["schedule"]["steps"] = 12
+    if kind == "gkd":
+        await deployment.start("teacher")
+    job_id = await deployment.submit(spec)
+    await at_step(deployment, job_id, 7)
+    await deployment.crash("trainer-0")
+    artifacts = deployment.ctx.artifacts.job(job_id)
+    before = [step for step in range(12) if artifacts.journal(1, step).exists()]
+    await deployment.start("trainer", "trainer-1")
+    await succeeded(deployment, job_id)
+    record = await deployment.ctx.jobs.get(job_id)
+    assert record.epoch == 2
+    assert len(before) >= 7
+    assert not any(artifacts.journal(2, step).exists() for step in before), "nothing is written or judged twice"
+    assert [point["step"] for point in await deployment.ctx.jobs.metrics(job_id)] == list(range(1, 13))
+
+
+@pytest.mark.full
+async def test_a_deterministic_mixture_with_a_crash_equals_one_without(deployment: Cluster) -> None:
+    """Which groups are the teacher's, and what it writes, follows from the job's seed alone."""
+    await deployment.start("teacher")
+    ends = []
+    for crashes in (False, True):
+        spec = gkd(seed=11, deterministic=True, checkpoint={"every_steps": 4})
+        spec["stages"][0] |= {"off_policy_source": "teacher", "schedule": {"steps": 8, "prompts_per_step": 4}}
+        job_id = await deployment.submit(spec)
+        if crashes:
+            await at_step(deployment, job_id, 5)
+            await deployment.crash("trainer-0")
+            await deployment.start("trainer", "trainer-1")
+        await succeeded(deployment, job_id)
+        record = await deployment.ctx.jobs.get(job_id)
+        assert record.epoch == 1 + crashes
+        export = deployment.ctx.artifacts.job(job_id).export(record.epoch) / "model.safetensors"
+        ends.append(export.read_bytes())
+    assert ends[0] == ends[1]

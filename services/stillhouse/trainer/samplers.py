@@ -16,6 +16,7 @@ from stillhouse.core.queue.registry import Registry, ServiceInfo
 from stillhouse.core.queue.streams import Scope
 from stillhouse.core.rpc import Peers
 from stillhouse.core.spec import SamplersSpec
+from stillhouse.core.tasks import cancel_all
 from stillhouse.v1 import rollout_pb2, sampler_pb2, sampler_pb2_grpc, weights_pb2
 
 AWAY_LEASES: Final = (0.2, 1.2)
@@ -25,10 +26,12 @@ HINT_TIMEOUT_S: Final = 5.0
 """Deadline of a SyncWeights hint: it only wakes the sampler."""
 GENERATE_TIMEOUT_S: Final = 600.0
 """Deadline of a prompt's texts: the sampler may have to load their model first, and has other work."""
+GENERATE_LOOK_S: Final = 1.0
+"""How often a wait for texts looks whether their sampler is still there."""
 GENERATE_TRIES: Final = 5
 """As for samples over the queue: what five samplers died of is its own fault."""
-GENERATE_PAUSE_S: Final = 5.0
-"""Pause between tries: about the time until a dead sampler is off the list."""
+GENERATE_PAUSE_LEASES: Final = 0.5
+"""Pause between tries, in leases: all of them outlast the lease of a dead sampler, which then is off the list."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,18 +159,30 @@ class SamplerPool:
                 self._log.warning("text not written", sampler=info.instance, error=error.message, tries=number)
                 if number == GENERATE_TRIES:
                     raise
-                await asyncio.sleep(GENERATE_PAUSE_S)
+                await asyncio.sleep(GENERATE_PAUSE_LEASES * self._lease_s)
         raise AssertionError("the last try returns or raises")
 
     async def _generate(
         self, info: ServiceInfo, request: sampler_pb2.GenerateRequest
     ) -> list[sampler_pb2.GenerateResponse]:
-        parts = self._peer(info).stream("Generate", request, timeout_s=GENERATE_TIMEOUT_S)
-        answers = {part.index: part async for part in parts}
+        call = asyncio.ensure_future(self._answers(info, request))
+        try:
+            while not (await asyncio.wait({call}, timeout=GENERATE_LOOK_S))[0]:
+                if info.instance not in self._leased:  # its connection may be silent for long
+                    raise UnavailableError(f"sampler {info.instance} is gone")
+            answers = call.result()
+        finally:
+            await cancel_all([call])
         is_cut_off = any(part.finish_reason == rollout_pb2.FINISH_REASON_ABORT for part in answers.values())
         if is_cut_off or len(answers) != len(request.seeds):
             raise UnavailableError(f"sampler {info.instance} stopped in the middle of a text")
         return [answers[index] for index in range(len(request.seeds))]
+
+    async def _answers(
+        self, info: ServiceInfo, request: sampler_pb2.GenerateRequest
+    ) -> dict[int, sampler_pb2.GenerateResponse]:
+        parts = self._peer(info).stream("Generate", request, timeout_s=GENERATE_TIMEOUT_S)
+        return {part.index: part async for part in parts}
 
     def _peer(self, info: ServiceInfo) -> Any:
         return self._peers.get(info.address, sampler_pb2_grpc.SamplerServiceStub, f"sampler {info.instance}")
