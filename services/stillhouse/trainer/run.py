@@ -270,6 +270,10 @@ class Run:
             group = await (await self.exchange.rescore(header.step, hidden))
             await self.exchange.done(group.samples)
             fresh = {sample.sample_id: sample for sample in group.samples}
+            for score in hidden:  # which tokens train goes by the journal: the last bits of a new score may differ
+                again = fresh[score.rollout.sample_id]
+                if not again.is_failed:
+                    again.score.hidden.teacher_logprobs.CopyFrom(score.hidden.teacher_logprobs)
         samples = [fresh.get(score.rollout.sample_id) or ScoredSample(score) for score in scores]
         if any(sample.is_failed for sample in fresh.values()):
             await self._write_journal(

@@ -23,6 +23,7 @@ from stillhouse.core.spec import JobSpec
 from stillhouse.sampler.engines.base import Completion, SampleRequest
 from stillhouse.teacher.engines.base import Head, Scored, ScoreItem, Unscored
 from stillhouse.trainer.batch import TeacherHead, TrainSample
+from stillhouse.trainer.packing import plan_micro_batches
 from stillhouse.trainer.train import LearnerThread
 from stillhouse.v1 import rollout_pb2
 
@@ -150,11 +151,15 @@ class ToyLearner:
     keeps_nan = False
     """For the planted bug."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, micro_batch_tokens: int) -> None:
         self.weights = digest("init", seed)[:WIDTH]
+        self.micro_batch_tokens = micro_batch_tokens
         self.policy_version = 0
         self.trained: list[list[Any]] = []
         """[step, sample id] of everything behind the weights, in order."""
+
+    def plan(self, samples: Sequence[TrainSample]) -> list[list[int]]:
+        return plan_micro_batches(samples, self.micro_batch_tokens)
 
     def step(
         self, samples: Sequence[TrainSample], heads: Mapping[str, TeacherHead], plan: Sequence[Sequence[int]]
@@ -198,11 +203,12 @@ class ToyLearner:
 class ToyLearnerThread(LearnerThread):
     """`LearnerThread` around a toy: everything that does not need torch is the real class."""
 
-    async def load(self, model_dir: Path, spec: JobSpec, threads: int) -> None:
+    async def load(self, model_dir: Path, spec: JobSpec, threads: int) -> dict[str, Any]:
         def build() -> ToyLearner:
-            return ToyLearner(spec.seed)
+            return ToyLearner(spec.seed, spec.stages[0].schedule.micro_batch_tokens)
 
         self._learner = await self.call(build)
+        return {"parameters": WIDTH, "learning_parameters": WIDTH, "packing": False, "packing_reason": "a toy"}
 
     async def export(self, source_dir: Path, folder: Path, card: dict[str, Any]) -> None:
         def write() -> None:
