@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from stillhouse.core.errors import NonFiniteError, WeightsError, WireError
 from stillhouse.core.models import inspect_model
 from stillhouse.core.spec import OptimizerSpec
-from stillhouse.trainer.batch import TeacherHead, TrainSample
+from stillhouse.trainer.batch import MIN_LOG_Q, TeacherHead, TrainSample
 from stillhouse.trainer.learner import Learner, learning_rate
 from stillhouse.v1 import rollout_pb2
 from tests.tiny import TOKENIZER_SIZE, make_tiny_model
@@ -246,6 +246,21 @@ def test_a_non_finite_score_is_named_and_leaves_the_weights_alone(
         train(untouched, samples)
     train(student, samples)  # no gradient and no moment of the failed step is left
     assert all((array == weights_of(student)[name]).all() for name, array in weights_of(untouched).items())
+
+
+def test_a_token_that_the_teacher_forbids_is_bounded_and_counted(models: dict[str, Path], teacher: Teacher) -> None:
+    samples = teacher.score(rollouts())
+    refused = [samples[3].teacher_logprobs.copy() for _ in range(2)]
+    refused[0][0], refused[1][0] = -np.inf, MIN_LOG_Q
+    steps = []
+    for logprobs in refused:
+        student = learner(models["student"], stage(POLICY_GRADIENT))
+        scored = [*samples[:3], dataclasses.replace(samples[3], teacher_logprobs=logprobs), samples[4]]
+        steps.append((train(student, scored), weights_of(student)))
+    (metrics, weights), (bounded, expected) = steps
+    assert all((array == expected[name]).all() for name, array in weights.items())
+    assert metrics["teacher/forbidden_fraction"] == pytest.approx(1 / metrics["tokens/trained"])
+    assert "teacher/forbidden_fraction" not in bounded
 
 
 def test_a_skipped_step_counts_and_changes_nothing(models: dict[str, Path], teacher: Teacher) -> None:

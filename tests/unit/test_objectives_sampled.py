@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from stillhouse.core.spec import StageSpec
+from stillhouse.trainer.batch import MIN_LOG_Q
 from stillhouse.trainer.losses import PackedLoss, make_objective, packed_loss
-from stillhouse.trainer.objectives.base import MIN_LOG_Q, Head, Signals
+from stillhouse.trainer.objectives.base import Head, Signals
 from stillhouse.trainer.objectives.sampled import PolicyGradient, RatioGate
 from tests.unit.loss_cases import loss, policy_gradients, rewarded
 

@@ -17,6 +17,10 @@ from stillhouse.v1 import rollout_pb2
 STUDENT_ORIGINS: Final = (rollout_pb2.ORIGIN_UNSPECIFIED, rollout_pb2.ORIGIN_STUDENT)
 """Origins of completions that the student wrote."""
 
+MIN_LOG_Q = -30.0
+"""Teacher log-probabilities of single tokens below it count as this much (1e-13): a token that the teacher forbids
+outright (-inf) would make every reverse divergence infinite. A metric counts them."""
+
 _PER_TOKEN = (
     "loss_mask",
     "rollout_logprobs",

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from stillhouse.trainer.batch import RowMeasures, TrainSample
+from stillhouse.trainer.batch import MIN_LOG_Q, RowMeasures, TrainSample
 from stillhouse.trainer.masks import token_metrics
 from stillhouse.trainer.packing import MicroBatch
 from stillhouse.v1 import rollout_pb2
@@ -25,6 +25,8 @@ class StepMeasures:
     gap: list[np.ndarray] = field(default_factory=list)
     """|rollout_logprobs - student_logprobs|."""
     gate: list[np.ndarray] = field(default_factory=list)
+    forbidden: list[np.ndarray] = field(default_factory=list)
+    """[R] bool per micro-batch: log q of the token is too low to be taken as it is."""
 
     def add(self, batch: MicroBatch, rows: RowMeasures) -> None:
         """Take over the measures of a micro-batch; rows of weight 0 were not computed and have none."""
@@ -35,6 +37,7 @@ class StepMeasures:
         self.reverse_kl.setdefault(batch.teacher, []).append(rows.reverse_kl[trained])
         self.entropy.append(rows.entropy[trained])
         self.gate.append(rows.gate[trained])
+        self.forbidden.append((batch.teacher_logprobs < MIN_LOG_Q)[trained])
         self.gap.append(np.abs(batch.rollout_logprobs - rows.logprobs)[trained])
 
     def summary(self, policy_version: int) -> dict[str, float]:
@@ -50,6 +53,8 @@ class StepMeasures:
                 metrics |= {"mismatch/logprob_abs_mean": _mean(gap), "mismatch/logprob_abs_max": float(gap.max())}
             if (gate != 1).any():
                 metrics |= {"gate/mean": _mean(gate), "gate/dropped_fraction": _mean(gate == 0)}
+            if (forbidden := np.concatenate(self.forbidden)).any():
+                metrics["teacher/forbidden_fraction"] = _mean(forbidden)
             if len(by_teacher) > 1:
                 metrics |= {f"loss/reverse_kl/{teacher}": _mean(rows) for teacher, rows in by_teacher.items()}
         if self.samples:

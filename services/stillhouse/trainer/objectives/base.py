@@ -17,10 +17,6 @@ from typing import Final, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-MIN_LOG_Q = -30.0
-"""Teacher log-probabilities on the wire below it count as this much (1e-13): a token that the teacher forbids outright
-(-inf) would make every reverse divergence infinite."""
-
 CONVERTED_COLUMNS: Final = 8192
 """Tokens of the vocabulary whose products exist at once in the model's type where logits are kept in another: 8 MB for
 512 rows in bfloat16, and still 512 x 8192 x D for the matrix product to work on."""

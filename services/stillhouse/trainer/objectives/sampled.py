@@ -33,7 +33,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from stillhouse.trainer.objectives.base import MIN_LOG_Q, ChunkLoss, Signals, StudentChunk
+from stillhouse.trainer.batch import MIN_LOG_Q
+from stillhouse.trainer.objectives.base import ChunkLoss, Signals, StudentChunk
 from stillhouse.trainer.objectives.topk import Buckets
 
 GateKind = Literal["none", "is", "tis", "icepop", "seq_mask"]

@@ -26,7 +26,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from stillhouse.trainer.objectives.base import MIN_LOG_Q, ChunkLoss, Signals, StudentChunk
+from stillhouse.trainer.batch import MIN_LOG_Q
+from stillhouse.trainer.objectives.base import ChunkLoss, Signals, StudentChunk
 
 
 @dataclass(frozen=True)
