@@ -15,6 +15,7 @@ from stillhouse.core.spec import StageSpec, TokensSpec
 from stillhouse.trainer import engine as engine_module
 from stillhouse.trainer.batch import TrainSample
 from stillhouse.trainer.masks import mask_tokens
+from stillhouse.trainer.packing import collate
 from tests.tiny import TOKENIZER_SIZE, make_tiny_model
 from tests.unit.learner_cases import FULL, POLICY_GRADIENT, Teacher, learner, rollouts, stage, train, weights_of
 
@@ -145,6 +146,21 @@ def test_tokens_that_do_not_train_are_not_computed(
     expected = round(share * sum(lengths)) if share else sum(min(2, length) for length in lengths)
     assert sum(rows) == metrics["tokens/trained"] == expected
     assert metrics["tokens/selected_fraction"] == pytest.approx(expected / sum(lengths))
+
+
+@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
+def test_what_comes_after_the_last_trained_token_is_not_read(student: Path, teacher: Teacher, packing: bool) -> None:
+    """A horizon costs what completions of its length cost, in the whole model, and trains the same."""
+    spec = TokensSpec.model_validate({"horizon": {"start": 3, "end": 3, "steps": 1}})
+    given = rollouts(count=6)
+    masked = mask_tokens(teacher.score(given), spec, 0)
+    cut = teacher.score([(prompt, completion[:3]) for prompt, completion in given])
+    batches = [collate(samples, range(6), [1.0] * 6, is_packed=packing) for samples in (masked, cut)]
+    np.testing.assert_array_equal(batches[0].input_ids, batches[1].input_ids)
+    metrics = [train(learner(student, stage(FULL)), samples, teacher) for samples in (masked, cut)]
+    assert metrics[0]["grad/norm"] == pytest.approx(metrics[1]["grad/norm"], rel=1e-4)
+    nothing = replace(masked[0], loss_mask=np.zeros_like(masked[0].loss_mask))
+    assert collate([nothing], [0], [1.0], is_packed=packing).input_ids.shape == (1, len(nothing.prompt_ids))
 
 
 def test_a_step_in_which_nothing_trains_moves_nothing(student: Path, teacher: Teacher) -> None:

@@ -7,6 +7,7 @@ Letters: P prompt tokens, T completion tokens, D width of the teacher's hidden s
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Final
 
 import numpy as np
@@ -95,10 +96,11 @@ class TrainSample:
         """The student wrote it."""
         return self.origin in STUDENT_ORIGINS
 
-    @property
+    @cached_property
     def num_tokens(self) -> int:
-        """P + T."""
-        return len(self.prompt_ids) + len(self.completion_ids)
+        """Tokens up to the last one that trains: what comes after it is not read. P + T where all do."""
+        trained = np.flatnonzero(self.loss_mask)
+        return len(self.prompt_ids) + (int(trained[-1]) + 1 if len(trained) else 1)
 
     @property
     def num_loss_tokens(self) -> int:

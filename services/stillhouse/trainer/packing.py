@@ -86,8 +86,8 @@ class MicroBatch:
 
     teacher: str
     input_ids: np.ndarray
-    """[B, L] int64 - prompt and completion without its last token (nothing is predicted from it), padded right; or
-    [1, L] with all samples one after the other."""
+    """[B, L] int64 - prompt and completion up to its last trained token, without it (nothing is predicted from it),
+    padded right; or [1, L] with all samples one after the other."""
     lengths: tuple[int, ...] | None
     """Tokens of each sample in `input_ids` when it is packed; none = it is padded."""
     positions: np.ndarray
@@ -127,7 +127,7 @@ def collate(
     teachers = sorted({sample.teacher for sample in chosen})
     if len(teachers) != 1:
         raise WireError(f"a micro-batch takes samples of one teacher, got {teachers}")
-    tokens = [np.concatenate([sample.prompt_ids, sample.completion_ids])[:-1] for sample in chosen]
+    tokens = [np.concatenate([s.prompt_ids, s.completion_ids])[: s.num_tokens - 1] for s in chosen]
     input_ids, offsets = (_packed if is_packed else _padded)(tokens)
     rows = [np.flatnonzero(sample.loss_mask) for sample in chosen]
     starts = [offset + len(sample.prompt_ids) - 1 for offset, sample in zip(offsets, chosen, strict=True)]
