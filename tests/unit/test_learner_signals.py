@@ -80,7 +80,8 @@ def test_rewards_reach_the_tokens_of_their_completion(student: Path, teacher: Te
     schedule = {"steps": 100, "group_size": 2}
     parts: dict[str, Any] = {"data": {"rows": [{"prompt": "hi"}]}, "schedule": schedule, "optimizer": {"lr": 1e-3}}
     grpo = StageSpec.model_validate({**parts, "loss": {**POLICY_GRADIENT, "teacher_weight": 0, "reward": {}}})
-    sft = StageSpec.model_validate({**parts, "loss": {"objective": "cross_entropy"}, "on_policy_fraction": 0})
+    given_texts = {"loss": {"objective": "cross_entropy"}, "on_policy_fraction": 0, "schedule": {"steps": 100}}
+    sft = StageSpec.model_validate({**parts, **given_texts})
     rewarded = train(learner(student, grpo), samples)
     given = train(learner(student, sft), samples)
     assert rewarded["loss/total"] == pytest.approx(given["loss/total"], rel=1e-5)

@@ -99,7 +99,7 @@ def test_collate_against_a_loop_over_tokens(is_packed: bool) -> None:
             assert batch.weights[row] == np.float32(weights[i])
             row += 1
     assert row == len(batch.ids) == 8
-    assert batch.input_ids.shape == ((1, 16) if is_packed else (4, 6))
+    assert batch.input_ids.shape == ((1, 14) if is_packed else (4, 6))
     assert batch.lengths == ((6, 6, 3, 1) if is_packed else None)
 
 
