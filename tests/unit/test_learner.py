@@ -343,6 +343,21 @@ def test_a_bfloat16_student_moves_by_steps_below_its_precision(models: dict[str,
         np.testing.assert_allclose(theirs, array, rtol=0.01, atol=1e-3)
 
 
+def test_gradients_of_a_bfloat16_student_add_up_in_float32(models: dict[str, Path]) -> None:
+    """1 + 2^-10, a hundred times over, is 1 in bfloat16."""
+    parameters = engine_of(learner(models["student"], stage(POLICY_GRADIENT), dtype="bfloat16")).parameters
+    for value in (1.0, *[2.0**-10] * 100):
+        for param in parameters._params.values():
+            param.grad = torch.full_like(param, value)
+        parameters.collect_gradients()
+    for name, master in parameters._masters.items():
+        assert master.grad is not None
+        assert master.grad.dtype == torch.float32
+        assert (master.grad == 1 + 100 * 2.0**-10).all(), name
+    size = sum(master.numel() for master in parameters._masters.values())
+    assert parameters.gradient_norm() == pytest.approx((1 + 100 * 2.0**-10) * size**0.5, rel=1e-5)
+
+
 def test_learning_rate_warms_up_and_decays_to_its_end() -> None:
     spec = OptimizerSpec(lr=1.0, warmup_steps=4, decay="cosine", min_lr_ratio=0.1)
     rates = [learning_rate(spec, step, 20) for step in range(20)]
