@@ -19,7 +19,7 @@ from tests.unit.loss_cases import DISTILLATION, EVERY_LOSS, Case, cases, diverge
 from tests.unit.loss_oracles import gate_of_rows, kl, loss_of_rows, reverse_kl_of_rows
 
 QUICK = settings(max_examples=8)
-THOROUGH = settings(max_examples=300)
+THOROUGH = settings(max_examples=60)
 
 
 @pytest.fixture(autouse=True)
