@@ -68,7 +68,7 @@ def stage(loss: dict[str, Any], packing: str) -> StageSpec:
             "on_policy_fraction": 0 if loss["objective"] == "cross_entropy" else 1,
             "loss": loss,
             "optimizer": {"max_grad_norm": 1e6},
-            "schedule": {"steps": 1, "group_size": 2, "packing": packing},
+            "schedule": {"steps": 1, "group_size": 2 if "reward" in loss else 1, "packing": packing},
         }
     )
 
