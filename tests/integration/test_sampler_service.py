@@ -527,6 +527,7 @@ async def test_generate_refuses_what_it_cannot_do(desk: Desk) -> None:
         ({"prompt_ids": ids_tensor([5] * 256)}, WireError),
         ({"prompt_ids": ids_tensor([TOKENIZER_SIZE])}, WireError),
         ({"sampling": pb.SamplingParams(max_tokens=5, stop=["x"])}, UnimplementedError),
+        ({"sampling": pb.SamplingParams(max_tokens=5, record_top_k=2)}, UnimplementedError),
         ({"seeds": []}, SpecError),
     ):
         with pytest.raises(error):

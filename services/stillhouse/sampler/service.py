@@ -65,6 +65,8 @@ class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
             raise UnimplementedError(
                 "stop strings need a tokenizer, which this engine does not have; give stop_token_ids"
             )
+        if request.sampling.record_top_k or request.sampling.record_entropies:
+            raise UnimplementedError("likeliest tokens and entropies are recorded in rollouts only; leave out record_*")
         if not request.seeds:
             raise SpecError("no seeds: give one per completion", param="seeds")
         prompt_ids = ids_list(request.prompt_ids)
