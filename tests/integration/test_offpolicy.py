@@ -181,19 +181,20 @@ async def test_a_reward_is_added_to_what_the_teacher_says(deployment: Cluster) -
 
 
 async def test_a_verdict_that_does_not_come_is_a_reward_of_0_and_an_event(deployment: Cluster) -> None:
-    """A regular expression that takes exponential time, on a text that it almost matches."""
+    """A regular expression that takes exponential time, on a text that it almost matches, and one that always does."""
     spec = grpo()
-    spec["stages"][0]["data"]["rows"] = [{"prompt": "say one", "answer": "(([^q]?)+)+$(?<=q)q"}]
+    answers = ("(([^q]?)+)+$(?<=q)q", "")
+    spec["stages"][0]["data"]["rows"] = [{"prompt": f"say {a or 1}", "answer": a or ".|^$"} for a in answers]
     spec["stages"][0]["sampling"]["max_tokens"] = 60
     spec["stages"][0]["loss"]["reward"]["timeout_s"] = 0.5
-    spec["stages"][0]["schedule"] = {"steps": 1, "prompts_per_step": 1, "group_size": 2}
+    spec["stages"][0]["schedule"] = {"steps": 1, "prompts_per_step": 2, "group_size": 2}
     job_id = await deployment.submit(spec)
     await succeeded(deployment, job_id)
     assert await metrics(deployment, job_id, "reward/timeouts") == [2.0]
-    assert await metrics(deployment, job_id, "reward/zero_spread_groups") == [1.0]
-    assert [score.reward for score in scores(deployment, job_id, 1)] == [0.0, 0.0]
+    assert await metrics(deployment, job_id, "reward/zero_spread_groups") == [2.0]
+    assert {(score.rollout.row, score.reward) for score in scores(deployment, job_id, 1)} == {(0, 0.0), (1, 1.0)}
     (event,) = [event for event in await deployment.ctx.jobs.events(job_id) if event["type"] == "reward.failed"]
-    assert "2 of 2 completions got no verdict" in event["message"]
+    assert "2 of 4 completions got no verdict" in event["message"]
 
 
 @pytest.mark.full
