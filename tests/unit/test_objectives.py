@@ -17,7 +17,7 @@ from stillhouse.trainer import losses
 from tests.unit.loss_cases import DISTILLATION, EVERY_LOSS, Case, cases, divergences, loss, name, top_ks
 from tests.unit.loss_oracles import gate_of_rows, kl, loss_of_rows, reverse_kl_of_rows
 
-QUICK = settings(max_examples=8)
+QUICK = settings(max_examples=6)
 THOROUGH = settings(max_examples=60)
 
 
@@ -85,7 +85,7 @@ def test_a_divergence_is_never_negative_and_the_measure_is_a_lower_bound(spec: A
 
 @pytest.mark.parametrize("spec", EVERY_LOSS, ids=name)
 @given(case=cases(lengths=[3, 1, 2]))
-@settings(max_examples=4)
+@settings(max_examples=3)
 def test_order_split_and_chunks_change_nothing(spec: Any, case: Case) -> None:
     """Sequences may come in any order, in any number of calls: micro-batches, teachers one after the other."""
     whole = case.packed(spec)

@@ -15,7 +15,7 @@ The baseline b is the mean of clip(log q(v) - log p(v)) over v drawn from p, hen
 arXiv:2605.07865). It is subtracted after the clip, because then it does not depend on y: sum_y p(y) b grad log p(y) is
 0, so it changes no mean, with a clip or without, approximate (over k tokens and a tail) or exact; it changes only the
 variance. It is the mean of the clipped advantage and not -KL, because the KL of a bad student may lie far above the
-clip, and would make every advantage positive. Under a stale policy it is that exact only with the gate `is`.
+clip, and would make every advantage positive. On stale samples it leaves the mean alone only with the gate `is`.
 
 Two that look alike train something else and are not offered (arXiv:2506.09477, arXiv:2512.21852): differentiating
 log p - log q itself (k1) has zero gradient on average; differentiating r - 1 - log r with r = q / p (k3) has that of
