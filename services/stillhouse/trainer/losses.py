@@ -110,8 +110,8 @@ class PackedLoss:
     values: Tensor
     """[R] loss of each row, without its weight."""
     reverse_kl: Tensor
-    """[R] KL(student || teacher): exact from hidden states, a lower bound from k tokens, else the one-sample estimate; NaN
-    without a teacher."""
+    """[R] KL(student || teacher): exact from hidden states, a lower bound from k tokens, else the one-sample estimate;
+    NaN without a teacher."""
     logprobs: Tensor
     """[R] `student_logprobs` of the sampled tokens."""
     entropy: Tensor
