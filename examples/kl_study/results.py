@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import bimodal
+import sampled
 import topk_bias
 
 WEIGHTS: Final = (0.5, 0.6)
@@ -42,6 +43,12 @@ class Study:
     courses: list[topk_bias.Course]
     signal_of_one: float
     """Norm of the gradient of the renormalised top-k form with k = 1."""
+    noise: tuple[float, float]
+    """Variance of the gradient of one sampled token, without and with baseline."""
+    bias: float
+    """Distance of their means from the gradient of the reverse KL, the larger one."""
+    spurious_kl: float
+    """Reverse KL between equal models at different temperatures, nats."""
     jsd: dict[float, tuple[float, float]]
     """By beta: (as defined, divided by beta (1 - beta)), nats."""
 
@@ -64,7 +71,17 @@ def measure(tell: Callable[[str], None] = lambda text: None) -> Study:
         tell(f"top-k, {'reverse' if form.is_reverse else 'forward'} KL, {form.name}: {topk_bias.STEPS:,} steps")
         courses.append(topk_bias.course(form, example))
     jsd = {beta: (topk_bias.jsd(beta, rescale=False), topk_bias.jsd(beta, rescale=True)) for beta in BETAS}
-    return Study(gaussians, letters, courses, topk_bias.signal_of_one(), jsd)
+    (alone, bias), (steadied, other_bias) = sampled.noise("none"), sampled.noise("full_vocabulary")
+    return Study(
+        gaussians,
+        letters,
+        courses,
+        signal_of_one=topk_bias.signal_of_one(),
+        noise=(alone, steadied),
+        bias=max(bias, other_bias),
+        spurious_kl=sampled.spurious_kl(),
+        jsd=jsd,
+    )
 
 
 @dataclass(frozen=True)
@@ -84,7 +101,8 @@ class Check:
 
 def checks(study: Study) -> list[Check]:
     """Every number that is known beforehand."""
-    return [*_gaussian_checks(study), *_letter_checks(study), *_topk_checks(study), *_jsd_checks(study)]
+    parts = (_gaussian_checks, _letter_checks, _topk_checks, _sampled_checks, _jsd_checks)
+    return [check for part in parts for check in part(study)]
 
 
 _GAUSSIANS: Final = (
@@ -165,6 +183,13 @@ def _topk_checks(study: Study) -> Iterator[Check]:
     yield Check("top-k, reverse, naive: truncated, mass before, started at p = q", drained.masses[0], 0.657, FINE)
     yield Check("top-k, reverse, naive: truncated, mass after", drained.masses[-1], 0.242, FINE)
     yield Check("top-k, reverse, naive: renormalised, k = 1, gradient", study.signal_of_one, 0.0, 1e-12)
+
+
+def _sampled_checks(study: Study) -> Iterator[Check]:
+    yield Check("sampled token, variance", study.noise[0], 6.587, FINE)
+    yield Check("sampled token, variance with baseline", study.noise[1], 3.621, FINE)
+    yield Check("sampled token, bias", study.bias, 0.0, 1e-12)
+    yield Check("temperatures 0.7 and 1, KL of equal models", study.spurious_kl, 0.070, FINE)
 
 
 _JSD: Final = {0.001: 0.00170, 0.01: 0.01597, 0.1: 0.12417, 0.5: 0.30487, 0.9: 0.13264, 0.99: 0.01773, 0.999: 0.00187}

@@ -68,6 +68,15 @@ def topk_tables(study: Study) -> Iterator[Table]:
         yield made
 
 
+def sampled_table(study: Study) -> Table:
+    """What one sampled token says."""
+    made = table("One sampled token, the example of the top-k study", "", "value")
+    made.add_row("variance of its gradient", f"{study.noise[0]:.3f}")
+    made.add_row("the same with the exact baseline", f"{study.noise[1]:.3f}")
+    made.add_row("KL of equal models at temperatures 0.7 and 1, nats", f"{study.spurious_kl:.3f}")
+    return made
+
+
 def jsd_table(study: Study) -> Table:
     """The scale of JSD."""
     made = table("JSD of the same pair of models, nats", "beta", "as defined", "beta_rescale: true")
@@ -96,8 +105,8 @@ def main() -> None:
             console.print(f"[dim]{time.monotonic() - started:5.1f} s  {text}[/]")
 
         study = measure(tell)
-    for made in (*gaussian_tables(study), letter_table(study), *topk_tables(study), jsd_table(study)):
-        console.print(made)
+    console.print(*gaussian_tables(study), letter_table(study))
+    console.print(*topk_tables(study), sampled_table(study), jsd_table(study))
     for path in draw(study, options.out):
         console.print(f"figure: {path}")
     found = checks(study)

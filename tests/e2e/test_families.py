@@ -28,15 +28,16 @@ SHORT = {
     "schedule": {"steps": 6, "prompts_per_step": 3},
     "sampling": {"max_tokens": 12},
     "optimizer": {"warmup_steps": 1},
-    "evaluation": {"num_prompts": 4, "max_tokens": 12, "show": 0},
+    "evaluation": {"num_prompts": 6, "max_tokens": 12, "show": 0},
     "checkpoint": {"every_steps": 100, "max_redo_s": 600},
 }
 """Parts of a job that replace those of the file: the least that shows that a family learns. Two checkpoints of 1.3 GB
 are written anyway, at the first step and at the last."""
-NOISE = 0.15
-"""Nats per token by which held-out reverse KL may rise in so few steps; it starts near 3."""
-LEARNS = {"full_vocabulary": 0.2, "top_k": 0.2, "top_k_union_lora": 0.1}
-"""Families that see the teacher's whole distribution: by how much reverse KL must fall at least, nats per token."""
+NOISE = 0.5
+"""Nats per token by which held-out reverse KL may rise in so few steps. It starts near 5, and the 72 tokens that it is
+measured on are sampled anew."""
+LEARNS = {"full_vocabulary": 0.5, "top_k": 0.5, "top_k_union_lora": 0.0, "seq_kd": 0.0}
+"""Families whose signal is dense: by how much reverse KL must fall at least, nats per token."""
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +67,8 @@ def shortened(family: str, folder: Path) -> Path:
     """The family's job file, fewer and shorter steps."""
     document: dict[str, Any] = yaml.safe_load((FAMILIES / f"{family}.yaml").read_text())
     stage, evaluation = document["stages"][0], document["evaluation"]
+    if stage["schedule"].get("group_size", 1) > 1:
+        stage["schedule"]["group_size"] = 3
     for part in ("schedule", "sampling", "optimizer"):
         stage[part] |= SHORT[part]
     evaluation |= SHORT["evaluation"]
