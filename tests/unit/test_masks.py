@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from stillhouse.core.errors import WireError
 from stillhouse.core.models import inspect_model
-from stillhouse.core.spec import HorizonSpec, TokensSpec
+from stillhouse.core.spec import HorizonSpec, StageSpec, TokensSpec
 from stillhouse.trainer.batch import TrainSample
 from stillhouse.trainer.masks import horizon, mask_tokens, token_metrics
 from stillhouse.trainer.tokens import special_token_ids
@@ -140,6 +140,19 @@ def test_a_sample_without_what_selects_is_refused() -> None:
     unknown = np.asarray([-1.0, np.nan], dtype=np.float32)
     with pytest.raises(WireError, match="sample 0/0: token 1 has no kl"):
         masks([sample([5, 6], teacher_logprobs=unknown)], select={"by": "kl", "fraction": 0.5})
+
+
+def test_without_a_teacher_there_is_no_kl_to_select_by() -> None:
+    stage: dict[str, Any] = {
+        "data": {"rows": [{"prompt": "hi"}]},
+        "loss": {"objective": "policy_gradient", "teacher_weight": 0, "reward": {"verifier": "exact"}},
+        "schedule": {"steps": 1, "group_size": 2},
+        "tokens": {"select": {"by": "entropy", "fraction": 0.5}},
+    }
+    StageSpec.model_validate(stage)
+    stage["tokens"] = {"select": {"by": "kl", "fraction": 0.5}}
+    with pytest.raises(ValueError, match="select by entropy"):
+        StageSpec.model_validate(stage)
 
 
 def test_metrics_say_what_trains() -> None:
