@@ -204,7 +204,7 @@ class Engine:
             "topk_mask": batch.topk_mask,
             "hidden": None if head is None else batch.hidden,
         }
-        tensors = {name: self._tensor(array) for name, array in arrays.items() if array is not None}
+        tensors: dict[str, Any] = {name: self._tensor(a) for name, a in arrays.items() if a is not None}
         return Signals(head=None if head is None else self._teacher_head(head).first(self.vocab_size), **tensors)
 
     def _teacher_head(self, head: TeacherHead) -> Head:

@@ -26,7 +26,7 @@ from stillhouse.core.errors import CorruptError
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """The rows of every tensor that a process holds: part `rank` of `size` equal ones, rounded up (the last is short)."""
+    """The rows of every tensor that a process holds: part `rank` of `size` equal ones, the last of them shorter."""
 
     rank: int = 0
     size: int = 1
