@@ -38,7 +38,14 @@ def service(
 class Job:
     """A record, its events, and a `Watch` over them that looks at the services given."""
 
-    def __init__(self, status: str = "running", size: int = 1, idle_s: float = 0.0, min_samplers: int = 1) -> None:
+    def __init__(
+        self,
+        status: str = "running",
+        size: int = 1,
+        idle_s: float = 0.0,
+        min_samplers: int = 1,
+        needs_teachers: bool = True,
+    ) -> None:
         self.record: dict[str, Any] = {"status": status, "status_reason": "", "status_message": ""}
         self.events: list[dict[str, Any]] = []
         self.pool = SimpleNamespace(size=size)
@@ -56,6 +63,7 @@ class Job:
             min_samplers=min_samplers,
             status=lambda: status,
             idle_s=lambda: self.idle_s,
+            needs_teachers=needs_teachers,
         )
 
     async def services(self) -> list[ServiceInfo]:
@@ -76,6 +84,11 @@ class Job:
         self.present = list(present)
         await self._watch._tell(JobRecord(JOB, spec={}, created_at=0.0, **self.record))
         return self.record["status"], self.record["status_reason"]
+
+
+async def test_a_job_that_asks_no_teacher_does_not_miss_one() -> None:
+    assert await Job(needs_teachers=False).look(service("sampler")) == ("running", "")
+    assert await Job(needs_teachers=True).look(service("sampler")) == ("stalled", "no_teacher")
 
 
 WELL = (service("sampler"), service("teacher"))

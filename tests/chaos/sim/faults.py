@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from stillhouse.core.failpoints import POINTS
 from stillhouse.core.spec import JobSpec
@@ -92,26 +92,43 @@ def draw_job(draw: random.Random) -> JobSpec:
     """A small job."""
     per_step, size = draw.randint(1, 3), draw.choice((1, 2, 2, 3))
     return JobSpec.model_validate(
-        {
-            "student": {"model": "student"},
-            "teachers": {"main": {"model": "teacher"}},
-            "seed": draw.randint(0, 1000),
-            "deterministic": draw.random() < 0.25,
-            "max_failed_fraction": 0.6,
-            "stages": [
-                {
-                    "data": {"rows": [{"prompt": f"row {number}"} for number in range(draw.randint(3, 7))]},
-                    "sampling": {"max_tokens": 6},
-                    "loss": {"objective": draw.choice(("policy_gradient", "full_vocabulary"))},
-                    "schedule": {
-                        "steps": draw.randint(3, 7),
-                        "prompts_per_step": per_step,
-                        "group_size": size,
-                        "max_staleness": draw.randint(0, 2),
-                        "micro_batch_tokens": 24,
-                    },
-                }
-            ],
-            "checkpoint": {"every_steps": draw.randint(1, 3), "keep_last": draw.randint(1, 3)},
-        }
+        _with_given_texts(
+            {
+                "student": {"model": "student"},
+                "teachers": {"main": {"model": "teacher"}},
+                "seed": draw.randint(0, 1000),
+                "deterministic": draw.random() < 0.25,
+                "max_failed_fraction": 0.6,
+                "stages": [
+                    {
+                        "data": {"rows": [{"prompt": f"row {number}"} for number in range(draw.randint(3, 7))]},
+                        "sampling": {"max_tokens": 6},
+                        "loss": {"objective": draw.choice(("policy_gradient", "full_vocabulary"))},
+                        "schedule": {
+                            "steps": draw.randint(3, 7),
+                            "prompts_per_step": per_step,
+                            "group_size": size,
+                            "max_staleness": draw.randint(0, 2),
+                            "micro_batch_tokens": 24,
+                        },
+                    }
+                ],
+                "checkpoint": {"every_steps": draw.randint(1, 3), "keep_last": draw.randint(1, 3)},
+            }
+        )
     )
+
+
+def _with_given_texts(spec: dict[str, Any]) -> dict[str, Any]:
+    """Every third job trains on texts that the student did not write, all or half of them; some ask no teacher."""
+    stage = spec["stages"][0]
+    kind = random.Random(f"texts {spec['seed']}").choice(("",) * 8 + ("sft", "seq_kd", "gkd on data", "gkd"))
+    if not kind:
+        return spec
+    stage["off_policy_source"] = "data" if kind in ("sft", "gkd on data") else "teacher"
+    stage["on_policy_fraction"] = 0.5 if kind.startswith("gkd") else 0
+    stage["loss"] = {"objective": "full_vocabulary" if kind.startswith("gkd") else "cross_entropy"}
+    if stage["off_policy_source"] == "data":
+        stage["schedule"]["group_size"] = 1
+        stage["data"]["rows"] = [{**row, "completion": row["prompt"][-3:]} for row in stage["data"]["rows"]]
+    return {**spec, "teachers": {}} if kind == "sft" else spec

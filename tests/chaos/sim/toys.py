@@ -19,7 +19,7 @@ from stillhouse.core.blobs import staged_dir
 from stillhouse.core.errors import NonFiniteError, NotFoundError
 from stillhouse.core.failpoints import failpoint
 from stillhouse.core.models import ModelEntry
-from stillhouse.core.spec import JobSpec
+from stillhouse.core.spec import JobSpec, StageSpec
 from stillhouse.sampler.engines.base import Completion, SampleRequest
 from stillhouse.teacher.engines.base import Head, Scored, ScoreItem, Unscored
 from stillhouse.trainer.batch import TeacherHead, TrainSample
@@ -74,6 +74,9 @@ class ToyRenderer:
 
     def ids(self, conversation: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
         return tuple(byte % VOCABULARY for message in conversation for byte in message["content"].encode())
+
+    def completion(self, text: str, stop_ids: Sequence[int]) -> tuple[int, ...]:
+        return (*(byte % VOCABULARY for byte in text.encode()), stop_ids[0])
 
     def text(self, ids: Sequence[int]) -> str:
         return " ".join(str(token) for token in ids)
@@ -151,9 +154,10 @@ class ToyLearner:
     keeps_nan = False
     """For the planted bug."""
 
-    def __init__(self, seed: int, micro_batch_tokens: int) -> None:
+    def __init__(self, seed: int, stage: StageSpec) -> None:
         self.weights = digest("init", seed)[:WIDTH]
-        self.micro_batch_tokens = micro_batch_tokens
+        self.micro_batch_tokens = stage.schedule.micro_batch_tokens
+        self.has_teacher = stage.loss.payload() != "none"
         self.policy_version = 0
         self.trained: list[list[Any]] = []
         """[step, sample id] of everything behind the weights, in order."""
@@ -169,6 +173,7 @@ class ToyLearner:
             for index in batch:
                 sample = samples[index]
                 signal = sample.teacher_logprobs if sample.hidden is None else sample.hidden.astype(np.float32)
+                signal = signal if self.has_teacher else np.zeros(1, dtype=np.float32)
                 weights = 0.5 * weights + digest(sample.sample_id, sample.completion_ids.tolist(), signal.tolist())[:4]
                 if not np.isfinite(signal).all():
                     weights = weights * np.float32(np.nan)
@@ -179,7 +184,7 @@ class ToyLearner:
         self.weights = weights.astype(np.float32)
         self.trained += sorted(trained, key=lambda item: [int(part) for part in item[1].split("/")])
         self.policy_version += 1
-        lag = [self.policy_version - 1 - sample.oldest_policy_version for sample in samples]
+        lag = [self.policy_version - 1 - s.oldest_policy_version for s in samples if s.is_on_policy] or [0]
         return {"tokens/trained": float(sum(s.num_loss_tokens for s in samples)), "staleness/max": float(max(lag))}
 
     def skip(self) -> dict[str, float]:
@@ -205,7 +210,7 @@ class ToyLearnerThread(LearnerThread):
 
     async def load(self, model_dir: Path, spec: JobSpec, threads: int) -> dict[str, Any]:
         def build() -> ToyLearner:
-            return ToyLearner(spec.seed, spec.stages[0].schedule.micro_batch_tokens)
+            return ToyLearner(spec.seed, spec.stages[0])
 
         self._learner = await self.call(build)
         return {"parameters": WIDTH, "learning_parameters": WIDTH, "packing": False, "packing_reason": "a toy"}
