@@ -66,7 +66,8 @@ def sft(steps: int = 12, **changes: Any) -> dict[str, Any]:
     )
 
 
-async def test_fine_tuning_learns_the_completions_and_needs_no_teacher(deployment: Cluster) -> None:
+async def test_fine_tuning_learns_the_completions_and_needs_only_a_trainer(deployment: Cluster) -> None:
+    await deployment.stop("sampler-0")
     job_id = await deployment.submit(sft())
     await succeeded(deployment, job_id)
     losses = await metrics(deployment, job_id, "loss/total")

@@ -88,6 +88,23 @@ def test_lines_name_every_step_once_and_the_end() -> None:
     assert "stillhouse download job_1" in lines[-1]
 
 
+def test_a_job_with_rewards_shows_them() -> None:
+    class Rewarded(FakeJobs):
+        def values(self, step: int) -> dict[str, float | None]:
+            return {"reward/mean": 0.25 * step, "loss/total": 0.0}
+
+    lines: list[str] = []
+    assert run(Rewarded(), views.LineView(lines.append)) == 0
+    steps = [line for line in lines if line.startswith("step ")]
+    assert "kl -  reward 0.25  loss 0" in steps[0]
+    follower = Follower(Rewarded(), "job_1")
+    for _ in range(4):
+        follower.poll()
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(views.screen(follower.picture, 80))
+    assert "reward" in console.export_text()
+
+
 @pytest.mark.parametrize(("ends", "code"), [("succeeded", 0), ("failed", 1), ("cancelled", 2)])
 def test_exit_code_is_the_result(ends: str, code: int) -> None:
     lines: list[str] = []

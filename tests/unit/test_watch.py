@@ -89,6 +89,7 @@ class Job:
 async def test_a_job_that_asks_no_teacher_does_not_miss_one() -> None:
     assert await Job(needs_teachers=False).look(service("sampler")) == ("running", "")
     assert await Job(needs_teachers=True).look(service("sampler")) == ("stalled", "no_teacher")
+    assert await Job(needs_teachers=False, size=0, min_samplers=0).look() == ("running", "")
 
 
 WELL = (service("sampler"), service("teacher"))

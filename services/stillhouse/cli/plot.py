@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from stillhouse.cli.console import INSTALL_FIX, CliError
 from stillhouse.cli.follow import Picture
+from stillhouse.cli.views import KL
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,6 +52,8 @@ PANELS: Final = (
         is_from_zero=True,
     ),
 )
+REWARD: Final = Panel("reward", "mean of the step", (("reward/mean", ""),), is_smoothed=True)
+"""In place of the first panel, where no teacher was asked."""
 SMOOTHING_SHARE: Final = 20
 """The running mean covers 1/20 of the curve: the trend stays, the noise of single batches goes."""
 _BLUE, _COLOURS = "#2563eb", ("#2563eb", "#d97706", "#059669")
@@ -71,7 +74,9 @@ def plot(job: dict[str, Any], points: list[dict[str, Any]], target: Path) -> Non
     picture = Picture(job=job, points={int(point["step"]): _numbers(point["values"]) for point in points})
     steps = sorted(picture.points)
     figure = Figure(figsize=(12, 6.5), dpi=150, layout="constrained")
-    for axes, panel in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
+    is_rewarded = picture.last("reward/mean") is not None
+    panels = (REWARD, *PANELS[1:]) if is_rewarded and picture.last(KL) is None else PANELS
+    for axes, panel in zip(figure.subplots(2, 3).flat, panels, strict=True):
         _draw(axes, panel, steps, picture)
     name = f"{job.get('name') or ''}  {job['id']}".strip()
     figure.suptitle(f"{name}   {picture.status}, {len(steps)} steps", fontsize=12, parse_math=False)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
 KL: Final = "loss/reverse_kl/mean"
+REWARD: Final = "reward/mean"
 HISTORY_LINES: Final = 20
 """Steps printed when a watch begins in the middle of a job."""
 STAGES: Final = ("sample", "score", "train")
@@ -142,7 +143,11 @@ def _facts(picture: Picture, width: int) -> list[tuple[str, str]]:
     progress = picture.progress
     # a finished job has no progress any more: what its last step measured
     speeds = progress.get("tokens_per_s") or {stage: picture.last(f"{stage}/tokens_per_s") for stage in STAGES}
-    rows = [("reverse KL", f"{number(picture.last(KL)):<8} {sparkline(picture.curve(KL), width)}")]
+    rows = [
+        (name, f"{number(picture.last(key)):<8} {sparkline(picture.curve(key), width)}")
+        for name, key in (("reverse KL", KL), ("reward", REWARD))
+        if key == KL or picture.last(key) is not None
+    ]
     rows.append(("tokens/s", "   ".join(f"{stage} {count(speeds.get(stage))}" for stage in STAGES)))
     rows.append(
         (
@@ -165,6 +170,7 @@ def step_line(picture: Picture, step: int) -> str:
     parts = [
         f"step {step}/{picture.total_steps or '?'}",
         f"kl {number(values.get(KL))}",
+        *([f"reward {number(values[REWARD])}"] if REWARD in values else []),
         f"loss {number(values.get('loss/total'))}",
         f"tok/s {speeds}",
         f"{number(values.get('time/step_s'), 3)} s",

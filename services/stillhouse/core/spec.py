@@ -348,6 +348,11 @@ class JobSpec(Closed):
         """Teacher services have to be there: for scores, or for held-out measurements."""
         return self.evaluation.data is not None or any(stage.loss.payload() != "none" for stage in self.stages)
 
+    def asks_samplers(self) -> bool:
+        """Something has to be written: by the student, or by a teacher that a sampler runs."""
+        writes = [stage.on_policy_fraction > 0 or stage.off_policy_source == "teacher" for stage in self.stages]
+        return self.evaluation.data is not None or any(writes)
+
     def stop_step(self) -> int:
         """Optimizer steps of all stages together."""
         return sum(stage.schedule.steps for stage in self.stages)

@@ -106,7 +106,7 @@ class Lead:
             self.scope,
             interrupt=self.interrupt,
             samplers=self._start.samplers,
-            min_samplers=self.spec.samplers.min,
+            min_samplers=self.spec.samplers.min if self.spec.asks_samplers() else 0,
             status=lambda: self.status,
             idle_s=lambda: self._start.exchange.idle_s() if self._start.exchange else 0.0,
             trouble=self.space.trouble,
@@ -160,7 +160,8 @@ class Lead:
                 f"{number} trainers in a row died with this job before a step was trained; the last said: "
                 f"{message or 'nothing, it was killed (out of memory?); see its log'}"
             )
-        self._run_beside(self._start.samplers.run(), "lease samplers")
+        if self.spec.asks_samplers():
+            self._run_beside(self._start.samplers.run(), "lease samplers")
         run = await self._guard(self._start.run(opening, self._set_status))
         self.run_ = run
         await self._guard(self._train(run))
@@ -188,8 +189,9 @@ class Lead:
 
     async def _train(self, run: Run) -> None:
         await run.publish(run.step_done)
-        await self.progress.show("waiting for samplers")
-        await self.interrupt.race(self._start.samplers.wait_for_min())
+        if self.spec.asks_samplers():
+            await self.progress.show("waiting for samplers")
+            await self.interrupt.race(self._start.samplers.wait_for_min())
         await self._set_status("running", started_at=self._record.started_at or time.time())
         schedule = self.spec.stages[0].schedule
         pace = Pace(self.spec.stop_step(), schedule.prompts_per_step, schedule.max_staleness)

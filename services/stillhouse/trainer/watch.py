@@ -135,7 +135,7 @@ class Watch:
         teachers = [info for info in services if info.role == "teacher"]
         if self._samplers.size < self._min_samplers and not samplers:
             return "no_sampler", "no sampler service is running; `stillhouse ps` shows what runs"
-        if self._status() == "running" and self._samplers.size == 0:
+        if self._status() == "running" and self._samplers.size == 0 and self._min_samplers:
             return "no_sampler", f"the job has lost its samplers, and the {len(samplers)} there are serve other jobs"
         if self._needs_teachers and not teachers:
             return "no_teacher", "no teacher service is running; `stillhouse ps` shows what runs"
