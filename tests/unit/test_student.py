@@ -124,7 +124,9 @@ def gradients(model: Path, teachers: list[Teacher], loss: dict, max_tokens: int,
                 seen[name] = param.grad.clone()
 
     engine_of(made).parameters.optimizer.register_step_pre_hook(keep)
-    return train(made, samples, *teachers, max_tokens=max_tokens), seen
+    metrics = train(made, samples, *teachers, max_tokens=max_tokens)
+    assert engine_of(made).heads_loaded == metrics["heads/loaded"]
+    return metrics, seen
 
 
 @pytest.mark.parametrize("lora", [None, {"rank": 2, "alpha": 4}], ids=["full", "lora"])

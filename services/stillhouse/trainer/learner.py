@@ -5,6 +5,7 @@ No torch here. Leaves out queues, journal and publishing: see loop.py.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,7 +30,6 @@ class Computes(Protocol):
     num_ranks: int
     vocab_size: int
     packs: bool
-    heads_loaded: int
 
     def train(self, batches: Sequence[MicroBatch], heads: Mapping[str, TeacherHead]) -> list[RowMeasures]: ...
     def exact_kl(
@@ -90,7 +90,7 @@ class Learner:
         weights = loss_weights(
             samples, [self._weight(sample) for sample in samples], loss.reduction, per_teacher=loss.per_teacher
         )
-        measures, bad, loaded = StepMeasures(samples), dict[str, str](), self.engine.heads_loaded
+        measures, bad = StepMeasures(samples), dict[str, str]()
         self.engine.clear_gradients()
         try:
             for batches in self._batches(samples, plan, weights, heads):
@@ -113,7 +113,7 @@ class Learner:
             "grad/norm": update.norm,
             "lr": lr,
             "step/skipped": 0.0,
-            "heads/loaded": float(self.engine.heads_loaded - loaded),
+            "heads/loaded": float(_head_loads(samples, plan, heads)),
             "tokens/padding_fraction": padding_fraction(samples, plan, is_packed=self.engine.packs),
         }
 
@@ -275,6 +275,15 @@ class Learner:
                 f"step {self.policy_version}: the update made {len(update.bad_weights)} tensors non-finite, the first "
                 f"is {update.bad_weights[0]}; the last checkpoint is as it was; lower the learning rate"
             )
+
+
+def _head_loads(samples: Sequence[TrainSample], plan: Sequence[Sequence[int]], heads: Mapping[str, TeacherHead]) -> int:
+    """Heads that a step brings to a device that has none yet.
+
+    Not what was really loaded: a step that is run again after a crash must report the same.
+    """
+    used = [heads[samples[batch[0]].teacher].sha256 for batch in plan if batch and samples[batch[0]].teacher in heads]
+    return sum(1 for _ in itertools.groupby(used))
 
 
 def _bad_losses(batch: MicroBatch, rows: RowMeasures, samples: Sequence[TrainSample]) -> dict[str, str]:
