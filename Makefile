@@ -4,12 +4,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help install demo test test-full chaos check fmt protos up down clean
+.PHONY: help install demo test test-full chaos bench-loss parity-trl check fmt protos up down clean
 help:
 	@echo "make demo       distil a real model on this machine's CPU, from nothing to a report (about 10 minutes)"
 	@echo "make test       the test suite (a few minutes)"
 	@echo "make test-full  slow tests: real models, kills, whole deployments"
 	@echo "make chaos      simulated runs; every failpoint x kill, freeze, error on real processes; random kills (half an hour)"
+	@echo "make bench-loss  time and memory of the loss next to TRL's and to bare matrix products (half an hour)"
+	@echo "make parity-trl  our loss and gradients next to TRL's, in an environment of its own under build/"
 	@echo "make check      linters, types, import rules, protos"
 	@echo "make install    virtual environment in $(VENV) for development"
 	@echo "make up / down  a local deployment in the background"
@@ -48,6 +50,13 @@ test-full: $(VENV)/.dev
 chaos: $(VENV)/.dev
 	$(BIN)/python -m tests.chaos.sim --quiet --seeds 0:3000
 	$(BIN)/python -m tests.chaos.sweep
+
+# Both make an environment for TRL under build/ the first time; TRL_PYTHON names another one that has it.
+bench-loss: $(VENV)/.created
+	$(BIN)/python benchmarks/bench_loss.py --out benchmarks/results/$(or $(NAME),loss_here)
+
+parity-trl: $(VENV)/.created
+	$(BIN)/python benchmarks/parity_trl.py
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -31,6 +31,7 @@ from stillhouse.trainer.objectives.base import (
     Signals,
     StudentChunk,
     converted_columns,
+    normaliser,
 )
 from stillhouse.trainer.objectives.cross_entropy import CrossEntropy
 from stillhouse.trainer.objectives.full_vocabulary import (
@@ -50,8 +51,8 @@ CHUNK_ROWS = 448
 costs more than the product itself; the two buffers of 448 rows are 176 MB for a vocabulary of 49,152."""
 
 TILE_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 24}
-"""Elements of a tile: the five arrays an objective works on, 2 MB each, fit the processor's last cache. A GPU wants
-large pieces instead: 64 MB each."""
+"""Elements of a tile: the five or so arrays an objective works on, 2 MB each, fit the processor's last cache. A GPU
+wants large pieces instead: 64 MB each."""
 
 
 def make_objective(spec: LossSpec) -> Objective:
@@ -158,7 +159,7 @@ def sampled_logprobs(hidden: Tensor, head: Head, ids: Tensor, temperature: float
     for rows in _chunks(len(hidden)):
         logits_CV = head.project(hidden[rows], buffers.student(rows))
         for tile in buffers.tiles(len(logits_CV)):
-            log_p_CV = buffers.log_p(_to_logits(head, logits_CV[tile], temperature))
+            log_p_CV, _ = _distribution(head, logits_CV[tile], temperature, buffers)
             logprobs[rows][tile] = log_p_CV.gather(1, ids[rows][tile, None]).squeeze(1)
     return logprobs
 
@@ -172,8 +173,7 @@ def exact_reverse_kl(hidden: Tensor, head: Head, signals: Signals, temperature: 
         logits_CV = head.project(hidden[rows], buffers.student(rows))
         teacher = _TeacherChunk(signals[rows], buffers)
         for tile in buffers.tiles(len(logits_CV)):
-            _to_logits(head, logits_CV[tile], temperature)
-            log_p_CV, p_CV = buffers.log_p(logits_CV[tile]), buffers.p(logits_CV[tile])
+            log_p_CV, p_CV = _distribution(head, logits_CV[tile], temperature, buffers)
             kls[rows][tile] = torch.linalg.vecdot(p_CV, log_p_CV.sub_(teacher[tile].log_q(temperature)))
     return kls
 
@@ -205,8 +205,7 @@ class _Buffers:
         self._shape = (longest, vocab_size)
         self._student: Tensor = self._empty(self._shape)
         self._teacher: Tensor | None = None
-        tile_shape = (min(self._tile_rows, longest), vocab_size)
-        self._log_p, self._p = self._empty(tile_shape), self._empty(tile_shape)
+        self._p = self._empty((min(self._tile_rows, longest), vocab_size))
 
     def student(self, rows: slice) -> Tensor:
         """[C, V] for the student's logits, then their gradient."""
@@ -222,13 +221,9 @@ class _Buffers:
         """The tiles of a chunk."""
         return [slice(s, min(s + self._tile_rows, num_rows)) for s in range(0, num_rows, self._tile_rows)]
 
-    def log_p(self, logits_CV: Tensor) -> Tensor:
-        """[C, V] log-softmax of a tile."""
-        return torch.log_softmax(logits_CV, dim=-1, out=self._log_p[: len(logits_CV)])
-
-    def p(self, logits_CV: Tensor) -> Tensor:
-        """[C, V] softmax of a tile."""
-        return torch.softmax(logits_CV, dim=-1, out=self._p[: len(logits_CV)])
+    def p(self, num_rows: int) -> Tensor:
+        """[C, V] for the student's probabilities in a tile."""
+        return self._p[:num_rows]
 
 
 class _TeacherChunk:
@@ -282,7 +277,7 @@ class _HeadLoss(torch.autograd.Function):
 
 def _tile(
     head: Head,
-    logits_CV: Tensor,
+    products_CV: Tensor,
     call: _Call,
     rows: slice,
     signals: Signals,
@@ -291,8 +286,9 @@ def _tile(
     measures_5C: Tensor,
 ) -> None:
     """Products hidden @ weight.T to their gradient, in place; fills in the measures."""
-    _to_logits(head, logits_CV, call.temperature)
-    log_p_CV, p_CV = buffers.log_p(logits_CV), buffers.p(logits_CV)
+    # d(cap * tanh(x / cap)) / dx = 1 - tanh(x / cap)^2, and x is lost below
+    slope_CV = head.cap_slope(products_CV) if head.soft_cap else None
+    log_p_CV, p_CV = _distribution(head, products_CV, call.temperature, buffers)
     ids_C = call.ids[rows]
     logprobs_C = log_p_CV.gather(1, ids_C[:, None]).squeeze(1)
     measures_5C[2] = logprobs_C
@@ -301,19 +297,18 @@ def _tile(
     measures_5C[0] = result.value
     measures_5C[1] = result.reverse_kl
     measures_5C[4] = 1.0 if result.gate is None else result.gate
-    factor_C1 = (weights_C * (head.scale / call.temperature))[:, None]
-    if head.soft_cap:
-        # d(cap * tanh(x / cap)) / dx = 1 - (capped / cap)^2
-        slope_CV = logits_CV.mul_(call.temperature / head.soft_cap).square_().neg_().add_(1)
-        slope_CV.mul_(result.grad).mul_(factor_C1)
-    else:
-        torch.mul(result.grad, factor_C1, out=logits_CV)
+    grad_CV = torch.mul(result.grad, (weights_C * (head.scale / call.temperature))[:, None], out=products_CV)
+    if slope_CV is not None:
+        grad_CV.mul_(slope_CV)
 
 
-def _to_logits(head: Head, products_CV: Tensor, temperature: float) -> Tensor:
-    """Products to logits / temperature, in place."""
+def _distribution(head: Head, products_CV: Tensor, temperature: float, buffers: _Buffers) -> tuple[Tensor, Tensor]:
+    """([C, V] log p, in the place of the products; [C, V] p)."""
     logits_CV = head.finish_(products_CV)
-    return logits_CV if temperature == 1 else logits_CV.div_(temperature)
+    if temperature != 1:
+        logits_CV.div_(temperature)
+    p_CV = buffers.p(len(logits_CV))
+    return logits_CV.sub_(normaliser(logits_CV, p_CV)), p_CV
 
 
 class _Gradients:

@@ -43,10 +43,9 @@ class ForwardKL:
     """KL(teacher || student) = sum_v q (log q - log p); gradient p - q. Also measures the reverse KL."""
 
     def __call__(self, student: StudentChunk, signals: Signals, temperature: float) -> ChunkLoss:
-        log_q_CV = signals.log_q(temperature)
+        log_q_CV, q_CV = signals.teacher(temperature)
         difference_CV = student.log_p.sub_(log_q_CV)
         reverse_kl_C = torch.linalg.vecdot(student.p, difference_CV)
-        q_CV = log_q_CV.exp_()
         value_C = -torch.linalg.vecdot(q_CV, difference_CV)
         return ChunkLoss(value_C, student.p.sub_(q_CV), reverse_kl_C)
 
@@ -64,10 +63,9 @@ class GeneralisedJSD:
     rescale: bool = False
 
     def __call__(self, student: StudentChunk, signals: Signals, temperature: float) -> ChunkLoss:
-        log_q_CV = signals.log_q(temperature)
+        log_q_CV, q_CV = signals.teacher(temperature)
         difference_CV = torch.sub(log_q_CV, student.log_p, out=student.log_p)
         reverse_kl_C = -torch.linalg.vecdot(student.p, difference_CV)
-        q_CV = log_q_CV.exp_()
         p_to_m_CV = log_over_mixture(difference_CV, self.beta)
         student_C = torch.linalg.vecdot(student.p, p_to_m_CV)
         q_to_m_CV = difference_CV.add_(p_to_m_CV)
@@ -86,11 +84,11 @@ class SkewForwardKL:
     """0 < a < 1; 0 would be the forward KL."""
 
     def __call__(self, student: StudentChunk, signals: Signals, temperature: float) -> ChunkLoss:
-        log_q_CV = signals.log_q(temperature)
+        log_q_CV, q_CV = signals.teacher(temperature)
         difference_CV = torch.sub(log_q_CV, student.log_p, out=student.log_p)
         reverse_kl_C = -torch.linalg.vecdot(student.p, difference_CV)
         q_to_m_CV = difference_CV.add_(log_over_mixture(difference_CV, self.alpha))
-        value_C = torch.linalg.vecdot(log_q_CV.exp_(), q_to_m_CV)
+        value_C = torch.linalg.vecdot(q_CV, q_to_m_CV)
         slope_CV = q_to_m_CV.exp_().mul_(self.alpha - 1)  # d/dp of -q log m = -(1 - a) q / m
         return ChunkLoss(value_C, through_softmax(student.p, slope_CV), reverse_kl_C)
 
@@ -123,10 +121,9 @@ class EntropyMix:
     weight: float
 
     def __call__(self, student: StudentChunk, signals: Signals, temperature: float) -> ChunkLoss:
-        log_q_CV = signals.log_q(temperature)
+        log_q_CV, q_CV = signals.teacher(temperature)
         difference_CV = student.log_p.sub_(log_q_CV)
         reverse_C = torch.linalg.vecdot(student.p, difference_CV)
-        q_CV = log_q_CV.exp()
         entropy_C = -torch.linalg.vecdot(q_CV, log_q_CV)
         extra_C = (entropy_C > self.threshold).to(reverse_C.dtype) * self.weight
         forward_C = -torch.linalg.vecdot(q_CV, difference_CV)
