@@ -97,9 +97,10 @@ def _user_path(loc: Sequence[Any], body: Any) -> list[str]:
         is_last = index == len(loc) - 1
         if part == "[key]":
             continue
-        is_unknown = isinstance(part, str) and isinstance(value, Mapping) and part not in value
-        if is_unknown and (not is_last or part in value.values()):
-            continue  # a tag such as "policy_gradient"; any other last part is a key that is missing
+        if isinstance(part, str) and isinstance(value, Mapping) and part not in value:
+            is_tag = not is_last or part in value.values()
+            if is_tag:  # such as "policy_gradient"; any other last part is a key that is missing
+                continue
         path.append(str(part))
         if isinstance(value, Mapping):
             value = value.get(part)
