@@ -7,6 +7,7 @@ less the inputs, and the allocator's own record, from which the growth with the 
 
     python benchmarks/bench_loss.py                   # both vocabularies, 7 rounds; half an hour on two cores
     python benchmarks/bench_loss.py --quick           # small sizes, to see that it works
+    python benchmarks/bench_loss.py --cpu-seconds     # one thread's processor time, for a machine that others use
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import random
 import statistics
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import loss_problem
@@ -45,7 +46,9 @@ MEMORY_DEADLINE_S = 1_200
 """Of one process that measures memory."""
 
 
-def measure_time(vocab: int, width: int, rows: int, rounds: int) -> Iterator[dict[str, Any]]:
+def measure_time(
+    vocab: int, width: int, rows: int, rounds: int, clock: Callable[[], float]
+) -> Iterator[dict[str, Any]]:
     """Seconds of each contestant in each round so far, after each round."""
     problem = loss_problem.Problem(rows, vocab, width)
     contestants = {"products": loss_problem.products(problem)}
@@ -59,9 +62,9 @@ def measure_time(vocab: int, width: int, rows: int, rounds: int) -> Iterator[dic
         random.Random(round_).shuffle(order)
         for name in order:
             problem.clear()
-            start = time.perf_counter()
+            start = clock()
             contestants[name]()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
         print(f"V={vocab} round {round_ + 1}/{rounds}: load {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
         yield {"vocab": vocab, "width": width, "rows": rows, "seconds": seconds, "ratios": ratios(seconds)}
 
@@ -157,7 +160,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="0 = torch's choice")
     parser.add_argument("--out", type=Path, default=None, help="results/NAME without ending")
     parser.add_argument("--memory-of", type=json.loads, default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--cpu-seconds", action="store_true", help="processor time of one thread instead of time")
+    parser.add_argument("--rows", type=int, default=0, help="rows where time is measured; 0 = 2,048")
     args = parser.parse_args()
+    clock = time.process_time if args.cpu_seconds else time.perf_counter
+    if args.cpu_seconds:
+        args.threads = 1
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.memory_of is not None:
@@ -169,7 +177,7 @@ def main() -> None:
         vocab, width = (QUICK if args.quick else SIZES)[size]
         if not args.no_time:
             finished = list(result["time"])
-            for so_far in measure_time(vocab, width, ROWS // scale, args.rounds):
+            for so_far in measure_time(vocab, width, args.rows or ROWS // scale, args.rounds, clock):
                 result["time"] = [*finished, so_far]
                 loss_report.write(result, args.out)
         if not args.no_memory:
