@@ -110,7 +110,7 @@ async def test_a_teacher_writes_and_the_student_learns_its_texts(deployment: Clu
     job_id = await deployment.submit(seq_kd())
     await succeeded(deployment, job_id)
     losses = await metrics(deployment, job_id, "loss/total")
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 0.9 * losses[0]  # no two texts are alike: it cannot learn them by heart
     trained = scores(deployment, job_id, 12)
     assert {score.rollout.origin for score in trained} == {pb.ORIGIN_TEACHER}
     assert len({score.rollout.completion_ids.data for score in trained}) > 100, "sampled, each with its own seed"
