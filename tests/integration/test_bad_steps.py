@@ -36,10 +36,11 @@ def poison(monkeypatch: pytest.MonkeyPatch, bad_steps: set[int]) -> None:
     """The loss of these steps is not finite, however often they are tried."""
     original = Learner.step
 
-    def step(self: Any, *args: Any) -> dict[str, float]:
+    def step(self: Any, samples: Any, *args: Any) -> dict[str, float]:
         if self.policy_version in bad_steps:
-            raise NonFiniteError(f"step {self.policy_version}: the loss is nan")
-        return original(self, *args)
+            ids = [sample.sample_id for sample in samples[:2]]
+            raise NonFiniteError(f"step {self.policy_version}: the loss is nan", sample_ids=ids)
+        return original(self, samples, *args)
 
     monkeypatch.setattr(Learner, "step", step)
 
@@ -63,7 +64,9 @@ async def test_a_step_without_a_finite_gradient_is_skipped(
     artifacts = deployment.ctx.artifacts.job(job_id)
     assert ledger(artifacts)["skipped_steps"] == [1, 3]
     assert ledger(artifacts)["num_samples"] == 6 * 3
-    assert [event["data"]["step"] for event in await events(deployment, job_id, "step.skipped")] == [1, 3]
+    skipped = [event["data"] for event in await events(deployment, job_id, "step.skipped")]
+    assert [data["step"] for data in skipped] == [1, 3]
+    assert [data["sample_ids"] for data in skipped] == [["3/0", "4/0"], ["9/0", "10/0"]]
     points = await deployment.ctx.jobs.metrics(job_id)
     assert [point["values"]["step/skipped"] for point in points] == [0, 1, 0, 1, 0, 0]
 
