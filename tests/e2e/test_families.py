@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -109,6 +110,8 @@ def test_a_job_of_the_family_ends_with_a_student_that_is_no_worse(
     assert (report["violations"], report["damage"]) == ([], [])
     stillhouse("download", job_id, "-o", str(tmp_path / "student"))
     check_model(tmp_path / "student", models / STUDENT)
+    shutil.rmtree(tmp_path / "student")  # six jobs of 3.5 GB each are too much for a small disk
+    shutil.rmtree(stillhouse.home / "artifacts" / "jobs" / job_id / "epochs")
 
 
 def check_model(folder: Path, base: Path) -> None:
