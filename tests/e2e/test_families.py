@@ -68,10 +68,10 @@ def shortened(family: str, folder: Path) -> Path:
     """The family's job file, fewer and shorter steps."""
     document: dict[str, Any] = yaml.safe_load((FAMILIES / f"{family}.yaml").read_text())
     stage, evaluation = document["stages"][0], document["evaluation"]
-    if stage["schedule"].get("group_size", 1) > 1:
-        stage["schedule"]["group_size"] = 3
     for part in ("schedule", "sampling", "optimizer"):
         stage[part] |= SHORT[part]
+    if stage["schedule"].get("group_size", 1) > 1:
+        stage["schedule"] |= {"prompts_per_step": 2, "group_size": 3}
     evaluation |= SHORT["evaluation"]
     document["checkpoint"] = SHORT["checkpoint"]
     for data in (stage["data"], evaluation["data"]):
