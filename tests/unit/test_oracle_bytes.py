@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
+
 from stillhouse.core.errors import NotFoundError
+from stillhouse.core.oracle.safetensors import differing
 from stillhouse.core.oracle.verify import verify_job
-from tests.unit.oracle_cases import STEPS, Job, finished
+from tests.unit.oracle_cases import STEPS, Job, finished, save_tensors
 
 SEED = 20261123
 
@@ -83,3 +88,19 @@ def test_damage_on_which_nothing_rests_is_no_violation(tmp_path: Path) -> None:
     report = verify_job(job.artifacts, job.record)
     assert report.ok, report.text()
     assert [finding.rule for finding in report.damage] == ["checkpoint"]
+
+
+@pytest.mark.parametrize("bounds", [(0, 5), (0, 3, 5), (0, 2, 4, 5, 5)])
+def test_files_split_by_rows_are_compared_as_one(tmp_path: Path, bounds: tuple[int, ...]) -> None:
+    """As the ranks of a trainer write them; the last may hold no row."""
+    matrix, norm = np.arange(15, dtype=np.float32).reshape(5, 3), np.ones(5, dtype=np.float32)
+    save_tensors(tmp_path / "whole", {"matrix": matrix, "norm": norm, "only here": norm})
+    parts = []
+    for number, (start, stop) in enumerate(itertools.pairwise(bounds)):
+        parts.append(tmp_path / f"part-{number}")
+        save_tensors(parts[-1], {"norm": norm[start:stop], "matrix": matrix[start:stop]})
+    assert differing(tmp_path / "whole", parts) == (2, [])
+    assert differing(tmp_path / "whole", parts[:-1])[0] == (0 if bounds[-2] < 5 else 2)
+    matrix[4, 2] = -1
+    save_tensors(tmp_path / "whole", {"matrix": matrix, "norm": norm})
+    assert differing(tmp_path / "whole", parts) == (2, ["matrix"])

@@ -37,6 +37,10 @@ def up(
     samplers: Annotated[int, typer.Option(min=1, max=64, help="Sampler processes.")] = 1,
     teachers: Annotated[int, typer.Option(min=1, max=64, help="Teacher processes.")] = 1,
     trainers: Annotated[int, typer.Option(min=1, max=64, help="Trainer processes: jobs that run at once.")] = 1,
+    trainer_ranks: Annotated[
+        int,
+        typer.Option(min=0, max=1024, help="Processes that split a trainer's student; 0 = the setting trainer_ranks."),
+    ] = 0,
     threads: Annotated[
         int, typer.Option(min=0, max=1024, help="Compute threads per process; 0 = the cores shared out.")
     ] = 0,
@@ -53,7 +57,7 @@ def up(
     """
     from stillhouse.cli import up as implementation
 
-    options = implementation.UpOptions(port, samplers, teachers, trainers, threads, hang)
+    options = implementation.UpOptions(port, samplers, teachers, trainers, trainer_ranks, threads, hang)
     implementation.up(_deployment(home), options, detach=detach)
 
 

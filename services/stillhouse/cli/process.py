@@ -206,10 +206,11 @@ def holds(pid: int, path: Path) -> bool:
 
 
 def memory_bytes(pid: int) -> int | None:
-    """Resident memory of a process; None if unknown."""
+    """Resident memory of a process and its children (ranks, verifiers); None if unknown."""
+    children = _read(Path(f"/proc/{pid}/task/{pid}/children")).split()
     for line in _read(Path(f"/proc/{pid}/status")).splitlines():
         if line.startswith(b"VmRSS:"):
-            return int(line.split()[1]) * 1024
+            return int(line.split()[1]) * 1024 + sum(memory_bytes(int(child)) or 0 for child in children)
     return None
 
 

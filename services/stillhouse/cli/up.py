@@ -8,6 +8,7 @@ that it is there.
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import socket
 import subprocess
@@ -55,6 +56,8 @@ class UpOptions:
     teachers: int = 1
     trainers: int = 1
     """Each leads one job at a time, and takes over what another one leaves."""
+    trainer_ranks: int = 0
+    """Processes of each trainer, which split its student between them; 0 = the setting trainer_ranks."""
     threads: int = 0
     """Compute threads per process; 0 = the cores shared out evenly."""
     hang: float = HANG_S
@@ -108,8 +111,8 @@ def _check_port(host: str, port: int) -> None:
 
 def _run_detached(deployment: Deployment, options: UpOptions) -> None:
     command = [sys.executable, "-m", "stillhouse.cli.main", "up", "--home", str(deployment.home)]
-    for name in ("port", "samplers", "teachers", "trainers", "threads", "hang"):
-        command += [f"--{name}", str(getattr(options, name))]
+    for name in ("port", "samplers", "teachers", "trainers", "trainer_ranks", "threads", "hang"):
+        command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
     log = deployment.open_log("supervisor")
     try:
         process = subprocess.Popen(
@@ -209,12 +212,14 @@ def plan(
     deployment: Deployment, settings: Settings, options: UpOptions, port: int, valkey_port: int
 ) -> list[ProcessSpec]:
     """The services to run. Their variables overrule what the user's shell exports, which is meant for one service."""
-    threads = str(options.threads or settings.threads or _fair_threads(options))
+    ranks = options.trainer_ranks or settings.trainer_ranks
+    threads = str(options.threads or settings.threads or _fair_threads(options, ranks))
     shared = {
         **deployment.environment(valkey_port),
         "STILLHOUSE_SUPERVISED": "1",
         "STILLHOUSE_METRICS_PORT": "0",
         "STILLHOUSE_THREADS": threads,
+        "STILLHOUSE_TRAINER_RANKS": str(ranks),
         # read by OpenMP when torch is imported, before any of our code could set it
         "OMP_NUM_THREADS": threads,
     }
@@ -227,7 +232,7 @@ def plan(
         ProcessSpec(
             name=name,
             role=role,
-            argv=(sys.executable, "-m", f"stillhouse.{role}"),
+            argv=_command(role, ranks, settings.drain_s),
             env={
                 **shared,
                 **({"STILLHOUSE_PORT": str(port)} if role == "gateway" else inside),
@@ -236,6 +241,15 @@ def plan(
         )
         for role, name in names
     ]
+
+
+def _command(role: str, ranks: int, drain_s: float) -> tuple[str, ...]:
+    """How a service is started; a trainer of several ranks by torchrun, which ends all of them when one dies."""
+    program = ("-m", f"stillhouse.{role}")
+    if role != "trainer" or ranks == 1:
+        return (sys.executable, *program)
+    options = ("--standalone", f"--nproc-per-node={ranks}", f"--shutdown-timeout={math.ceil(drain_s)}")
+    return (sys.executable, "-m", "torch.distributed.run", *options, *program)
 
 
 def _is_ready(supervisor: Supervisor, deployment: Deployment, url: str) -> bool:
@@ -284,10 +298,10 @@ def summary(deployment: Deployment, state: dict[str, Any], *, stop: str) -> str:
     return "\n".join(lines)
 
 
-def _fair_threads(options: UpOptions) -> int:
+def _fair_threads(options: UpOptions, ranks: int) -> int:
     """Cores shared out evenly: threads of several processes on one core only spin against each other."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // (options.samplers + options.teachers + options.trainers))
+    return max(1, cores // (options.samplers + options.teachers + options.trainers * ranks))
 
 
 def _free_port(host: str) -> int:

@@ -61,6 +61,9 @@ class Settings(BaseModel):
     """Engine of sampler and teacher."""
     threads: int = Field(default=0, ge=0, le=1024)
     """Compute threads of sampler, teacher and trainer; 0 = the library's default."""
+    trainer_ranks: int = Field(default=1, ge=1, le=1024)
+    """Processes, each with a device of its own, over which a trainer splits its student; torchrun starts them
+    (`stillhouse up --trainer-ranks`)."""
     lease_s: float = Field(default=15.0, ge=0.2, le=3600)
     """A job, a sampler or a queue entry whose holder shows no sign of life for so long is taken over."""
     hang_s: float = Field(default=300.0, ge=0.2, le=86_400)

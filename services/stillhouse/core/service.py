@@ -25,6 +25,7 @@ from stillhouse.core.blobs import Artifacts
 from stillhouse.core.config import Settings, load_settings
 from stillhouse.core.errors import DeadlineError, StillhouseError, UnavailableError
 from stillhouse.core.failpoints import install_from_environment
+from stillhouse.core.launch import Launch
 from stillhouse.core.models import ModelRegistry
 from stillhouse.core.parent import die_with_parent
 from stillhouse.core.pulse import Pulse
@@ -118,7 +119,9 @@ def main(role: str, build: Callable[[Context], App]) -> None:
         log = telemetry.setup_logging(settings, role, instance)
     except StillhouseError as error:
         sys.exit(f"stillhouse {role}: {error.message}")
-    if settings.supervised:
+    if Launch.read().is_by_torchrun:  # it passes on every request to stop; only its sudden death leaves us behind
+        die_with_parent(signal.SIGKILL)
+    elif settings.supervised:
         die_with_parent()
     install_from_environment(role, log)
     try:
@@ -210,7 +213,7 @@ async def heartbeat_forever(
             role=ctx.role,
             instance=ctx.instance,
             address=address,
-            pid=os.getpid(),
+            pid=Launch.read().pid(),
             started_at=started_at,
             seen_at=0.0,
             version=VERSION,

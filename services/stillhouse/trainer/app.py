@@ -6,12 +6,13 @@ import asyncio
 import gc
 import time
 from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from pydantic import ValidationError
 from redis.exceptions import RedisError
 
-from stillhouse.core.errors import NotFoundError
+from stillhouse.core.errors import ConfigError, NotFoundError, UnavailableError
+from stillhouse.core.launch import Launch
 from stillhouse.core.queue.streams import Scope
 from stillhouse.core.rpc import Server
 from stillhouse.core.service import Context
@@ -21,6 +22,9 @@ from stillhouse.trainer.service import TrainerServicer
 from stillhouse.trainer.train import LearnerThread
 from stillhouse.v1 import trainer_pb2_grpc
 
+if TYPE_CHECKING:
+    from stillhouse.trainer.ranks import Ranks
+
 POLL_S: Final = 0.5
 """Time between looks for a job: a submitted job starts within it."""
 
@@ -28,9 +32,12 @@ POLL_S: Final = 0.5
 class TrainerApp:
     """`App` of the trainer."""
 
-    def __init__(self, ctx: Context, make_learner: Callable[[], LearnerThread] = LearnerThread) -> None:
+    def __init__(
+        self, ctx: Context, make_learner: Callable[[], LearnerThread] = LearnerThread, ranks: Ranks | None = None
+    ) -> None:
         self._ctx = ctx
         self._make_learner = make_learner
+        self._ranks = ranks
         self._lead: Lead | None = None
 
     def register(self, server: Server) -> None:
@@ -49,6 +56,9 @@ class TrainerApp:
         waits for:    such a job, looking every `POLL_S`
         produces:     finished jobs
         unblocked by: a submitted job, an expired lease, or SIGTERM
+
+        Raises:
+            UnavailableError: another rank of this trainer has died.
         """
         while not self._ctx.stop.is_set():
             try:
@@ -65,6 +75,10 @@ class TrainerApp:
             finally:
                 self._lead = lead = None
                 gc.collect()  # student, published weights and heads hang in reference cycles
+            if self._ranks is not None and self._ranks.is_broken:
+                raise UnavailableError("the ranks of this trainer are out of step; all end, to be started again")
+        if self._ranks is not None:
+            await asyncio.to_thread(self._ranks.release)
 
     async def _claim(self) -> Lead | None:
         """The oldest job that nobody leads."""
@@ -93,5 +107,22 @@ class TrainerApp:
 
 
 def build(ctx: Context) -> TrainerApp:
-    """Wire the trainer."""
-    return TrainerApp(ctx, lambda: LearnerThread(ctx.pulse, ctx.settings.hang_s))
+    """Wire the trainer; as one of several ranks, once all of them are there."""
+    ranks = _join(ctx, Launch.read().size)
+    return TrainerApp(ctx, lambda: LearnerThread(ctx.pulse, ctx.settings.hang_s, ranks), ranks)
+
+
+def _join(ctx: Context, size: int) -> Ranks | None:
+    wanted = ctx.settings.trainer_ranks
+    if size != wanted:
+        raise ConfigError(
+            f"the setting trainer_ranks is {wanted}, and this trainer runs as {size} processes; start it with "
+            f"`torchrun --nproc-per-node {wanted} -m stillhouse.trainer`, or set STILLHOUSE_TRAINER_RANKS={size}",
+            param="trainer_ranks",
+        )
+    if size == 1:
+        return None
+    from stillhouse.trainer.ranks import Ranks
+
+    ctx.log.info("waiting for the other ranks", ranks=size)
+    return Ranks.join()

@@ -76,8 +76,8 @@ class Engine:
             checkpoint_activations(self.model)
         self.vocab_size = min(tokenizer_size(model_dir), student_head(self.model).weight.shape[0])
         """Tokens that are no padding of the student's head."""
-        self.parameters = Parameters(self.model, stage.optimizer)
         self._passes = Passes(self.model)
+        self.parameters = self._hold_parameters()
         self._objective = make_objective(stage.loss)
         self._resident_head: tuple[str, Head] | None = None
         self.heads_loaded = 0
@@ -91,6 +91,9 @@ class Engine:
             "packing": self.packs,
             "packing_reason": self.packing_reason,
         }
+
+    def _hold_parameters(self) -> Parameters:
+        return Parameters(self.model, self.stage.optimizer)
 
     def train(self, batches: Sequence[MicroBatch], heads: Mapping[str, TeacherHead]) -> list[RowMeasures]:
         """Add the micro-batches' gradients to those of the step; `heads` are needed with hidden states only."""

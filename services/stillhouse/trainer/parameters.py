@@ -7,13 +7,14 @@ Leaves out how gradients come about (engine.py) and when a step may count (learn
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import PreTrainedModel
 
 from stillhouse.core.spec import OptimizerSpec
@@ -33,10 +34,7 @@ class Parameters:
         self._model = model
         self._params = learned(model)
         # In bfloat16 a step of 1e-5 is lost to rounding: the optimizer moves float32 copies, the model follows.
-        self._masters = {
-            name: param if param.dtype == torch.float32 else param.detach().float().requires_grad_()
-            for name, param in self._params.items()
-        }
+        self._masters = {name: self._master(param) for name, param in self._params.items()}
         self.optimizer = _adamw(self._masters, spec)
         self._max_norm = spec.max_grad_norm
         self._decay = spec.ema_decay
@@ -49,10 +47,10 @@ class Parameters:
     def collect_gradients(self) -> None:
         """Add the model's gradients to the masters', in float32."""
         for name, param in self._params.items():
-            master = self._masters[name]
-            if master is param or param.grad is None:
+            master, grad = self._masters[name], self._gradient(param)
+            if master is param or grad is None:
                 continue
-            master.grad = param.grad.float() if master.grad is None else master.grad.add_(param.grad)
+            master.grad = grad.float() if master.grad is None else master.grad.add_(grad)
             param.grad = None
 
     def clear_gradients(self) -> None:
@@ -61,16 +59,17 @@ class Parameters:
 
     def gradient_norm(self) -> float:
         """Global norm of the gradients so far."""
-        return torch.nn.utils.get_total_norm([m.grad for m in self._masters.values() if m.grad is not None]).item()
+        return get_total_norm([m.grad for m in self._masters.values() if m.grad is not None]).item()
 
     def update(self, lr: float) -> Update:
         """Clip the gradients and step the optimizer; gradients that are not finite are dropped and change nothing."""
         self.show_average(False)
-        norm = torch.nn.utils.clip_grad_norm_(self._masters.values(), self._max_norm).item()
+        norm = self.gradient_norm()
         if not math.isfinite(norm):
             bad = [name for name, m in self._masters.items() if m.grad is not None and not _is_finite(m.grad)]
             self.clear_gradients()
             return Update(norm, bad_gradients=bad)
+        clip_grads_with_norm_(self._masters.values(), self._max_norm, torch.tensor(norm))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
@@ -108,7 +107,7 @@ class Parameters:
         Names are those of the base model's `state_dict`; an adapter is merged into them.
         """
         arrays = []
-        for name, weight in merged_weights(self._model, self._masters):
+        for name, weight in self._weights():
             # one copy, whatever the device: `.cpu()` of a CPU tensor would share its memory
             tensor = torch.empty(weight.shape, dtype=weight.dtype).copy_(weight)
             if tensor.dtype == torch.bfloat16:
@@ -143,6 +142,19 @@ class Parameters:
             for name, average in self._average.items():
                 average.copy_(self._masters[name])
         self._follow_masters()
+
+    # --- what differs where a device holds only some rows ---
+
+    def _master(self, param: Tensor) -> Tensor:
+        """The float32 tensor that the optimizer moves for a parameter."""
+        return param if param.dtype == torch.float32 else param.detach().float().requires_grad_()
+
+    def _gradient(self, param: Tensor) -> Tensor | None:
+        return param.grad
+
+    def _weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, whole tensor) of all weights, in the model's element type."""
+        return merged_weights(self._model, self._masters)
 
     @torch.no_grad()
     def _follow_masters(self) -> None:

@@ -82,9 +82,9 @@ def _paths(folder: Path, stem: str) -> list[Path]:
 
 def _rows(parts: Sequence[Any], share: Share) -> Tensor:
     """The rows of `share` of a tensor that lies in these slices, one after the other."""
-    counts = [part.get_shape()[0] if part.get_shape() else None for part in parts]
-    if None in counts:
+    if not parts[0].get_shape():
         return parts[0][...]
+    counts = [int(part.get_shape()[0]) for part in parts]
     start, stop = share.bounds(sum(counts))
     pieces, first = [], 0
     for part, count in zip(parts, counts, strict=True):

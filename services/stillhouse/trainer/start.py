@@ -68,6 +68,7 @@ class Start:
     async def run(self, opening: Opening, set_status: Callable[[str], Awaitable[None]]) -> Run:
         """Validate the job and bring everything to the state that `opening` names."""
         await set_status("validating")
+        self._check_ranks()
         if self.spec.deterministic:
             await self._check_services()
         stage, student = self.spec.stages[0], self.ctx.models.get(self.spec.student.model)
@@ -122,6 +123,23 @@ class Start:
             self.scope, step=run.step_done, committed_step=opening.base.step if opening.base else 0
         )
         return run
+
+    def _check_ranks(self) -> None:
+        """Refuse what several ranks do not do."""
+        number = self.learner.num_ranks
+        if number == 1:
+            return
+        instead = "run the job on a trainer with trainer_ranks 1 (`stillhouse up --trainer-ranks 1`), or"
+        if self.spec.student.lora is not None:
+            raise PreflightError(
+                f"the job trains a low-rank adapter, and this trainer has trainer_ranks {number}, which splits whole "
+                f"weights only: {instead} remove student.lora"
+            )
+        if self.spec.deterministic:
+            raise PreflightError(
+                f"the job is deterministic, and this trainer has trainer_ranks {number}: sums over ranks differ in "
+                f"their last bits from those of another number of ranks: {instead} remove deterministic"
+            )
 
     async def _check_services(self) -> None:
         """The last bits of every sum depend on engine and threads: all services must agree before the first sample."""

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import numpy as np
 
@@ -23,6 +23,9 @@ from stillhouse.core.tensors import from_tensor
 from stillhouse.trainer.batch import STUDENT_ORIGINS, TeacherHead, TrainSample
 from stillhouse.trainer.exchange import ScoredSample
 from stillhouse.v1 import journal_pb2, rollout_pb2
+
+if TYPE_CHECKING:
+    from stillhouse.trainer.ranks import Ranks
 
 T = TypeVar("T")
 LISTS: Final = ("topk_ids", "topk_logprobs", "target_ids", "target_logprobs")
@@ -135,9 +138,12 @@ def _teacher_logprobs(score: rollout_pb2.Score, unknown: np.ndarray) -> np.ndarr
 class LearnerThread:
     """Runs the learner's methods one after the other in one thread."""
 
-    def __init__(self, pulse: Pulse | None = None, hang_s: float = math.inf) -> None:
+    def __init__(self, pulse: Pulse | None = None, hang_s: float = math.inf, ranks: Ranks | None = None) -> None:
         self.pulse = pulse or Pulse()
+        self.num_ranks = 1 if ranks is None else ranks.size
+        """Processes that train together."""
         self._hang_s = hang_s
+        self._ranks = ranks
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="learner")
         self._learner: Any = None
 
@@ -154,17 +160,25 @@ class LearnerThread:
         """Load the student; gives facts about it for people."""
 
         def build() -> Any:
-            from stillhouse.trainer.engine import Engine
             from stillhouse.trainer.learner import Learner
 
             stage = spec.stages[0]
-            engine = Engine(model_dir, student=spec.student, stage=stage, seed=spec.seed, threads=threads)
+            engine = self._make_engine(model_dir, student=spec.student, stage=stage, seed=spec.seed, threads=threads)
             learner = Learner(engine, stage=stage, teachers=spec.teachers, total_steps=spec.stop_step())
             learner.on_progress = self.pulse.beat
             return learner
 
         self._learner = await self.call(build, patience=BULK)
         return self._learner.engine.facts()
+
+    def _make_engine(self, model_dir: Path, **options: Any) -> Any:
+        if self._ranks is None:
+            from stillhouse.trainer.engine import Engine
+
+            return Engine(model_dir, **options)
+        from stillhouse.trainer.ranks import RankedEngine
+
+        return RankedEngine(self._ranks, model_dir, **options)
 
     async def plan(self, samples: Sequence[TrainSample]) -> list[list[int]]:
         """Micro-batches as indices into `samples`."""
@@ -208,8 +222,11 @@ class LearnerThread:
 
     def close(self) -> None:
         """Drop the learner and end the thread; a hung one ends with its process."""
+        is_hung = self.pulse.is_hung(self._hang_s)
+        self._executor.shutdown(wait=not is_hung, cancel_futures=True)
+        if self._ranks is not None and self._learner is not None and not is_hung:
+            self._learner.engine.close()
         self._learner = None
-        self._executor.shutdown(wait=not self.pulse.is_hung(self._hang_s), cancel_futures=True)
 
 
 def micro_batch_plans(samples: Sequence[TrainSample], plan: list[list[int]]) -> list[journal_pb2.MicroBatchPlan]:

@@ -16,8 +16,8 @@ from stillhouse.core.spec import JobSpec
 
 NEEDED: Final = 2
 """Newest checkpoints of a lineage that a recovery needs: the last one may turn out to be damaged."""
-WEIGHTS_FILE: Final = "model.safetensors"
-AVERAGE_FILE: Final = "average.safetensors"
+WEIGHTS: Final = "model"
+AVERAGE: Final = "average"
 
 
 class CheckpointChecks:
@@ -239,6 +239,11 @@ def check_finite(folder: Path, report: Report, say: Any, where: dict[str, Any]) 
     return len(paths)
 
 
+def committed_parts(folder: Path, stem: str) -> list[Path]:
+    """The files that hold a set of tensors, in the order of their rows: one, or one per rank that trained."""
+    return [*folder.glob(f"{stem}.safetensors"), *sorted(folder.glob(f"{stem}-*-of-*.safetensors"))]
+
+
 def check_export(
     artifacts: JobArtifacts, spec: JobSpec, lineage: Lineage, stop_step: int, report: Report, *, deep: bool
 ) -> None:
@@ -257,9 +262,9 @@ def check_export(
     for part in (folder, folder / "adapter"):
         check_finite(part, report, report.violate, where)
     last = next((c for c in lineage.checkpoints if c.step == stop_step), None)
-    name = WEIGHTS_FILE if spec.stages[-1].optimizer.ema_decay is None else AVERAGE_FILE
-    committed = last.folder / name if last is not None else None
-    if committed is None or not committed.is_file():
+    stem = WEIGHTS if spec.stages[-1].optimizer.ema_decay is None else AVERAGE
+    committed = committed_parts(last.folder, stem) if last is not None else []
+    if not committed:
         return
     number = 0
     for path in weights:
@@ -269,7 +274,7 @@ def check_export(
             continue  # said above, or with the checkpoint
         number += compared
         if different:
-            message = f"{path}: '{different[0]}' is not what checkpoint {committed.parent.name} holds"
+            message = f"{path}: '{different[0]}' is not what checkpoint {committed[0].parent.name} holds"
             report.violate("export", message, **where)
     report.counts["tensors_compared"] += number
 

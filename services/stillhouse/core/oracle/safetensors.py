@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import xxhash
 
 from stillhouse.core.errors import CorruptError
 
@@ -113,13 +114,33 @@ def _blocks(path: Path, entry: TensorEntry) -> Iterator[np.ndarray]:
             yield np.frombuffer(data, dtype=np.uint8)
 
 
-def differing(one: Path, other: Path) -> tuple[int, list[str]]:
-    """(tensors with equal name, type and shape in both files, the names of those whose bytes differ)."""
-    others = {(e.name, e.dtype, e.shape): e for e in read_header(other)}
-    pairs = [(e, others[key]) for e in read_header(one) if (key := (e.name, e.dtype, e.shape)) in others]
-    different = [
-        mine.name
-        for mine, theirs in pairs
-        if any(not np.array_equal(a, b) for a, b in zip(_blocks(one, mine), _blocks(other, theirs), strict=True))
-    ]
+def differing(one: Path, parts: Sequence[Path]) -> tuple[int, list[str]]:
+    """(tensors with equal name, type and shape on both sides, the names of those whose bytes differ).
+
+    The other side is a set of tensors split by rows over `parts`, in their order: bytes that follow each other.
+    """
+    others: dict[str, list[tuple[Path, TensorEntry]]] = {}
+    for part in parts:
+        for entry in read_header(part):
+            others.setdefault(entry.name, []).append((part, entry))
+    candidates = [(entry, others.get(entry.name, [])) for entry in read_header(one)]
+    pairs = [(mine, theirs) for mine, theirs in candidates if _is_like(mine, [entry for _, entry in theirs])]
+    different = [mine.name for mine, theirs in pairs if _digest([(one, mine)]) != _digest(theirs)]
     return len(pairs), different
+
+
+def _is_like(whole: TensorEntry, parts: Sequence[TensorEntry]) -> bool:
+    """The parts, one after the other, have the type and shape of the whole."""
+    if not parts or any(part.dtype != whole.dtype or part.shape[1:] != whole.shape[1:] for part in parts):
+        return False
+    if len(parts) == 1:
+        return parts[0].shape == whole.shape
+    return sum(part.shape[0] for part in parts) == whole.shape[0]
+
+
+def _digest(parts: Sequence[tuple[Path, TensorEntry]]) -> bytes:
+    digest = xxhash.xxh3_128()
+    for path, entry in parts:
+        for block in _blocks(path, entry):
+            digest.update(block.data)
+    return digest.digest()
