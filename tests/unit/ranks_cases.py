@@ -59,7 +59,7 @@ def evaluate(student: Learner, samples: list, teacher: Teacher) -> list[dict[str
     return student.evaluate(samples, {teacher.name: teacher.head}, temperature=1.0)
 
 
-def mishaps(make: MakeLearner, root: Path, into: Path, teacher: Teacher) -> dict[str, str]:
+def mishaps(make: MakeLearner, root: Path, into: Path, teacher: Teacher) -> dict[str, Any]:
     """Messages of what goes wrong; after each the student trains on as if nothing had happened."""
     student = make(root / "student", stage(POLICY_GRADIENT))
     samples = teacher.score(rollouts(3, count=6))
@@ -67,15 +67,17 @@ def mishaps(make: MakeLearner, root: Path, into: Path, teacher: Teacher) -> dict
     poisoned = samples[-1].teacher_logprobs.copy()
     poisoned[0] = np.nan
     bad = [*samples[:-1], dataclasses.replace(samples[-1], teacher_logprobs=poisoned)]
-    found = {"non_finite": error_of(NonFiniteError, lambda: train(student, bad, max_tokens=MAX_TOKENS))}
+    found: dict[str, Any] = {"non_finite": error_of(NonFiniteError, lambda: train(student, bad, max_tokens=MAX_TOKENS))}
     assert all((array == before[name]).all() for name, array in weights_of(student).items())
     student.skip()
     assert train(student, samples, max_tokens=MAX_TOKENS)["step/skipped"] == 0.0
     student.save(into / "torn")
     sorted((into / "torn").glob("optimizer*"))[0].unlink()
     found["torn"] = error_of(CorruptError, lambda: student.load(into / "torn"))
+    evaluate(student, samples, teacher)  # leaves no gathered weights behind that the next one would compute with
     student.load(into / "policy")
     assert student.policy_version == STEPS + 1
+    found["reloaded"] = evaluate(student, samples, teacher)[0]["reverse_kl_sum"]
     close(student)
     return found
 

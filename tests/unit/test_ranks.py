@@ -76,6 +76,7 @@ def test_a_mishap_is_told_as_one_rank_tells_it(alone: dict, together: dict) -> N
     """Non-finite numbers and unreadable files leave the ranks in step: what follows in ranks_cases would hang else."""
     assert together["errors"]["non_finite"] == alone["errors"]["non_finite"]
     assert "of sample 5/0" in together["errors"]["non_finite"]
+    assert together["errors"]["reloaded"] == pytest.approx(alone["errors"]["reloaded"], rel=1e-4)
     assert "optimizer-00001-of-00002.safetensors is missing" in together["errors"]["torn"]
 
 

@@ -110,8 +110,9 @@ class Ranks:
         """Let the followers end."""
         if self.is_broken:
             return
-        for rank in range(1, self.size):
-            self.send(rank, Message({"do": "end"}, {}))
+        with suppress(RuntimeError):  # one has died while all were idle: torchrun ends the others
+            for rank in range(1, self.size):
+                self.send(rank, Message({"do": "end"}, {}))
         self.leave()
 
     def leave(self) -> None:
