@@ -30,19 +30,25 @@ UNBOUNDED: Final = {
     "core/worker.py unless: stopped.wait()": "the other side of that race",
     "trainer/loop.py Interrupt.race: asyncio.wait({work, stop})": "stands still in sight of trainer/watch.py",
     "trainer/loop.py Interrupt.race: self._event.wait()": "the other side of that race",
+    # ranks: torchrun ends the others when one does not come, and each connection has its timeout
+    "trainer/app.py _join: Ranks.join()": "PASS_TIMEOUT",
+    "trainer/follow.py _follow: Ranks.join()": "PASS_TIMEOUT",
     # compute threads: core/pulse.py ends the process when they make no progress for hang_s
     "core/worker.py ComputeThread.run: run_in_executor": "the pulse",
     "trainer/train.py LearnerThread.call: run_in_executor": "the pulse",
     "sampler/generation.py Generator._batch: ended.get()": "its end is queued when the compute thread's call ends",
     "gateway/jobs.py submit: run_in_executor": "a DeadlineRoute answers after 20 s",
     # trainer/watch.py says within seconds that nothing arrives, and why
-    "trainer/samplers.py SamplerPool.wait_for_min: self._changed.wait()": "no_sampler; interrupted from outside",
+    "trainer/samplers.py SamplerPool._wait_for: self._changed.wait()": "no_sampler; interrupted from outside",
+    "trainer/texts.py Texts.run: self._ordered.get()": "the loop's plan; cancelled with the claim",
+    "trainer/texts.py Texts.run: slots.acquire()": "a text ends: lost samplers are seen, hung ones end by the pulse",
     "trainer/run.py Run._scored_again: await self.exchange.rescore(header.step, hidden)": "no_teacher, teacher_silent",
     # locks: held only around calls that have limits
     "sampler/student.py Student.guest: self._guest_lock": "a load, bounded by the pulse",
     "sampler/student.py Student._pull: self.swap": "a load, bounded by the pulse",
     "sampler/service.py SamplerServicer.Generate: self._student.swap": "the call's own deadline",
     "trainer/exchange.py Exchange._arrive: self._fetches": "fetches, FETCH_TIMEOUT_S each",
+    "trainer/verify/judges.py Judges._run: self._slots": "verdicts and loads, which have deadlines",
 }
 CHANNEL_FILES: Final = {"core/rpc.py", "cli/healthcheck.py"}
 """The only files that open gRPC channels."""

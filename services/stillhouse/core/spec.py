@@ -224,6 +224,10 @@ class StageSpec(Closed):
                 f"a row has one completion, and schedule.group_size {self.schedule.group_size} would train on copies "
                 "of it; set it to 1, or off_policy_source to teacher"
             )
+        if self.on_policy_fraction == 0 and self.off_policy_source == "data":
+            idle = [name for name in ("top_p", "top_k", "stop_token_ids") if name in self.sampling.model_fields_set]
+            if idle:
+                raise ValueError(f"nothing is sampled: leave out sampling.{idle[0]}, all texts are the data's")
         return self
 
     @model_validator(mode="after")

@@ -296,12 +296,13 @@ def _readers(case: Case, source: Source) -> Iterable[_Reader]:
     student_what = f"the max_sequence_length of the student '{case.student.name}'"
     if student_limit == source.queue_tokens():
         student_what = f"the longest rollout the queue carries ({MAX_ROLLOUT_BYTES >> 10} KiB)"
+    is_read = source.stage is None or source.stage.needs_teacher()
     for index, row in enumerate(source.rows):
         text = "\n".join(message["content"] for message in row.conversation())
         yield _Reader(index, text, student_limit, student_what)
         name = case.teacher_of(row)
         teacher = case.teachers.get(name or "")
-        if teacher is not None and name is not None:
+        if is_read and teacher is not None and name is not None:
             read = _teacher_text(row, case.spec.teachers[name].system_prompt)
             what = f"the max_sequence_length of the teacher '{name}' ({teacher.name})"
             yield _Reader(index, text if read is None else read, teacher.max_sequence_length, what)

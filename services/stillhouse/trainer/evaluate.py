@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final
 
 from stillhouse.core.blobs import JobArtifacts, read_json, write_json
-from stillhouse.core.errors import DeadlineError, JobFailedError, OverloadedError, UnavailableError
+from stillhouse.core.errors import JobFailedError, StillhouseError
 from stillhouse.core.spec import EvaluationSpec, TeacherSpec
 from stillhouse.core.tensors import DTYPE_NAMES, ids_list, ids_tensor
 from stillhouse.trainer.batch import TeacherHead
@@ -183,7 +183,7 @@ class HeldOut:
         )
         try:
             written = await self._race(self._samplers.generate(request))
-        except (UnavailableError, DeadlineError, OverloadedError):
+        except StillhouseError:
             return ""  # only people read this text; a job never fails for it
         return self._renderer.text(ids_list(written.answers[0].completion_ids))
 

@@ -270,10 +270,9 @@ class Run:
             group = await (await self.exchange.rescore(header.step, hidden))
             await self.exchange.done(group.samples)
             fresh = {sample.sample_id: sample for sample in group.samples}
-            for score in hidden:  # which tokens train goes by the journal: the last bits of a new score may differ
-                again = fresh[score.rollout.sample_id]
-                if not again.is_failed:
-                    again.score.hidden.teacher_logprobs.CopyFrom(score.hidden.teacher_logprobs)
+            for score in hidden:
+                if not fresh[score.rollout.sample_id].is_failed:
+                    _keep_journalled(score, fresh[score.rollout.sample_id].score)
         samples = [fresh.get(score.rollout.sample_id) or ScoredSample(score) for score in scores]
         if any(sample.is_failed for sample in fresh.values()):
             await self._write_journal(
@@ -393,3 +392,13 @@ class Run:
     async def export(self, source_dir: Path, card: dict[str, Any]) -> None:
         """Write the finished student beside the artifacts, in place of an older export."""
         await self.learner.export(source_dir, self.artifacts.export(self.scope.epoch), card)
+
+
+def _keep_journalled(old: rollout_pb2.Score, new: rollout_pb2.Score) -> None:
+    """What goes by the journal when a sample is scored again.
+
+    Which tokens train (the last bits of a new score may differ), and the verdict: completions are judged once.
+    """
+    new.hidden.teacher_logprobs.CopyFrom(old.hidden.teacher_logprobs)
+    if old.HasField("reward"):
+        new.reward, new.reward_note = old.reward, old.reward_note

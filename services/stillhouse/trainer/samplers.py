@@ -24,8 +24,9 @@ AWAY_LEASES: Final = (0.2, 1.2)
 of them free."""
 HINT_TIMEOUT_S: Final = 5.0
 """Deadline of a SyncWeights hint: it only wakes the sampler."""
-GENERATE_TIMEOUT_S: Final = 600.0
-"""Deadline of a prompt's texts: the sampler may have to load their model first, and has other work."""
+GENERATE_TIMEOUT_S: Final = 86_400.0
+"""Deadline of a prompt's texts, which need not notice anything: a sampler that is lost is seen within GENERATE_LOOK_S,
+one that hangs is ended by its pulse. A slow machine is no reason to begin a long text again."""
 GENERATE_LOOK_S: Final = 1.0
 """How often a wait for texts looks whether their sampler is still there."""
 GENERATE_TRIES: Final = 5

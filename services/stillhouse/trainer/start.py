@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,24 +169,38 @@ class Start:
                     f"teacher '{name}' ({entry.name}) and student ({student.name}) have different tokenizers; "
                     "their tokens cannot be compared"
                 )
-        limits = {"student": student.max_sequence_length}
-        limits.update({name: entry.max_sequence_length for name, entry in teachers.items()})
+        limits = {name: entry.max_sequence_length for name, entry in teachers.items()}
 
-        def load(data: DataSpec, max_tokens: int) -> list[Prompt]:
+        def load(data: DataSpec, max_tokens: int, *, is_read: bool = True) -> list[Prompt]:
             path = self.ctx.artifacts.file(data.file) if data.file else None
             prompts = prepare(load_rows(data, path), self.spec.teachers, renderer)
             if not prompts:
                 raise PreflightError("no prompts: the data has no rows")
-            check_lengths(prompts, max_tokens, limits)
+            readers = limits if is_read else dict.fromkeys(limits, sys.maxsize)
+            check_lengths(prompts, max_tokens, {**readers, "student": student.max_sequence_length})
             return prompts
 
-        prompts = await asyncio.to_thread(load, stage.data, stage.sampling.max_tokens)
+        max_tokens = stage.sampling.max_tokens
+        prompts = await asyncio.to_thread(load, stage.data, max_tokens, is_read=stage.needs_teacher())
         if stage.reads_completions():
             prompts = await asyncio.to_thread(with_completions, prompts, renderer, stop_token_ids(student))
+            await self._tell_cut([len(prompt.completion_ids or ()) > max_tokens for prompt in prompts])
         held_out: list[Prompt] = []
         if evaluation.data is not None:
             held_out = await asyncio.to_thread(load, evaluation.data, evaluation.max_tokens)
         return prompts, held_out
+
+    async def _tell_cut(self, is_cut: Sequence[bool]) -> None:
+        """Say that completions of the data lose their end: the student would learn to go on for ever."""
+        if any(is_cut):
+            most = self.spec.stages[0].sampling.max_tokens
+            await self.ctx.jobs.event(
+                self.scope.job_id,
+                "data.cut",
+                f"{sum(is_cut)} of {len(is_cut)} completions are longer than sampling.max_tokens {most} and are cut, "
+                "without their end; raise it to train on all of them",
+                level="warning",
+            )
 
     async def _open_exchange(self, teachers: dict[str, ModelEntry]) -> Exchange:
         ctx = self.ctx
