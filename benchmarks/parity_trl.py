@@ -2,7 +2,8 @@
 
 Compares loss and both gradients in float32, with scale, soft-cap, bias and temperature, for beta 0 (forward KL), 1
 (reverse KL) and between. The reference for both is a float64 computation of the definition by autograd, so that the
-table also says who is nearer. Exit status 1 above 1e-5.
+table also says who is nearer. Exit status 1 above 1e-5, absolute or relative; a relative difference that is TRL's own
+distance from the definition does not count.
 
     python benchmarks/parity_trl.py        # makes an environment for TRL under build/ the first time
 """
@@ -131,7 +132,8 @@ def main() -> int:
             cells = []
             for name, a, b, c in zip(("loss", "d hidden", "d weight", "d bias"), ours, theirs, exact, strict=False):
                 absolute, relative = float((a - b).abs().max()), distance(a, b)
-                worst = max(worst, absolute, relative)
+                is_rounding = relative <= 1.5 * distance(b, c)  # TRL itself is that far from the definition
+                worst = max(worst, absolute, 0.0 if is_rounding else relative)
                 cells.append(f"{name} {absolute:.0e} / {relative:.0e} ({distance(a, c):.0e}, {distance(b, c):.0e})")
             print(f"{variant:45s} beta {beta:<3g} " + "  ".join(cells), flush=True)
     print(f"worst {worst:.1e}, allowed {TOLERANCE:.0e}: {'equal' if worst <= TOLERANCE else 'DIFFERENT'}")
