@@ -21,6 +21,10 @@ def enter() -> None:
     """Continue in the environment that has TRL: replaces this process unless it runs there already."""
     if importlib.util.find_spec("trl") is None:
         python = Path(os.environ.get("TRL_PYTHON", ROOT / "build" / "trl" / "bin" / "python"))
+        if Path(sys.prefix) == python.parent.parent:
+            raise SystemExit(
+                f"{python} has no TRL, its installation was cut short: remove {sys.prefix} and start again"
+            )
         if not python.exists():
             _make(python)
         os.execv(python, [str(python), *sys.argv])
