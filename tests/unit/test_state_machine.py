@@ -431,7 +431,7 @@ class OnRedis(Machine):
 
 @pytest.mark.parametrize("machine", [InMemory, OnRedis])
 def test_nothing_is_lost_and_nothing_counts_twice(machine: type[Machine]) -> None:
-    limits = settings(max_examples=250, stateful_step_count=50, derandomize=True, deadline=None)
+    limits = settings(max_examples=60, stateful_step_count=40, derandomize=True, deadline=None)
     run_state_machine_as_test(machine, settings=limits)
 
 

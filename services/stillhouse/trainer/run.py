@@ -33,7 +33,7 @@ from stillhouse.trainer.rewards import Rewards, outcomes, reward_metrics
 from stillhouse.trainer.samplers import SamplerPool
 from stillhouse.trainer.space import Space
 from stillhouse.trainer.texts import Texts
-from stillhouse.trainer.train import LearnerThread, micro_batch_plans, plan_from_journal, to_sample
+from stillhouse.trainer.train import LearnerThread, keep_journalled, micro_batch_plans, plan_from_journal, to_sample
 from stillhouse.v1 import rollout_pb2
 
 MAX_NON_FINITE: Final = 3
@@ -272,7 +272,7 @@ class Run:
             fresh = {sample.sample_id: sample for sample in group.samples}
             for score in hidden:
                 if not fresh[score.rollout.sample_id].is_failed:
-                    _keep_journalled(score, fresh[score.rollout.sample_id].score)
+                    keep_journalled(score, fresh[score.rollout.sample_id].score)
         samples = [fresh.get(score.rollout.sample_id) or ScoredSample(score) for score in scores]
         if any(sample.is_failed for sample in fresh.values()):
             await self._write_journal(
@@ -392,13 +392,3 @@ class Run:
     async def export(self, source_dir: Path, card: dict[str, Any]) -> None:
         """Write the finished student beside the artifacts, in place of an older export."""
         await self.learner.export(source_dir, self.artifacts.export(self.scope.epoch), card)
-
-
-def _keep_journalled(old: rollout_pb2.Score, new: rollout_pb2.Score) -> None:
-    """What goes by the journal when a sample is scored again.
-
-    Which tokens train (the last bits of a new score may differ), and the verdict: completions are judged once.
-    """
-    new.hidden.teacher_logprobs.CopyFrom(old.hidden.teacher_logprobs)
-    if old.HasField("reward"):
-        new.reward, new.reward_note = old.reward, old.reward_note

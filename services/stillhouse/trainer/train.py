@@ -246,3 +246,13 @@ def plan_from_journal(
     index = {sample.sample_id: position for position, sample in enumerate(samples)}
     plan = [[index[sample_id] for sample_id in batch.sample_ids if sample_id in index] for batch in micro_batches]
     return [batch for batch in plan if batch]
+
+
+def keep_journalled(old: rollout_pb2.Score, new: rollout_pb2.Score) -> None:
+    """What goes by the journal when a sample is scored again.
+
+    Which tokens train (the last bits of a new score may differ), and the verdict: completions are judged once.
+    """
+    new.hidden.teacher_logprobs.CopyFrom(old.hidden.teacher_logprobs)
+    if old.HasField("reward"):
+        new.reward, new.reward_note = old.reward, old.reward_note
