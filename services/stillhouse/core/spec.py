@@ -225,7 +225,9 @@ class StageSpec(Closed):
                 "of it; set it to 1, or off_policy_source to teacher"
             )
         if self.on_policy_fraction == 0 and self.off_policy_source == "data":
-            idle = [name for name in ("top_p", "top_k", "stop_token_ids") if name in self.sampling.model_fields_set]
+            default = SamplingSpec()  # by value: a stored job has all fields set
+            knobs = ("top_p", "top_k", "stop_token_ids")
+            idle = [name for name in knobs if getattr(self.sampling, name) != getattr(default, name)]
             if idle:
                 raise ValueError(f"nothing is sampled: leave out sampling.{idle[0]}, all texts are the data's")
         return self
