@@ -191,7 +191,7 @@ async def test_a_verdict_that_does_not_come_is_a_reward_of_0_and_an_event(deploy
     spec["stages"][0]["schedule"] = {"steps": 1, "prompts_per_step": 2, "group_size": 2}
     job_id = await deployment.submit(spec)
     await succeeded(deployment, job_id)
-    assert await metrics(deployment, job_id, "reward/timeouts") == [2.0]
+    assert await metrics(deployment, job_id, "reward/failed") == [2.0]
     assert await metrics(deployment, job_id, "reward/zero_spread_groups") == [2.0]
     assert {(score.rollout.row, score.reward) for score in scores(deployment, job_id, 1)} == {(0, 0.0), (1, 1.0)}
     (event,) = [event for event in await deployment.ctx.jobs.events(job_id) if event["type"] == "reward.failed"]

@@ -22,12 +22,12 @@ async def deployment(tmp_path: Path, redis_url: str) -> AsyncIterator[Cluster]:
         yield made
 
 
-def job(answer: str, steps: int) -> dict[str, Any]:
+def job(answer: str, steps: int, verifier: str = "regex") -> dict[str, Any]:
     return job_spec(
         teachers={},
         stages__0__data={"rows": [{"prompt": f"say {word}", "answer": answer} for word in ("one", "two")]},
         stages__0__sampling__max_tokens=4,
-        stages__0__loss={"objective": "policy_gradient", "teacher_weight": 0, "reward": {"verifier": "regex"}},
+        stages__0__loss={"objective": "policy_gradient", "teacher_weight": 0, "reward": {"verifier": verifier}},
         stages__0__schedule={"steps": steps, "prompts_per_step": 2, "group_size": 2, "max_staleness": 0},
     )
 
@@ -40,9 +40,22 @@ def workers() -> list[int]:
 
 
 async def test_a_verifier_that_only_fails_ends_the_job_with_its_name(deployment: Cluster) -> None:
-    record = await deployment.ended(await deployment.submit(job("(", steps=5)))
+    """Steps of four completions to all rows there are: the eighth makes it 32."""
+    record = await deployment.ended(await deployment.submit(job("(", steps=12)))
     assert record.status == "failed"
-    assert "none of the step's 4 completions could be judged; verifier 'regex': ValueError" in str(record.error)
+    assert "verifier 'regex' failed 32 times in a row, on 2 rows, at last with: ValueError" in str(record.error)
+    assert record.step == 7
+    await wait_until(lambda: not workers(), timeout_s=10, what="its processes to be gone")
+
+
+async def test_a_verifier_that_is_not_there_is_known_before_a_model_is_loaded(deployment: Cluster) -> None:
+    job_id = await deployment.submit(job("x", steps=1, verifier="haiku"))
+    record = await deployment.ended(job_id)
+    assert record.status == "failed"
+    for words in ("preflight", "verifier 'haiku' cannot be loaded", "`stillhouse verifiers`, where the trainer"):
+        assert words in str(record.error)
+    types = [event["type"] for event in await deployment.ctx.jobs.events(job_id)]
+    assert "student.loaded" not in types
     await wait_until(lambda: not workers(), timeout_s=10, what="its processes to be gone")
 
 

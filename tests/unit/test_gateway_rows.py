@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from stillhouse.core.spec import JobSpec
+from stillhouse.gateway import validation
 from tests.gateway_kit import Gateway, add_model, make_spec, open_gateway
 
 TWO = [{"prompt": "one"}, {"prompt": "two"}]
@@ -92,6 +94,25 @@ async def test_these_are_refused_with_their_fix(
     assert body["param"] == param, body
     for word in words:
         assert word in body["detail"], body
+
+
+def test_slow_patterns_are_left_to_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling has a budget: 300 of these would take minutes. What is quick to see is still refused."""
+    slow = "(?i)" + "[!-\U0010ffff]" * 30
+
+    def found(*answers: str) -> list[str | None]:
+        rows = [{"prompt": "x", "verifier": "regex", "answer": answer} for answer in answers]
+        rows.append({"prompt": "x", "verifier": "numeric", "answer": "none"})
+        spec = JobSpec.model_validate(grpo(*rows))
+        stage = spec.stages[0]
+        assert stage.data.rows is not None
+        source = validation.Source("data", None, list(stage.data.rows), [*range(len(rows))], 10, stage)
+        case = validation.Case(spec, [], None, {}, [source], None, [])
+        return [finding.param for finding in validation.check_verifiers(case)]
+
+    assert found("(", slow) == ["data.rows.0", "data.rows.2"]
+    monkeypatch.setattr(validation, "COMPILE_S", 0.001)
+    assert found(slow + ".", "(") == ["data.rows.2"]
 
 
 async def test_rows_without_a_teacher_name_none(gateway: Gateway) -> None:

@@ -28,9 +28,9 @@ from stillhouse.trainer.verify.judges import (
     Judges,
     Verdict,
     VerifierError,
-    check_step,
 )
 from stillhouse.trainer.verify.process import environment
+from stillhouse.v1.rollout_pb2 import Score
 from tests import acme
 from tests.waiting import wait_until
 
@@ -191,7 +191,8 @@ async def test_what_verifiers_may_return(judges: Judges) -> None:
     assert below == Verdict(0.0, "reward -1 clipped to 0")
     assert true == Verdict(1.0, "")
     assert len(long.note) == 200
-    assert odd.note == "\udcff\ud800"
+    assert odd.note == "??"
+    assert Score(reward_note=odd.note).reward_note == "??"  # a message of protobuf holds no half of a character
 
 
 async def test_noise_is_not_taken_for_a_verdict_and_input_is_closed(judges: Judges) -> None:
@@ -249,18 +250,20 @@ async def test_only_failures_in_a_row_end_the_job(judges: Judges) -> None:
         await judges.judge(failing[:2])
 
 
-async def test_one_bad_row_does_not_end_the_job(judges: Judges) -> None:
+@pytest.mark.parametrize("rows", [{}, {"acme": 2}], ids=["of many", "of two"])
+async def test_one_bad_row_does_not_end_the_job(judges: Judges, rows: dict[str, int]) -> None:
+    await judges.load(rows)
     await ask(judges, *["raise"] * (2 * FAILED_IN_A_ROW))
     assert judges.failures == {"exception": 2 * FAILED_IN_A_ROW}
 
 
-async def test_a_step_without_any_verdict_ends_the_job() -> None:
-    items = [Item("acme", "x"), Item("acme", "y")]
-    failed, fine = Verdict(0.0, "no verdict within 1 s", "timeout"), Verdict(0.0, "wrong")
-    check_step(items, [failed, fine])
-    check_step([], [])
-    with pytest.raises(VerifierError, match=r"none of the step's 2 .* verifier 'acme': no verdict within 1 s"):
-        check_step(items, [failed, failed])
+@pytest.mark.parametrize("number", [1, 2])
+async def test_failures_on_all_rows_of_a_verifier_end_the_job_however_few_they_are(judges: Judges, number: int) -> None:
+    await judges.load({"acme": number, "exact": 1000})
+    failing = [Item("acme", "raise", str(n % number)) for n in range(FAILED_IN_A_ROW)]
+    await judges.judge([*failing[1:], Item("exact", "a", "a")])
+    with pytest.raises(VerifierError, match=rf"'acme' failed 32 times in a row, on {number} rows"):
+        await judges.judge(failing[:1])
 
 
 @pytest.mark.parametrize(
@@ -275,7 +278,16 @@ async def test_a_step_without_any_verdict_ends_the_job() -> None:
 async def test_a_verifier_that_cannot_be_loaded_ends_the_job(judges: Judges, name: str, message: str) -> None:
     with pytest.raises(VerifierError, match=message):
         await judges.judge([Item(name, "x", "y"), Item("exact", "a", "a")])
+    with pytest.raises(VerifierError, match=message):
+        await judges.load({"exact": 1, name: 1})
     assert (await judges.judge([Item("exact", "a", "a")]))[0].reward == 1.0
+
+
+async def test_loaded_verifiers_wait_for_their_texts(judges: Judges) -> None:
+    await judges.load({"acme": 5, "exact": 5})
+    (process,) = judges._idle
+    assert process.loaded == {"acme", "exact"}
+    assert (await ask(judges, "pid"))[0].note == str(process.pid)
 
 
 async def test_a_name_of_ours_stays_ours(judges: Judges) -> None:

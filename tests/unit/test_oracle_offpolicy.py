@@ -122,6 +122,7 @@ EDITS: dict[str, tuple[str, dict[str, Any], pb.Origin, Callable[[pb.Score], Any]
     ),
     "no reward": ("reward", GRPO, pb.ORIGIN_UNSPECIFIED, lambda s: s.ClearField("reward")),
     "a reward that is no number": ("reward", GRPO, pb.ORIGIN_UNSPECIFIED, lambda s: setattr(s, "reward", math.nan)),
+    "a reward above 1": ("reward", GRPO, pb.ORIGIN_UNSPECIFIED, lambda s: setattr(s, "reward", 1.5)),
     "a reward nobody asked for": ("reward", MIXTURE, pb.ORIGIN_UNSPECIFIED, lambda s: setattr(s, "reward", 1.0)),
 }
 

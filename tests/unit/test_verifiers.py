@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stillhouse.core.answers import GYM_NO_JSON, GYM_RUNS_TEXT, last_number, same_number
-from stillhouse.core.verifiers import BUILT_IN, collect, problem_of, verifiers
+from stillhouse.core.answers import ANSWER_MAX, GYM_NO_JSON, GYM_RUNS_TEXT, last_number, same_number
+from stillhouse.core.verifiers import BUILT_IN, VerifierInfo, collect, problem_of, verifiers
 from stillhouse.trainer.verify.builtin import LOADERS
 from stillhouse.trainer.verify.gym import ARITHMETIC
 from stillhouse.trainer.verify.judges import Item, Judges
@@ -223,8 +223,8 @@ GYM_ENTRY = {"question": "1 + 1 =", "answer": "2", "metadata": {"source_dataset"
         ("exact", "x" * 300_000, "verifier 'exact': the answer has 300000 characters, at most 262144 are allowed"),
         ("numeric", "none", "verifier 'numeric': there is no number in the answer 'none'"),
         ("regex", "(", "verifier 'regex': the answer is not a regular expression of Python: missing )"),
-        ("regex", "(" * 9_000, "verifier 'regex': the answer is not a regular expression of Python"),
-        ("regex", "a" * 10_001, "verifier 'regex': the answer, a regular expression, has 10001 characters"),
+        ("regex", "(" * 900, "verifier 'regex': the answer is not a regular expression of Python"),
+        ("regex", "a" * 1_001, "verifier 'regex': the answer, a regular expression, has 1001 characters"),
         ("reasoning_gym", "2", "verifier 'reasoning_gym': the entry needs 'answer' and 'metadata'"),
         ("reasoning_gym", "[" * 200_000, "verifier 'reasoning_gym': the answer must be an entry"),
         ("reasoning_gym", "{", "verifier 'reasoning_gym': the answer must be an entry"),
@@ -234,6 +234,12 @@ def test_rows_that_can_never_be_judged(name: str, answer: str | None, problem: s
     found = problem_of(name, answer)
     assert found.startswith(problem)
     assert bool(found) == bool(problem)
+
+
+def test_answers_to_verifiers_of_other_packages_have_a_limit_too() -> None:
+    known = {"acme": VerifierInfo("acme", "Does what the text says.", False, "acme 1.2")}
+    assert problem_of("acme", "x" * ANSWER_MAX, known) == ""
+    assert "262145 characters, at most 262144" in problem_of("acme", "x" * (ANSWER_MAX + 1), known)
 
 
 def test_names_and_loaders_agree() -> None:

@@ -60,10 +60,19 @@ def test_the_command_lists_and_tries_it(installed: Path) -> None:
     assert json.loads(tried.stdout) == {"reward": 1.0, "note": "3 lines are right", "failure": ""}
 
 
+def test_the_command_gives_a_verifier_the_row(tmp_path: Path) -> None:
+    acme.install(tmp_path)
+    tried = stillhouse(tmp_path, "try", "acme", "--text", "answer", "--row", '{"prompt": "1 + 1"}')
+    assert tried.stdout == "reward 1: None {'prompt': '1 + 1'}\n"
+
+
 def test_the_command_says_when_there_is_no_verdict(tmp_path: Path) -> None:
     acme.install(tmp_path)
     late = stillhouse(tmp_path, "try", "acme", "--text", "hang", "--timeout-s", "0.5")
     assert (late.stdout, late.returncode) == ("reward 0: no verdict within 0.5 s\n", 1)
+    odd = stillhouse(tmp_path, "try", "acme", "--text", "answer", "--row", "[1]")
+    assert odd.returncode == 2
+    assert "--row is a JSON list, not an object" in odd.stderr
     broken = stillhouse(tmp_path, "try", "acme-broken", "--text", "x")
     assert broken.returncode == 1
     assert "error: verifier 'acme-broken' cannot be loaded: AttributeError" in broken.stderr

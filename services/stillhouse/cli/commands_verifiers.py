@@ -32,6 +32,7 @@ def try_(
     name: Annotated[str, typer.Argument(help="Name of the verifier.")],
     text: Annotated[str, typer.Option(help="The completion to judge; - reads it from standard input.")],
     answer: Annotated[str | None, typer.Option(help="The row's reference answer.")] = None,
+    row: Annotated[str, typer.Option(help="What else the row says, a JSON object.")] = "{}",
     timeout_s: Annotated[float, typer.Option(min=0.1, max=600, help="Deadline of the verdict, seconds.")] = 10.0,
     as_json: AsJson = False,
 ) -> None:
@@ -41,4 +42,4 @@ def try_(
     """
     from stillhouse.cli import verifiers
 
-    verifiers.judge(name, text, answer, timeout_s, as_json=as_json)
+    verifiers.judge(name, text, answer, row, timeout_s, as_json=as_json)

@@ -17,6 +17,7 @@ from stillhouse.core.verifiers import VerifierInfo, problem_of, verifiers
 
 START_S: Final = 180.0
 """What starting processes and importing a verifier may take beside the verdict: its own deadline is 120 s."""
+_ROW_FIX: Final = """write it like --row '{"prompt": "What is 6 * 7?"}'"""
 
 
 def show(*, as_json: bool) -> None:
@@ -40,11 +41,12 @@ def _status(info: VerifierInfo) -> str:
     return "ok"
 
 
-def judge(name: str, text: str, answer: str | None, timeout_s: float, *, as_json: bool) -> None:
-    """Print the verdict on a text."""
+def judge(name: str, text: str, answer: str | None, row: str, timeout_s: float, *, as_json: bool) -> None:
+    """Print the verdict on a text; `row` is JSON."""
     if problem := problem_of(name, answer):
         raise CliError(problem, fix="`stillhouse verifiers` lists what there is", exit_code=EXIT_USAGE)
-    item = {"verifier": name, "text": sys.stdin.read() if text == "-" else text, "answer": answer}
+    item = {"verifier": name, "answer": answer, "row": _read_row(row)}
+    item["text"] = sys.stdin.read() if text == "-" else text
     verdict = _ask(item | {"timeout_s": timeout_s}, timeout_s)
     if as_json:
         print_json(verdict)
@@ -52,6 +54,16 @@ def judge(name: str, text: str, answer: str | None, timeout_s: float, *, as_json
         say(f"reward {verdict['reward']:g}: {verdict['note']}")
     if verdict["failure"]:
         raise SystemExit(EXIT_FAILED)
+
+
+def _read_row(row: str) -> dict[str, Any]:
+    try:
+        read = json.loads(row)
+    except (ValueError, RecursionError) as error:
+        raise CliError(f"--row is not JSON: {error}", fix=_ROW_FIX, exit_code=EXIT_USAGE) from None
+    if not isinstance(read, dict):
+        raise CliError(f"--row is a JSON {type(read).__name__}, not an object", fix=_ROW_FIX, exit_code=EXIT_USAGE)
+    return read
 
 
 def _ask(request: dict[str, Any], timeout_s: float) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Final
 
-from stillhouse.core.answers import ANSWER_CHECKS
+from stillhouse.core.answers import ANSWER_CHECKS, ANSWER_MAX
 
 GROUP: Final = "stillhouse.verifiers"
 """Group of the entry points of other packages."""
@@ -93,11 +93,14 @@ def entry_point(name: str) -> EntryPoint | None:
     return next(iter(entry_points(group=GROUP, name=name)), None)
 
 
-def problem_of(name: str, answer: str | None, known: Mapping[str, VerifierInfo] | None = None) -> str:
+def problem_of(
+    name: str, answer: str | None, known: Mapping[str, VerifierInfo] | None = None, *, compiles: bool = True
+) -> str:
     """Why a row with this `verifier` and `answer` cannot be judged, with the fix; empty = nothing is known against it.
 
-    `known` are the `verifiers()`, looked up once by whoever checks many rows. Whether the packages behind a verifier
-    are installed where the trainer runs is not known here.
+    `known` are the `verifiers()`, looked up once by whoever checks many rows. Without `compiles` regular expressions
+    are let be: some take seconds. Whether the packages behind a verifier are installed where the trainer runs is not
+    known here.
     """
     known = verifiers() if known is None else known
     info = known.get(name)
@@ -107,6 +110,10 @@ def problem_of(name: str, answer: str | None, known: Mapping[str, VerifierInfo] 
         return f"verifier '{name}' cannot be used: {info.problem}"
     if info.needs_answer and (answer is None or not answer.strip()):
         return f"verifier '{name}' needs the row's 'answer', which is missing or empty"
-    check = ANSWER_CHECKS.get(name)
-    problem = check(answer) if check is not None and answer is not None else ""
+    if answer is None:
+        return ""
+    if len(answer) > ANSWER_MAX:
+        return f"verifier '{name}': the answer has {len(answer)} characters, at most {ANSWER_MAX} are allowed"
+    check = ANSWER_CHECKS.get(name) if compiles or name != "regex" else None
+    problem = check(answer) if check is not None else ""
     return f"verifier '{name}': {problem}" if problem else ""

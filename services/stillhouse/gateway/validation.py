@@ -7,6 +7,7 @@ What needs the models themselves (initial KL, replica agreement, memory) is chec
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -28,6 +29,9 @@ MAX_ROLLOUT_BYTES: Final = 900 << 10
 """A queue entry holds 1 MiB; the rest is for names, text and the message's own bytes."""
 COUNT_BATCH: Final = 256
 """Texts tokenized at once."""
+COMPILE_S: Final = 2.0
+"""After so long no more patterns of rows are compiled, or one job could hold up all others for hours; the trainer's
+workers compile each within its verdict's deadline, and say what is wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,12 +252,17 @@ def check_completions(case: Case) -> Iterator[Finding]:
 def check_verifiers(case: Case) -> Iterator[Finding]:
     """Rows can be judged where a stage asks for an outcome reward; elsewhere they may name what they like."""
     known = verifiers()
+    compiling_s = 0.0
     for source in case.training:
         loss = source.stage.loss if source.stage is not None else None
         reward = loss.reward if isinstance(loss, PolicyGradientLoss) else None
         for index, row in enumerate(source.rows if reward is not None else ()):
             name = row.verifier or (reward.verifier if reward is not None else None)
-            problem = problem_of(name, row.answer, known) if name else "no verifier judges its completions"
+            started = time.monotonic()
+            problem = "no verifier judges its completions"
+            if name:
+                problem = problem_of(name, row.answer, known, compiles=compiling_s < COMPILE_S)
+            compiling_s += time.monotonic() - started if name == "regex" else 0.0
             if problem:
                 fix = "correct the row" if name else "set the row's 'verifier', or loss.reward.verifier"
                 yield Finding(source.where(index), f"{source.name(index)}: {problem}", fix)

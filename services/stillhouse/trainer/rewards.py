@@ -7,22 +7,25 @@ A replay takes the journal's rewards: nothing is judged twice. Verifiers run in 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
-from stillhouse.core.spec import RewardSpec
+from stillhouse.core.spec import RewardSpec, Row
 from stillhouse.core.tensors import ids_list
 from stillhouse.trainer.exchange import ScoredSample
 from stillhouse.trainer.outcome import group_advantages
 from stillhouse.trainer.prompts import Prompt
-from stillhouse.trainer.verify.judges import Item, Verdict, check_step
+from stillhouse.trainer.verify.judges import Item, Verdict
 
 
 class Judge(Protocol):
     """Verdicts on completions, in the order of the items."""
+
+    async def load(self, rows: Mapping[str, int]) -> None: ...
 
     async def judge(self, items: Sequence[Item]) -> list[Verdict]: ...
 
@@ -39,15 +42,22 @@ class Rewards:
     race: Callable[[Awaitable[Any]], Awaitable[Any]]
     """Ends the wait when the job is asked to stop."""
 
+    async def load(self) -> None:
+        """Load the verifiers that rows name: what is not installed should cost no sample.
+
+        Raises:
+            VerifierError: one cannot be loaded.
+        """
+        await self.race(self.judges.load(Counter(self._verifier(prompt.source) for prompt in self.prompts)))
+
     async def judge(self, samples: Sequence[ScoredSample]) -> list[str]:
         """Fill in the rewards of a step's samples; gives what went wrong with verdicts, a line each.
 
         Raises:
-            VerifierError: a verifier does not work, or none of the samples could be judged.
+            VerifierError: a verifier does not work.
         """
         items = [self._item(sample) for sample in samples]
         verdicts = await self.race(self.judges.judge(items))
-        check_step(items, verdicts)
         for sample, verdict in zip(samples, verdicts, strict=True):
             sample.score.reward, sample.score.reward_note = verdict.reward, verdict.note
         return [
@@ -60,11 +70,14 @@ class Rewards:
         rollout = sample.score.rollout
         row = self.prompts[rollout.row].source
         return Item(
-            verifier=row.verifier or self.spec.verifier or "",
+            verifier=self._verifier(row),
             text=self.text(ids_list(rollout.completion_ids)),
             answer=row.answer,
             row=row.model_dump(mode="json", exclude_none=True),
         )
+
+    def _verifier(self, row: Row) -> str:
+        return row.verifier or self.spec.verifier or ""
 
 
 def outcomes(samples: Sequence[ScoredSample], spec: RewardSpec) -> dict[str, float]:

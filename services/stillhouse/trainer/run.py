@@ -164,7 +164,7 @@ class Run:
             await self.jobs.event(
                 self.scope.job_id, "reward.failed", message, level="warning", step=step, count=len(problems)
             )
-        return {**reward_metrics(scored), "reward/timeouts": float(len(problems))}
+        return {**reward_metrics(scored), "reward/failed": float(len(problems))}
 
     async def _write_journal(self, step: int, scores: Sequence[rollout_pb2.Score], **header: Any) -> None:
         await self.space.insist(

@@ -42,7 +42,7 @@ from stillhouse.trainer.space import Space
 from stillhouse.trainer.texts import Texts
 from stillhouse.trainer.tokens import special_token_ids, stop_token_ids
 from stillhouse.trainer.train import LearnerThread
-from stillhouse.trainer.verify.judges import Judges
+from stillhouse.trainer.verify.judges import Judges, VerifierError
 
 
 @dataclass
@@ -77,6 +77,7 @@ class Start:
         await asyncio.to_thread(verify_files, student)
         renderer = await asyncio.to_thread(Renderer, Path(student.path))
         prompts, held_out = await self._load_prompts(renderer, student, teachers)
+        rewards = await self._load_rewards(prompts, renderer)
         self.exchange = await self._open_exchange(teachers)
         self.run_beside(self.exchange.run(), "take scores")
         texts = self._texts(self.exchange, student, teachers)
@@ -105,7 +106,7 @@ class Start:
             prompts=prompts,
             heads=heads,
             texts=texts,
-            rewards=self._rewards(prompts, renderer),
+            rewards=rewards,
             stop_ids=stop_token_ids(student),
             special_ids=special_token_ids(student) if stage.tokens.mask_special else (),
             threads=threads,
@@ -241,13 +242,23 @@ class Start:
             log=self.log,
         )
 
-    def _rewards(self, prompts: Sequence[Prompt], renderer: Renderer) -> Rewards | None:
+    async def _load_rewards(self, prompts: Sequence[Prompt], renderer: Renderer) -> Rewards | None:
+        """What judges completions, its verifiers loaded; None = the loss has no outcome reward."""
         loss = self.spec.stages[0].loss
         reward = loss.reward if isinstance(loss, PolicyGradientLoss) else None
         if reward is None:
             return None
         self.judges = Judges(timeout_s=reward.timeout_s)
-        return Rewards(reward, prompts, self.judges, renderer.text, self.interrupt.race)
+        rewards = Rewards(reward, prompts, self.judges, renderer.text, self.interrupt.race)
+        await self.progress.show("loading verifiers")
+        try:
+            await rewards.load()
+        except VerifierError as error:
+            raise PreflightError(
+                f"{error.message}; `stillhouse verifiers`, where the trainer ({self.ctx.instance}) runs, lists what "
+                "works there"
+            ) from None
+        return rewards
 
     async def close(self) -> None:
         """Drop what outlives no claim."""

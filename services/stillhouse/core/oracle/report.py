@@ -19,7 +19,7 @@ RULES: Final[dict[str, str]] = {
     "rows": "a group's prompt is the row that the seeded order gives",
     "origin": "a text is whose the job's seed says; only the student's own have a policy version and log-probabilities",
     "kind": "a score is of the kind that the loss asks for",
-    "reward": "where the loss asks for an outcome reward, every scored sample has one",
+    "reward": "where the loss asks for an outcome reward, every scored sample has one, from 0 to 1",
     "coverage": "each pass over the data takes every row once",
     "spans": "every token has a policy version, of an epoch on the lineage, and versions never go back",
     "staleness": "a sample is trained at most max_staleness versions after the weights that wrote it",

@@ -120,8 +120,8 @@ class SampleCheck:
         if score.HasField("reward") != self._is_rewarded:
             has, wants = ("a", "none") if score.HasField("reward") else ("no", "one")
             self._report.violate("reward", f"sample {name} has {has} reward, the loss asks for {wants}", **where)
-        elif self._is_rewarded and not np.isfinite(score.reward):
-            self._report.violate("reward", f"sample {name}: its reward is {score.reward}", **where)
+        elif self._is_rewarded and not 0 <= score.reward <= 1:
+            self._report.violate("reward", f"sample {name}: its reward is {score.reward}, not 0 to 1", **where)
 
     def _check_values(self, score: rollout_pb2.Score, result: Any, where: dict[str, Any]) -> int:
         """Lengths and numbers; returns T."""

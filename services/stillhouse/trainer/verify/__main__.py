@@ -16,7 +16,8 @@ async def judge(request: dict[str, Any]) -> Verdict:
     """The verdict on one item."""
     judges = Judges(timeout_s=request["timeout_s"], workers=1)
     try:
-        return (await judges.judge([Item(request["verifier"], request["text"], request["answer"])]))[0]
+        item = Item(request["verifier"], request["text"], request["answer"], request.get("row", {}))
+        return (await judges.judge([item]))[0]
     finally:
         await judges.close()
 

@@ -1,6 +1,7 @@
 """Judges: verdicts on completions, by verifiers in worker processes with a deadline each.
 
     judges = Judges(timeout_s=10)
+    await judges.load({"numeric": 1000})
     verdicts = await judges.judge([Item("numeric", "6 * 7 = 42", "42"), ...])
     await judges.close()
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
@@ -32,7 +33,7 @@ somebody's reward, and what crashes by itself does it again."""
 FAILED_IN_A_ROW: Final = 32
 """So many verdicts of a verifier failed and none worked in between: it is broken."""
 FAILED_ROWS: Final = 4
-"""If they belong to so many rows: one bad row with a large group says nothing about the others."""
+"""If they belong to so many rows, or to all it has: a bad row with a large group says nothing about the others."""
 VERDICTS_MAX: Final = 2000
 """A process is replaced after so many, so that what a library leaks never becomes somebody's reward 0."""
 TEXT_MAX: Final = 1_000_000
@@ -85,6 +86,8 @@ class Judges:
         self._is_closed = False
         self._failed_in_a_row: Counter[str] = Counter()
         self._failed_rows: dict[str, set[int]] = {}
+        self._rows: dict[str, int] = {}
+        """Rows of the job that name a verifier, as far as `load` was told."""
         self.failures: Counter[str] = Counter()
         """Verdicts that failed so far, by `Failure`."""
 
@@ -93,11 +96,22 @@ class Judges:
         """Processes that were started and not yet seen to end."""
         return sorted(process.pid for process in self._processes)
 
+    async def load(self, rows: Mapping[str, int]) -> None:
+        """Load verifiers before they are needed: name -> number of the job's rows that it judges.
+
+        Raises:
+            VerifierError: one cannot be loaded.
+        """
+        self._rows.update(rows)
+        async with self._slots:
+            for name in rows:
+                await self._give_back(await self._ready(name), is_fit=True)
+
     async def judge(self, items: Sequence[Item]) -> list[Verdict]:
         """Verdicts in the order of the items. Takes at most (items / workers) deadlines, rounded up, and loading.
 
         Raises:
-            VerifierError: a verifier cannot be loaded, or only fails: FAILED_IN_A_ROW times, on FAILED_ROWS rows.
+            VerifierError: a verifier cannot be loaded, or only fails: see `_watch`.
         """
         verdicts: list[Verdict | None] = [None] * len(items)
         todo = iter(enumerate(items))
@@ -202,7 +216,7 @@ class Judges:
         self._processes.discard(process)
 
     def _watch(self, item: Item, verdict: Verdict) -> None:
-        """Count failures; raise when a verifier only fails."""
+        """Count failures; raise when a verifier only fails: FAILED_IN_A_ROW times, on FAILED_ROWS rows."""
         name = item.verifier
         if not verdict.failure:
             self._failed_in_a_row[name] = 0
@@ -213,24 +227,11 @@ class Judges:
         rows = self._failed_rows.setdefault(name, set())
         rows.add(hash((item.answer, repr(item.row))))
         number = self._failed_in_a_row[name]
-        if number >= FAILED_IN_A_ROW and len(rows) >= FAILED_ROWS:
+        if number >= FAILED_IN_A_ROW and len(rows) >= min(FAILED_ROWS, self._rows.get(name, FAILED_ROWS)):
             raise VerifierError(
                 f"verifier '{name}' failed {number} times in a row, on {len(rows)} rows, at last with: {verdict.note}. "
                 f"Try a row by hand: stillhouse verifiers try {name} --answer ... --text ..."
             )
-
-
-def check_step(items: Sequence[Item], verdicts: Sequence[Verdict]) -> None:
-    """Refuse a step whose verdicts all failed: its rewards say nothing.
-
-    Raises:
-        VerifierError: names the verifier and what it said last.
-    """
-    if verdicts and all(verdict.failure for verdict in verdicts):
-        raise VerifierError(
-            f"none of the step's {len(verdicts)} completions could be judged; verifier '{items[-1].verifier}': "
-            f"{verdicts[-1].note}"
-        )
 
 
 def _request(item: Item) -> dict[str, Any]:

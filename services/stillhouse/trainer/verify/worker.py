@@ -122,7 +122,8 @@ def _reply(judgement: Any) -> dict[str, Any]:
 
 
 def _line(text: str) -> str:
-    text = " ".join(text[: 4 * NOTE_MAX].split()).removesuffix(";")
+    text = text[: 4 * NOTE_MAX].encode("utf-8", "replace").decode()  # no message of protobuf holds half a character
+    text = " ".join(text.split()).removesuffix(";")
     return text if len(text) <= NOTE_MAX else text[: NOTE_MAX - 3] + "..."
 
 
