@@ -68,12 +68,13 @@ def state_of(student: Learner) -> dict[str, Tensor]:
     return slots | {name: master.detach().clone() for name, master in parameters._masters.items()}
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
 @pytest.mark.parametrize("packing", ["on", "off"])
 @pytest.mark.parametrize("bad", [{4}, {0, 11}, set(range(10))], ids=["one", "two", "ten"])
 def test_a_gradient_that_is_not_finite_names_its_samples(
-    model: Path, samples: list[TrainSample], bad: set[int], packing: str
+    model: Path, samples: list[TrainSample], bad: set[int], packing: str, value: float
 ) -> None:
-    student = breakable(model, packing)
+    student = breakable(model, packing, value)
     train(student, samples)
     before = state_of(student)
     with pytest.raises(NonFiniteError, match=r"the gradient norm is (inf|nan); not finite in .* tensors") as caught:

@@ -250,6 +250,23 @@ def test_bfloat16_gradients_point_the_same_way(objective) -> None:
         assert torch.cosine_similarity(grad.double().flatten(), exact.flatten(), dim=0) > 0.995
 
 
+def test_bfloat16_gradients_of_many_chunks_add_up_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16, which keeps 8 bits, a sum of 600 equal terms stands still after 256 of them."""
+    monkeypatch.setattr(losses, "CHUNK_ROWS", 1)
+    rows = 600
+    torch.manual_seed(0)
+    weight = torch.randn(11, 4).bfloat16().requires_grad_()
+    row, state, head = torch.randn(1, 4).bfloat16(), torch.randn(1, 4), Head(torch.randn(11, 4))
+
+    def gradient(number: int) -> torch.Tensor:
+        teacher = Signals(hidden=state.expand(number, -1), head=head)
+        ids, weights = torch.zeros(number, dtype=torch.long), torch.ones(number)
+        loss = packed_loss(ReverseKL(), row.expand(number, -1), Head(weight), ids, weights, teacher).loss
+        return torch.autograd.grad(loss, weight)[0].float()
+
+    torch.testing.assert_close(gradient(rows), rows * gradient(1), rtol=0.01, atol=0)
+
+
 def test_objectives_come_from_the_spec() -> None:
     clipped = PolicyGradientLoss(objective="policy_gradient", advantage_clip=2.0)
     assert make_objective(clipped) == PolicyGradient(advantage_clip=2.0)

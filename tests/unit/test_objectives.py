@@ -23,8 +23,9 @@ THOROUGH = settings(max_examples=60)
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sequences cross the borders of chunks."""
-    monkeypatch.setattr(losses, "CHUNK_ROWS", 2)
+    """Sequences cross the borders of chunks, and chunks have several tiles."""
+    monkeypatch.setattr(losses, "CHUNK_ROWS", 7)
+    monkeypatch.setitem(losses.TILE_ELEMENTS, "cpu", 1)  # tiles of 4 rows, the least
 
 
 def assert_gradients(actual: Any, expected: Any) -> None:

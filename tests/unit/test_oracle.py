@@ -222,7 +222,7 @@ EDITS: dict[str, tuple[str, Callable[[Job], Any]]] = {
     "one stale span": ("staleness", _change_score(_spans((0, 0, 1), (1, 2, 1)))),
     "two weights of one name": ("weights", _change_score(lambda s: setattr(s.rollout, "weights_sha256", "other"))),
     "NaN from the teacher": ("values", _change_score(_logprobs(math.nan))),
-    "-inf from the teacher": ("values", _change_score(_logprobs(-math.inf))),
+    "+inf from the teacher": ("values", _change_score(_logprobs(math.inf))),
     "a probability above 1": ("values", _change_score(_logprobs(0.5))),
     "a length that differs": (
         "values",

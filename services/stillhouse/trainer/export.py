@@ -35,6 +35,7 @@ _LABELS: Final = {
     "student": "Student",
     "teachers": "Teacher(s)",
     "objective": "Objective",
+    "on_policy_fraction": "Share of the prompts that the student answered itself",
     "steps": "Optimizer steps",
     "adapter": "Low-rank adapter, merged here and by itself in adapter/",
     "ema_decay": "Weights are their moving average over the steps, with decay",
@@ -44,6 +45,8 @@ _LABELS: Final = {
     "job_id": "Job",
 }
 """Known keys of a card, in the order they are shown."""
+_UNLISTED: Final = ("license", "off_policy_source")
+"""Keys that the text takes up."""
 
 
 def export_model(
@@ -77,15 +80,13 @@ def _tensor(array: np.ndarray, dtype: str) -> Tensor:
 
 def model_card(card: Mapping[str, Any]) -> str:
     """The text of README.md."""
-    front = {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["stillhouse", "distillation", "on-policy-distillation"],
-    }
+    how, tags = _training(card)
+    front = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["stillhouse", *tags]}
     known = [(label, card[key]) for key, label in _LABELS.items() if card.get(key) is not None]
-    others = [(key, value) for key, value in card.items() if key not in _LABELS and key != "license"]
+    others = [(key, value) for key, value in card.items() if key not in _LABELS and key not in _UNLISTED]
     rows = "\n".join(f"| {_cell(label)} | {_cell(value)} |" for label, value in known + others)
-    title = f"{card.get('student', 'Student')} distilled from {_cell(card.get('teachers', 'its teacher'))}"
+    student, teachers = card.get("student", "Student"), card.get("teachers", "its teacher")
+    title = f"{student} distilled from {_cell(teachers)}" if teachers else f"{student}, trained on"
     note = card.get("license") or (
         "The weights are derived from the student's; its licence applies, and the teacher's terms may "
         "restrict what models trained on its outputs are used for. Check both before you publish."
@@ -96,8 +97,7 @@ def model_card(card: Mapping[str, Any]) -> str:
 
 # {title}
 
-Trained by on-policy distillation with Stillhouse {version("stillhouse")}:
-the student wrote its own completions, the teacher judged every token of them, the student learned from that.
+Trained with Stillhouse {version("stillhouse")}: {how}.
 
 | | |
 |---|---|
@@ -107,6 +107,28 @@ the student wrote its own completions, the teacher judged every token of them, t
 
 {note}
 """
+
+
+def _training(card: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """(what happened in a sentence, tags), from the card's `on_policy_fraction`, `off_policy_source` and objective."""
+    share, objective = card.get("on_policy_fraction", 1.0), card.get("objective") or {}
+    writer = "its teachers" if card.get("off_policy_source") == "teacher" else "the data"
+    kind = objective.get("objective")
+    if kind == "cross_entropy":
+        return f"fine-tuned on completions by {writer}", ["distillation"] if "teachers" in writer else ["fine-tuning"]
+    if kind == "policy_gradient" and objective.get("teacher_weight") == 0:
+        return "the student wrote its own completions and learned from a verifier's verdicts on them", ["grpo"]
+    judged = "the teacher judged every token of them, the student learned from that"
+    judged += ", and from a verifier's verdicts" if objective.get("reward") else ""
+    if share == 1:
+        text = "on-policy distillation; the student wrote its own completions, " + judged
+        return text, ["distillation", "on-policy-distillation"]
+    if share == 0:
+        return f"distillation on completions by {writer}; {judged}", ["distillation"]
+    return (
+        f"distillation on completions of which the student wrote {share:.0%} and {writer} the rest; {judged}",
+        ["distillation", "on-policy-distillation"],
+    )
 
 
 def _cell(value: Any) -> str:

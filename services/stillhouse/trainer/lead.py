@@ -231,11 +231,14 @@ class Lead:
 
     def _card(self, result: dict[str, Any]) -> dict[str, Any]:
         """What the model card of the export says."""
-        data = self.spec.stages[0].data
+        stage = self.spec.stages[0]
+        data = stage.data
         card: dict[str, Any] = {
             "student": self.spec.student.model,
             "teachers": {name: teacher.model for name, teacher in self.spec.teachers.items()},
-            "objective": self.spec.stages[0].loss.model_dump(),
+            "objective": stage.loss.model_dump(),
+            "on_policy_fraction": stage.on_policy_fraction,
+            "off_policy_source": stage.off_policy_source,
             "steps": result["steps"],
             "data_sha256": sha256_file(self._ctx.artifacts.file(data.file))
             if data.file

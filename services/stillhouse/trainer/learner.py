@@ -18,7 +18,14 @@ from stillhouse.core.spec import LossSpec, OptimizerSpec, PolicyGradientLoss, St
 from stillhouse.core.spec_base import NO_TEACHER
 from stillhouse.trainer.batch import RowMeasures, TeacherHead, TrainSample, Update
 from stillhouse.trainer.metrics import StepMeasures
-from stillhouse.trainer.packing import MicroBatch, collate, loss_weights, padding_fraction, plan_micro_batches
+from stillhouse.trainer.packing import (
+    MicroBatch,
+    collate,
+    loss_weights,
+    padding_fraction,
+    plan_micro_batches,
+    trains,
+)
 
 MAX_NAMED: Final = 8
 """Samples that an error names, at most."""
@@ -282,8 +289,8 @@ def _head_loads(samples: Sequence[TrainSample], plan: Sequence[Sequence[int]], h
 
     Not what was really loaded: a step that is run again after a crash must report the same.
     """
-    used = [heads[samples[batch[0]].teacher].sha256 for batch in plan if batch and samples[batch[0]].teacher in heads]
-    return sum(1 for _ in itertools.groupby(used))
+    teachers = [samples[batch[0]].teacher for batch in plan if trains(samples, batch)]
+    return sum(1 for _ in itertools.groupby(heads[name].sha256 for name in teachers if name in heads))
 
 
 def _bad_losses(batch: MicroBatch, rows: RowMeasures, samples: Sequence[TrainSample]) -> dict[str, str]:

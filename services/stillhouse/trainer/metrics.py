@@ -37,7 +37,8 @@ class StepMeasures:
         self.reverse_kl.setdefault(batch.teacher, []).append(rows.reverse_kl[trained])
         self.entropy.append(rows.entropy[trained])
         self.gate.append(rows.gate[trained])
-        self.forbidden.append((batch.teacher_logprobs < MIN_LOG_Q)[trained])
+        if batch.hidden is None:  # divergences over the whole vocabulary take log q as it is
+            self.forbidden.append((batch.teacher_logprobs < MIN_LOG_Q)[trained])
         self.gap.append(np.abs(batch.rollout_logprobs - rows.logprobs)[trained])
 
     def summary(self, policy_version: int) -> dict[str, float]:
@@ -53,7 +54,7 @@ class StepMeasures:
                 metrics |= {"mismatch/logprob_abs_mean": _mean(gap), "mismatch/logprob_abs_max": float(gap.max())}
             if (gate != 1).any():
                 metrics |= {"gate/mean": _mean(gate), "gate/dropped_fraction": _mean(gate == 0)}
-            if (forbidden := np.concatenate(self.forbidden)).any():
+            if self.forbidden and (forbidden := np.concatenate(self.forbidden)).any():
                 metrics["teacher/forbidden_fraction"] = _mean(forbidden)
             if len(by_teacher) > 1:
                 metrics |= {f"loss/reverse_kl/{teacher}": _mean(rows) for teacher, rows in by_teacher.items()}

@@ -48,8 +48,14 @@ def _num_tokens(samples: Sequence[TrainSample], batch: Sequence[int], is_packed:
 
 def padding_fraction(samples: Sequence[TrainSample], plan: Sequence[Sequence[int]], *, is_packed: bool) -> float:
     """Share of the tokens of a step's forward passes that is padding."""
-    computed = sum(_num_tokens(samples, batch, is_packed) for batch in plan if batch)
-    return 1 - sum(samples[i].num_tokens for batch in plan for i in batch) / computed if computed else 0.0
+    run = [batch for batch in plan if trains(samples, batch)]
+    computed = sum(_num_tokens(samples, batch, is_packed) for batch in run)
+    return 1 - sum(samples[i].num_tokens for batch in run for i in batch) / computed if computed else 0.0
+
+
+def trains(samples: Sequence[TrainSample], batch: Sequence[int]) -> bool:
+    """Some token of the micro-batch is trained on; otherwise it is not run."""
+    return any(samples[i].num_loss_tokens for i in batch)
 
 
 def loss_weights(

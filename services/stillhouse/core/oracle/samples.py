@@ -159,8 +159,8 @@ class SampleCheck:
         for name, array in arrays.items():
             if len(array) != len(ids):
                 problems.append(f"{len(array)} {name} for {len(ids)} tokens")
-            elif not np.isfinite(array).all():
-                problems.append(f"{name} holds {array[~np.isfinite(array)][0]}")
+            elif (odd := _odd(name, array)) is not None:
+                problems.append(f"{name} holds {odd}")
             elif len(array) and array.max() > EPSILON:
                 problems.append(f"{name} holds {array.max():g}, a log-probability is at most 0")
         for problem in problems:
@@ -224,6 +224,12 @@ def origin_of(job_seed: int, group: int, stage: StageSpec) -> int:
     if int.from_bytes(digest[:8], "big") // 2**11 < stage.on_policy_fraction * 2**53:
         return rollout_pb2.ORIGIN_STUDENT
     return rollout_pb2.ORIGIN_TEACHER if stage.off_policy_source == "teacher" else rollout_pb2.ORIGIN_DATA
+
+
+def _odd(name: str, array: np.ndarray) -> Any:
+    """The first number that cannot be a log-probability of a token that was said; a teacher may forbid one (-inf)."""
+    is_fine = np.isfinite(array) | (np.isneginf(array) if name == "teacher_logprobs" else False)
+    return None if is_fine.all() else array[~is_fine][0]
 
 
 def seed_of(job_seed: int, group_id: str, index: str) -> int:

@@ -120,7 +120,9 @@ class TransformersEngine:
                 return Unscored(item.key, "fp16_overflow", f"hidden state of size {worst:.4g}; float16 ends at 65504")
         parts = self._logprobs(item, hidden_TD)
         columns = {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]}
-        if not np.isfinite(columns["teacher_logprobs"]).all() or not bool(torch.isfinite(hidden_TD).all()):
+        # -inf is an answer: a token that the teacher forbids outright
+        is_broken = not bool((columns["teacher_logprobs"] < np.inf).all())
+        if is_broken or not bool(torch.isfinite(hidden_TD).all()):
             return Unscored(item.key, "non_finite", "NaN or infinity in the teacher's output")
         return Scored(item.key, hidden=None if payload is None else payload.cpu().numpy(), **columns)
 

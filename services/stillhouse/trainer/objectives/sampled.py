@@ -169,7 +169,7 @@ class PolicyGradient:
     def _teacher(self, student: StudentChunk, signals: Signals, temperature: float) -> _Teacher:
         log_p_C = student.logprobs
         if self.baseline == "full_vocabulary":
-            log_q_CV = signals.log_q(temperature)
+            log_q_CV = signals.log_q(temperature).clamp_(min=MIN_LOG_Q)
             log_q_C = log_q_CV.gather(1, student.ids[:, None]).squeeze(1)
             advantage_CV = log_q_CV.sub_(student.log_p)
             reverse_kl_C = -torch.linalg.vecdot(student.p, advantage_CV)
