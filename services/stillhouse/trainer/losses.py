@@ -205,7 +205,9 @@ class _Buffers:
         self._shape = (longest, vocab_size)
         self._student: Tensor = self._empty(self._shape)
         self._teacher: Tensor | None = None
-        self._p = self._empty((min(self._tile_rows, longest), vocab_size))
+        self._tile_shape = (min(self._tile_rows, longest), vocab_size)
+        self._p = self._empty(self._tile_shape)
+        self._q: Tensor | None = None
 
     def student(self, rows: slice) -> Tensor:
         """[C, V] for the student's logits, then their gradient."""
@@ -225,6 +227,12 @@ class _Buffers:
         """[C, V] for the student's probabilities in a tile."""
         return self._p[:num_rows]
 
+    def q(self, num_rows: int) -> Tensor:
+        """[C, V] for the teacher's probabilities in a tile."""
+        if self._q is None:
+            self._q = self._empty(self._tile_shape)
+        return self._q[:num_rows]
+
 
 class _TeacherChunk:
     """The signals of a chunk, by tiles. The teacher's head is applied to the whole chunk when a tile first needs it."""
@@ -234,7 +242,10 @@ class _TeacherChunk:
         self._products: Tensor | None = None
 
     def __getitem__(self, tile: slice) -> Signals:
-        return replace(self._signals[tile], products=lambda: self._all()[tile])
+        if self._signals.hidden is None:
+            return self._signals[tile]
+        space_CV = self._buffers.q(tile.stop - tile.start)
+        return replace(self._signals[tile], products=lambda: self._all()[tile], space=space_CV)
 
     def _all(self) -> Tensor:
         if self._products is None:

@@ -35,11 +35,6 @@ class Head:
     soft_cap: float = 0.0
     """0 = none; otherwise logits = cap * tanh(logits / cap)."""
 
-    @property
-    def is_plain(self) -> bool:
-        """Logits are the product with the weight and nothing else."""
-        return self.bias is None and self.scale == 1.0 and not self.soft_cap
-
     def logits(self, hidden_D: Tensor) -> Tensor:
         """[..., V] for [..., D], in float32 at least; the product itself runs in the weight's type, as in the model."""
         products_V = hidden_D.to(self.weight.dtype) @ self.weight.T
@@ -92,8 +87,10 @@ class Signals:
     """[R, D_teacher] teacher's states, to which `head` is applied."""
     head: Head | None = None
     products: Callable[[], Tensor] | None = None
-    """Gives `head.project` of `hidden`, [R, V], to be read only; none = made when needed. The kernel sets it, so that
-    one product serves all tiles of a chunk."""
+    """Gives `head.project` of `hidden`, [R, V], to be overwritten, hence once; none = made when needed. The kernel sets
+    it, so that one product serves all tiles of a chunk."""
+    space: Tensor | None = None
+    """[R, V] memory for q; none = new memory, which costs a page fault for every 4 KiB."""
     topk_ids: Tensor | None = None
     """[R, K] int64, the support: the teacher's likeliest tokens, the student's, or both; no id twice in a row, but
     where `topk_mask` is False."""
@@ -113,7 +110,7 @@ class Signals:
     """[R] likewise."""
 
     def __getitem__(self, rows: slice | Tensor) -> Signals:
-        shared = ("head", "products")
+        shared = ("head", "products", "space")
         per_row = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in shared}
         return Signals(head=self.head, **{name: None if v is None else v[rows] for name, v in per_row.items()})
 
@@ -122,17 +119,14 @@ class Signals:
         return self.teacher(temperature)[0]
 
     def teacher(self, temperature: float) -> tuple[Tensor, Tensor]:
-        """([R, V] log q, [R, V] q) of the whole vocabulary; the caller may overwrite them."""
+        """([R, V] log q, [R, V] q) of the whole vocabulary; the caller may overwrite them. To be asked once."""
         assert self.hidden is not None, "this objective needs the teacher's hidden states"
         assert self.head is not None, "this objective needs the teacher's head"
-        if self.products is None:
-            logits_RV = self.head.logits(self.hidden)
-        else:
-            logits_RV = self.products()
-            logits_RV = logits_RV if self.head.is_plain else self.head.finish_(logits_RV.clone())
-        logits_RV = logits_RV if temperature == 1 else logits_RV / temperature
-        q_RV = torch.empty_like(logits_RV)
-        return logits_RV - normaliser(logits_RV, q_RV), q_RV
+        logits_RV = self.head.logits(self.hidden) if self.products is None else self.head.finish_(self.products())
+        if temperature != 1:
+            logits_RV.div_(temperature)
+        q_RV = torch.empty_like(logits_RV) if self.space is None else self.space
+        return logits_RV.sub_(normaliser(logits_RV, q_RV)), q_RV
 
 
 def normaliser(logits_CV: Tensor, p_CV: Tensor) -> Tensor:

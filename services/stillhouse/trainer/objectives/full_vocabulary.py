@@ -22,7 +22,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from stillhouse.trainer.objectives.base import ChunkLoss, Signals, StudentChunk, through_softmax
@@ -66,7 +65,7 @@ class GeneralisedJSD:
         log_q_CV, q_CV = signals.teacher(temperature)
         difference_CV = torch.sub(log_q_CV, student.log_p, out=student.log_p)
         reverse_kl_C = -torch.linalg.vecdot(student.p, difference_CV)
-        p_to_m_CV = log_over_mixture(difference_CV, self.beta)
+        p_to_m_CV = log_over_mixture(difference_CV, self.beta, log_q_CV)
         student_C = torch.linalg.vecdot(student.p, p_to_m_CV)
         q_to_m_CV = difference_CV.add_(p_to_m_CV)
         teacher_C = torch.linalg.vecdot(q_CV, q_to_m_CV)
@@ -87,7 +86,7 @@ class SkewForwardKL:
         log_q_CV, q_CV = signals.teacher(temperature)
         difference_CV = torch.sub(log_q_CV, student.log_p, out=student.log_p)
         reverse_kl_C = -torch.linalg.vecdot(student.p, difference_CV)
-        q_to_m_CV = difference_CV.add_(log_over_mixture(difference_CV, self.alpha))
+        q_to_m_CV = difference_CV.add_(log_over_mixture(difference_CV, self.alpha, log_q_CV))
         value_C = torch.linalg.vecdot(q_CV, q_to_m_CV)
         slope_CV = q_to_m_CV.exp_().mul_(self.alpha - 1)  # d/dp of -q log m = -(1 - a) q / m
         return ChunkLoss(value_C, through_softmax(student.p, slope_CV), reverse_kl_C)
@@ -101,9 +100,10 @@ class SkewReverseKL:
     """0 < a < 1; 0 would be the reverse KL."""
 
     def __call__(self, student: StudentChunk, signals: Signals, temperature: float) -> ChunkLoss:
-        difference_CV = torch.sub(signals.log_q(temperature), student.log_p, out=student.log_p)
+        log_q_CV = signals.log_q(temperature)
+        difference_CV = torch.sub(log_q_CV, student.log_p, out=student.log_p)
         reverse_kl_C = -torch.linalg.vecdot(student.p, difference_CV)
-        p_to_n_CV = log_over_mixture(difference_CV, 1 - self.alpha)
+        p_to_n_CV = log_over_mixture(difference_CV, 1 - self.alpha, log_q_CV)
         value_C = torch.linalg.vecdot(student.p, p_to_n_CV)
         # d/dp of p log(p / n) = log(p / n) + 1 - a p / n; the 1 falls out in the softmax
         slope_CV = p_to_n_CV.sub_(p_to_n_CV.exp().mul_(self.alpha))
@@ -149,12 +149,13 @@ class K2:
         return ChunkLoss(ratio_C.square() / 2, grad_CV, reverse_kl_C)
 
 
-def log_over_mixture(difference_CV: Tensor, share: float) -> Tensor:
-    """[C, V] log(p / m), m = share q + (1 - share) p, from log q - log p.
+def log_over_mixture(difference_CV: Tensor, share: float, out_CV: Tensor) -> Tensor:
+    """[C, V] log(p / m), m = share q + (1 - share) p, from log q - log p; in the memory `out`.
 
     = -log(1 - share) - log(1 + exp(x)), x = log q - log p + log(share / (1 - share)): exact where one of the two has
     underflowed, and cheaper than the logarithm of a sum of exponentials.
     """
-    shifted_CV = difference_CV + (math.log(share) - math.log1p(-share))
+    shifted_CV = torch.add(difference_CV, math.log(share) - math.log1p(-share), out=out_CV)
     # beyond 40, log(1 + exp(x)) is x, to double precision
-    return F.softplus(shifted_CV, threshold=40).neg_().sub_(math.log1p(-share))
+    torch.ops.aten.softplus.out(shifted_CV, 1, 40, out=shifted_CV)
+    return shifted_CV.neg_().sub_(math.log1p(-share))
