@@ -16,10 +16,10 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-import trl_env
+from environment import TRL
 
 if __name__ == "__main__":
-    trl_env.enter()
+    TRL.enter()
 
 import argparse
 import datetime
@@ -145,7 +145,7 @@ def machine() -> dict[str, Any]:
         cpu = found[0].split(":")[1].strip() if found else cpu
     return {
         "cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "trl": trl_env.TRL, "date": datetime.date.today().isoformat(), "load": os.getloadavg()[0],
+        "trl": TRL.packages[0], "date": datetime.date.today().isoformat(), "load": os.getloadavg()[0],
         "command": " ".join(["python", "benchmarks/bench_loss.py", *sys.argv[1:]]),
     }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The same random rows and heads for both losses; needs TRL, see trl_env.py."""
+"""The same random rows and heads for both losses; needs TRL, see environment.py."""
 
 from __future__ import annotations
 

@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-import trl_env
+from environment import TRL
 
-trl_env.enter()
+TRL.enter()
 
 import torch  # noqa: E402
 from loss_problem import objective  # noqa: E402

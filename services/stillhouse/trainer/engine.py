@@ -28,6 +28,7 @@ from stillhouse.trainer.export import export_model
 from stillhouse.trainer.lora import add_adapter
 from stillhouse.trainer.losses import PackedLoss, exact_reverse_kl, make_objective, packed_loss
 from stillhouse.trainer.objectives.base import Head, Signals
+from stillhouse.trainer.objectives.liger import faster_on
 from stillhouse.trainer.packing import MicroBatch
 from stillhouse.trainer.parameters import Parameters
 from stillhouse.trainer.student import (
@@ -58,7 +59,16 @@ class Engine:
     num_ranks = 1
     """Micro-batches that a call takes at once."""
 
-    def __init__(self, model_dir: Path, *, student: StudentSpec, stage: StageSpec, seed: int, threads: int = 0) -> None:
+    def __init__(
+        self,
+        model_dir: Path,
+        *,
+        student: StudentSpec,
+        stage: StageSpec,
+        seed: int,
+        threads: int = 0,
+        deterministic: bool = False,
+    ) -> None:
         if threads:
             torch.set_num_threads(threads)
         # nothing here draws from them; seeded, two runs of a job commit the same states
@@ -79,6 +89,8 @@ class Engine:
         self._passes = Passes(self.model)
         self.parameters = self._hold_parameters()
         self._objective = make_objective(stage.loss)
+        if not deterministic:  # a choice by the clock may turn out otherwise after a crash
+            self._objective = faster_on(self.device, self._objective)
         self._resident_head: tuple[str, Head] | None = None
         self.heads_loaded = 0
         """Teachers' heads that were brought to the device."""

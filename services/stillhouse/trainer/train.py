@@ -162,20 +162,20 @@ class LearnerThread:
         def build() -> Any:
             from stillhouse.trainer.learner import Learner
 
-            stage = spec.stages[0]
-            engine = self._make_engine(model_dir, student=spec.student, stage=stage, seed=spec.seed, threads=threads)
-            learner = Learner(engine, stage=stage, teachers=spec.teachers, total_steps=spec.stop_step())
+            engine = self._make_engine(model_dir, spec, threads)
+            learner = Learner(engine, stage=spec.stages[0], teachers=spec.teachers, total_steps=spec.stop_step())
             learner.on_progress = self.pulse.beat
             return learner
 
         self._learner = await self.call(build, patience=BULK)
         return self._learner.engine.facts()
 
-    def _make_engine(self, model_dir: Path, **options: Any) -> Any:
+    def _make_engine(self, model_dir: Path, spec: JobSpec, threads: int) -> Any:
+        options: Any = {"student": spec.student, "stage": spec.stages[0], "seed": spec.seed, "threads": threads}
         if self._ranks is None:
             from stillhouse.trainer.engine import Engine
 
-            return Engine(model_dir, **options)
+            return Engine(model_dir, **options, deterministic=spec.deterministic)
         from stillhouse.trainer.ranks import RankedEngine
 
         return RankedEngine(self._ranks, model_dir, **options)

@@ -61,6 +61,11 @@ class GeneralisedJSD:
     """0 < b < 1."""
     rescale: bool = False
 
+    @property
+    def size(self) -> float:
+        """Factor of loss and gradient."""
+        return 1 / (self.beta * (1 - self.beta)) if self.rescale else 1.0
+
     def __call__(self, student: StudentChunk, signals: Signals, temperature: float) -> ChunkLoss:
         log_q_CV, q_CV = signals.teacher(temperature)
         difference_CV = torch.sub(log_q_CV, student.log_p, out=student.log_p)
@@ -69,9 +74,8 @@ class GeneralisedJSD:
         student_C = torch.linalg.vecdot(student.p, p_to_m_CV)
         q_to_m_CV = difference_CV.add_(p_to_m_CV)
         teacher_C = torch.linalg.vecdot(q_CV, q_to_m_CV)
-        size = 1 / (self.beta * (1 - self.beta)) if self.rescale else 1.0
-        value_C = size * (self.beta * teacher_C + (1 - self.beta) * student_C)
-        grad_CV = p_to_m_CV.sub_(student_C[:, None]).mul_(student.p).mul_(size * (1 - self.beta))
+        value_C = self.size * (self.beta * teacher_C + (1 - self.beta) * student_C)
+        grad_CV = p_to_m_CV.sub_(student_C[:, None]).mul_(student.p).mul_(self.size * (1 - self.beta))
         return ChunkLoss(value_C, grad_CV, reverse_kl_C)
 
 
