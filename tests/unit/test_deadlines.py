@@ -49,6 +49,7 @@ UNBOUNDED: Final = {
     "sampler/service.py SamplerServicer.Generate: self._student.swap": "the call's own deadline",
     "trainer/exchange.py Exchange._arrive: self._fetches": "fetches, FETCH_TIMEOUT_S each",
     "trainer/verify/judges.py Judges._run: self._slots": "verdicts and loads, which have deadlines",
+    "trainer/verify/judges.py Judges.load: self._slots": "likewise",
 }
 CHANNEL_FILES: Final = {"core/rpc.py", "cli/healthcheck.py"}
 """The only files that open gRPC channels."""

@@ -197,12 +197,13 @@ class Judges:
             if not process.has_ended:
                 return process
             await self._bury(process)
-        process = await WorkerProcess.start()
-        self._processes.add(process)
-        if self._is_closed:
+        if not self._is_closed:
+            process = await WorkerProcess.start()
+            self._processes.add(process)
+            if not self._is_closed:
+                return process
             await self._bury(process)
-            raise UnavailableError("the judges are closed")
-        return process
+        raise UnavailableError("the judges are closed")
 
     async def _give_back(self, process: WorkerProcess, *, is_fit: bool) -> None:
         if is_fit and not self._is_closed:
