@@ -97,7 +97,8 @@ class Learner:
         weights = loss_weights(
             samples, [self._weight(sample) for sample in samples], loss.reduction, per_teacher=loss.per_teacher
         )
-        measures, bad = StepMeasures(samples), dict[str, str]()
+        measures = StepMeasures(samples, counts_forbidden=loss.objective != "full_vocabulary")
+        bad: dict[str, str] = {}
         self.engine.clear_gradients()
         try:
             for batches in self._batches(samples, plan, weights, heads):

@@ -18,6 +18,8 @@ class StepMeasures:
     """Collects the rows of all micro-batches of a step; the student's terms are those before the update."""
 
     samples: Sequence[TrainSample]
+    counts_forbidden: bool = True
+    """False: the objective takes log q as it is, from the whole vocabulary."""
     loss: float = 0.0
     reverse_kl: dict[str, list[np.ndarray]] = field(default_factory=dict)
     """Teacher -> [R] per micro-batch."""
@@ -37,7 +39,7 @@ class StepMeasures:
         self.reverse_kl.setdefault(batch.teacher, []).append(rows.reverse_kl[trained])
         self.entropy.append(rows.entropy[trained])
         self.gate.append(rows.gate[trained])
-        if batch.hidden is None:  # divergences over the whole vocabulary take log q as it is
+        if self.counts_forbidden:
             self.forbidden.append((batch.teacher_logprobs < MIN_LOG_Q)[trained])
         self.gap.append(np.abs(batch.rollout_logprobs - rows.logprobs)[trained])
 
