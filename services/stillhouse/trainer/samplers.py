@@ -156,9 +156,9 @@ class SamplerPool:
             started = time.monotonic()
             try:
                 return Written(await self._generate(info, request), info.instance, time.monotonic() - started)
-            except (UnavailableError, DeadlineError, OverloadedError) as error:
+            except StillhouseError as error:
                 self._log.warning("text not written", sampler=info.instance, error=error.message, tries=number)
-                if number == GENERATE_TRIES:
+                if number == GENERATE_TRIES or not _may_pass(error):
                     raise
                 await asyncio.sleep(GENERATE_PAUSE_LEASES * self._lease_s)
         raise AssertionError("the last try returns or raises")
@@ -193,3 +193,8 @@ class SamplerPool:
         for instance in self._leased:
             await self._registry.release_sampler(instance, self._scope)
         self._leased = {}
+
+
+def _may_pass(error: StillhouseError) -> bool:
+    """The sampler had an accident, it did not refuse: the same request may be answered the next time."""
+    return isinstance(error, UnavailableError | DeadlineError | OverloadedError) or type(error) is StillhouseError
