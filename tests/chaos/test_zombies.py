@@ -56,8 +56,8 @@ def test_no_commit_of_a_zombie_is_accepted(chaos: Chaos, chaos_seed: int) -> Non
     print(f"seed {chaos_seed}: {TRIES} zombies, {overtaken} overtaken, {late} wrote journals or checkpoints after that")
     assert not accepted, f"seed {chaos_seed}: {accepted}"
     assert overtaken >= 20
-    # Not asserted for now: since a stop freezes its own thread, those at disk.synced seem not to write any more, and
-    # why is not known. What must hold, that nothing of theirs counts, is asserted above.
+    # Not asserted for now: those at disk.synced seem not to write any more, and why is not known (a stop sent to the
+    # process instead of the thread changes nothing). That nothing of theirs counts is asserted above.
     if not late:
         print("no zombie wrote anything late")
 
