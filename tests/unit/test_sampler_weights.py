@@ -10,6 +10,7 @@ import pytest
 
 from stillhouse.core.blobs import xxh3
 from stillhouse.core.errors import WeightsError, WireError
+from stillhouse.core.pulls import fetch_weights
 from stillhouse.core.queue.streams import Scope
 from stillhouse.core.rpc import chunks
 from stillhouse.core.tensors import DTYPE_NAMES
@@ -17,7 +18,6 @@ from stillhouse.core.weights import weights_sha256
 from stillhouse.core.worker import ComputeThread
 from stillhouse.sampler.engines.base import Completion, SampleRequest
 from stillhouse.sampler.generation import Generator
-from stillhouse.sampler.weights import fetch_weights
 from stillhouse.v1 import tensor_pb2, trainer_pb2, weights_pb2
 
 SCOPE = Scope("job_weights", 3)

@@ -13,7 +13,9 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from stillhouse.core.errors import StaleWeightsError, StillhouseError
+from stillhouse.core.failpoints import failpoint
 from stillhouse.core.models import ModelEntry, verify_files
+from stillhouse.core.pulls import Weights, fetch_weights
 from stillhouse.core.pulse import BULK
 from stillhouse.core.queue.streams import Scope
 from stillhouse.core.rpc import Peer
@@ -22,7 +24,6 @@ from stillhouse.core.telemetry import POLICY_VERSION, WEIGHT_PULL_SECONDS, WEIGH
 from stillhouse.core.tensors import DTYPE_NAMES, itemsize
 from stillhouse.core.worker import ComputeThread
 from stillhouse.sampler.engines.base import Engine
-from stillhouse.sampler.weights import Weights, fetch_weights
 from stillhouse.v1 import trainer_pb2_grpc, weights_pb2
 
 PULL_WAIT_S: Final = 30.0
@@ -146,8 +147,13 @@ class Student:
         trainer = await self._trainer(record.trainer)
         have = self.weights.sha256 if self.weights is not None else ""
         transfer = self._ctx.transfer
+
+        def on_part() -> None:
+            transfer.beat()
+            failpoint("sampler.pulling")
+
         with transfer.work():
-            weights = await fetch_weights(trainer, scope, exact_version, have, transfer.beat)
+            weights = await fetch_weights(trainer, scope, exact_version, have, on_part)
         async with self.swap:
             if weights.arrays:
                 self.weights = None  # unnamed while they are being replaced

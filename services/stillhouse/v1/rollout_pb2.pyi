@@ -289,7 +289,7 @@ class Score(_message.Message):
     def __init__(self, schema_version: _Optional[int] = ..., rollout: _Optional[_Union[Rollout, _Mapping]] = ..., teacher_sha256: _Optional[str] = ..., sampled: _Optional[_Union[SampledScore, _Mapping]] = ..., topk: _Optional[_Union[TopKScore, _Mapping]] = ..., targets: _Optional[_Union[TargetsScore, _Mapping]] = ..., hidden: _Optional[_Union[HiddenScore, _Mapping]] = ..., failed: _Optional[_Union[Failure, _Mapping]] = ..., none: _Optional[_Union[NoScore, _Mapping]] = ..., teacher_instance: _Optional[str] = ..., score_s: _Optional[float] = ..., reward: _Optional[float] = ..., reward_note: _Optional[str] = ...) -> None: ...
 
 class TeacherTask(_message.Message):
-    __slots__ = ("schema_version", "job_id", "epoch", "teacher", "model", "model_sha256", "dtype", "tokenizer_sha256")
+    __slots__ = ("schema_version", "job_id", "epoch", "teacher", "model", "model_sha256", "dtype", "tokenizer_sha256", "follows_student", "asks")
     SCHEMA_VERSION_FIELD_NUMBER: _ClassVar[int]
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -298,6 +298,8 @@ class TeacherTask(_message.Message):
     MODEL_SHA256_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_SHA256_FIELD_NUMBER: _ClassVar[int]
+    FOLLOWS_STUDENT_FIELD_NUMBER: _ClassVar[int]
+    ASKS_FIELD_NUMBER: _ClassVar[int]
     schema_version: int
     job_id: str
     epoch: int
@@ -306,4 +308,6 @@ class TeacherTask(_message.Message):
     model_sha256: str
     dtype: _tensor_pb2.DataType
     tokenizer_sha256: str
-    def __init__(self, schema_version: _Optional[int] = ..., job_id: _Optional[str] = ..., epoch: _Optional[int] = ..., teacher: _Optional[str] = ..., model: _Optional[str] = ..., model_sha256: _Optional[str] = ..., dtype: _Optional[_Union[_tensor_pb2.DataType, str]] = ..., tokenizer_sha256: _Optional[str] = ...) -> None: ...
+    follows_student: bool
+    asks: _containers.RepeatedCompositeFieldContainer[ScoreSpec]
+    def __init__(self, schema_version: _Optional[int] = ..., job_id: _Optional[str] = ..., epoch: _Optional[int] = ..., teacher: _Optional[str] = ..., model: _Optional[str] = ..., model_sha256: _Optional[str] = ..., dtype: _Optional[_Union[_tensor_pb2.DataType, str]] = ..., tokenizer_sha256: _Optional[str] = ..., follows_student: _Optional[bool] = ..., asks: _Optional[_Iterable[_Union[ScoreSpec, _Mapping]]] = ...) -> None: ...

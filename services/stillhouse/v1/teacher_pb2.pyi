@@ -52,14 +52,16 @@ class LoadedModel(_message.Message):
     def __init__(self, model: _Optional[str] = ..., model_sha256: _Optional[str] = ..., dtype: _Optional[_Union[_tensor_pb2.DataType, str]] = ..., size_bytes: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_sequence_length: _Optional[int] = ..., tokenizer_sha256: _Optional[str] = ...) -> None: ...
 
 class EnsureModelRequest(_message.Message):
-    __slots__ = ("model", "model_sha256", "dtype")
+    __slots__ = ("model", "model_sha256", "dtype", "task")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     MODEL_SHA256_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
+    TASK_FIELD_NUMBER: _ClassVar[int]
     model: str
     model_sha256: str
     dtype: _tensor_pb2.DataType
-    def __init__(self, model: _Optional[str] = ..., model_sha256: _Optional[str] = ..., dtype: _Optional[_Union[_tensor_pb2.DataType, str]] = ...) -> None: ...
+    task: _rollout_pb2.TeacherTask
+    def __init__(self, model: _Optional[str] = ..., model_sha256: _Optional[str] = ..., dtype: _Optional[_Union[_tensor_pb2.DataType, str]] = ..., task: _Optional[_Union[_rollout_pb2.TeacherTask, _Mapping]] = ...) -> None: ...
 
 class EnsureModelResponse(_message.Message):
     __slots__ = ("model",)

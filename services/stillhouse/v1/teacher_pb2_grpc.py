@@ -81,6 +81,7 @@ class TeacherServiceServicer:
     def EnsureModel(self, request, context):
         """Loads a registered model if it is not in memory. Idempotent.
         NOT_FOUND: unknown model. RESOURCE_EXHAUSTED: does not fit the memory budget. FAILED_PRECONDITION: hash differs.
+        UNIMPLEMENTED: the engine here cannot give what the task asks for; the message says what can.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -110,7 +111,8 @@ class TeacherServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def SyncWeights(self, request, context):
-        """New weights for a teacher that follows the student (EMA). UNIMPLEMENTED until EMA teachers exist.
+        """A hint: there are newer weights for teachers that follow the student of a job (EMA). They are pulled before the next
+        score. Idempotent; answers with the weights that are loaded.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

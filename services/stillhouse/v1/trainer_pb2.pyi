@@ -25,16 +25,18 @@ class TrainerServiceGetInfoResponse(_message.Message):
     def __init__(self, instance: _Optional[str] = ..., version: _Optional[str] = ..., job_id: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class FetchWeightsRequest(_message.Message):
-    __slots__ = ("job_id", "weights", "epoch", "dtype")
+    __slots__ = ("job_id", "weights", "epoch", "dtype", "average")
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
+    AVERAGE_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     weights: _weights_pb2.WeightsRef
     epoch: int
     dtype: _tensor_pb2.DataType
-    def __init__(self, job_id: _Optional[str] = ..., weights: _Optional[_Union[_weights_pb2.WeightsRef, _Mapping]] = ..., epoch: _Optional[int] = ..., dtype: _Optional[_Union[_tensor_pb2.DataType, str]] = ...) -> None: ...
+    average: bool
+    def __init__(self, job_id: _Optional[str] = ..., weights: _Optional[_Union[_weights_pb2.WeightsRef, _Mapping]] = ..., epoch: _Optional[int] = ..., dtype: _Optional[_Union[_tensor_pb2.DataType, str]] = ..., average: _Optional[bool] = ...) -> None: ...
 
 class FetchWeightsResponse(_message.Message):
     __slots__ = ("index", "chunk")

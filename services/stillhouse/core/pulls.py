@@ -1,4 +1,4 @@
-"""Pulling the student's weights from the trainer that leads the job: streamed, verified, named."""
+"""Pulling weights from the trainer that leads a job: streamed, verified, named. For samplers and for teachers (EMA)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import numpy as np
 
 from stillhouse.core.blobs import xxh3
 from stillhouse.core.errors import WeightsError, WireError
-from stillhouse.core.failpoints import failpoint
 from stillhouse.core.queue.streams import Scope
 from stillhouse.core.rpc import Peer, collect
 from stillhouse.core.tensors import from_bytes
@@ -40,8 +39,11 @@ async def fetch_weights(
     exact_version: int | None = None,
     have_sha256: str = "",
     on_part: Callable[[], None] = lambda: None,
+    *,
+    average: bool = False,
 ) -> Weights:
     """The newest weights, or those of `exact_version`. If their hash is `have_sha256`, only their name is fetched.
+    `average`: the moving average that teachers follow instead of the student.
 
     `on_part` is called whenever a part has come.
 
@@ -50,7 +52,7 @@ async def fetch_weights(
         NotFoundError: not held (yet).
         ConflictError: the trainer leads another job or epoch.
     """
-    request = trainer_pb2.FetchWeightsRequest(job_id=scope.job_id, epoch=scope.epoch)
+    request = trainer_pb2.FetchWeightsRequest(job_id=scope.job_id, epoch=scope.epoch, average=average)
     if exact_version is not None:
         request.weights.epoch, request.weights.policy_version = scope.epoch, exact_version
     stream: Any = trainer.stream("FetchWeights", request, timeout_s=PULL_TIMEOUT_S)
@@ -70,7 +72,6 @@ async def fetch_weights(
 async def _chunks(parts: AsyncIterator[Any], on_part: Callable[[], None]) -> AsyncIterator[Any]:
     async for part in parts:
         on_part()
-        failpoint("sampler.pulling")
         yield part.chunk
 
 
