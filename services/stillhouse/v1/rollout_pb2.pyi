@@ -259,7 +259,7 @@ class Failure(_message.Message):
     def __init__(self, reason: _Optional[str] = ..., message: _Optional[str] = ..., service: _Optional[str] = ..., attempts: _Optional[int] = ...) -> None: ...
 
 class Score(_message.Message):
-    __slots__ = ("schema_version", "rollout", "teacher_sha256", "sampled", "topk", "targets", "hidden", "failed", "none", "teacher_instance", "score_s", "reward", "reward_note")
+    __slots__ = ("schema_version", "rollout", "teacher_sha256", "sampled", "topk", "targets", "hidden", "failed", "none", "teacher_instance", "score_s", "reward", "reward_note", "model_loads", "is_cached")
     SCHEMA_VERSION_FIELD_NUMBER: _ClassVar[int]
     ROLLOUT_FIELD_NUMBER: _ClassVar[int]
     TEACHER_SHA256_FIELD_NUMBER: _ClassVar[int]
@@ -273,6 +273,8 @@ class Score(_message.Message):
     SCORE_S_FIELD_NUMBER: _ClassVar[int]
     REWARD_FIELD_NUMBER: _ClassVar[int]
     REWARD_NOTE_FIELD_NUMBER: _ClassVar[int]
+    MODEL_LOADS_FIELD_NUMBER: _ClassVar[int]
+    IS_CACHED_FIELD_NUMBER: _ClassVar[int]
     schema_version: int
     rollout: Rollout
     teacher_sha256: str
@@ -286,7 +288,9 @@ class Score(_message.Message):
     score_s: float
     reward: float
     reward_note: str
-    def __init__(self, schema_version: _Optional[int] = ..., rollout: _Optional[_Union[Rollout, _Mapping]] = ..., teacher_sha256: _Optional[str] = ..., sampled: _Optional[_Union[SampledScore, _Mapping]] = ..., topk: _Optional[_Union[TopKScore, _Mapping]] = ..., targets: _Optional[_Union[TargetsScore, _Mapping]] = ..., hidden: _Optional[_Union[HiddenScore, _Mapping]] = ..., failed: _Optional[_Union[Failure, _Mapping]] = ..., none: _Optional[_Union[NoScore, _Mapping]] = ..., teacher_instance: _Optional[str] = ..., score_s: _Optional[float] = ..., reward: _Optional[float] = ..., reward_note: _Optional[str] = ...) -> None: ...
+    model_loads: int
+    is_cached: bool
+    def __init__(self, schema_version: _Optional[int] = ..., rollout: _Optional[_Union[Rollout, _Mapping]] = ..., teacher_sha256: _Optional[str] = ..., sampled: _Optional[_Union[SampledScore, _Mapping]] = ..., topk: _Optional[_Union[TopKScore, _Mapping]] = ..., targets: _Optional[_Union[TargetsScore, _Mapping]] = ..., hidden: _Optional[_Union[HiddenScore, _Mapping]] = ..., failed: _Optional[_Union[Failure, _Mapping]] = ..., none: _Optional[_Union[NoScore, _Mapping]] = ..., teacher_instance: _Optional[str] = ..., score_s: _Optional[float] = ..., reward: _Optional[float] = ..., reward_note: _Optional[str] = ..., model_loads: _Optional[int] = ..., is_cached: _Optional[bool] = ...) -> None: ...
 
 class TeacherTask(_message.Message):
     __slots__ = ("schema_version", "job_id", "epoch", "teacher", "model", "model_sha256", "dtype", "tokenizer_sha256", "follows_student", "asks")

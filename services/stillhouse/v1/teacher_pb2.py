@@ -27,7 +27,7 @@ from stillhouse.v1 import tensor_pb2 as stillhouse_dot_v1_dot_tensor__pb2
 from stillhouse.v1 import weights_pb2 as stillhouse_dot_v1_dot_weights__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bstillhouse/v1/teacher.proto\x12\rstillhouse.v1\x1a\x1bstillhouse/v1/rollout.proto\x1a\x1astillhouse/v1/tensor.proto\x1a\x1bstillhouse/v1/weights.proto\"\x1e\n\x1cTeacherServiceGetInfoRequest\"\xef\x01\n\x1dTeacherServiceGetInfoResponse\x12\x10\n\x08instance\x18\x01 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12*\n\x06models\x18\x04 \x03(\x0b\x32\x1a.stillhouse.v1.LoadedModel\x12\'\n\x05kinds\x18\x05 \x03(\x0e\x32\x18.stillhouse.v1.ScoreKind\x12\x1b\n\x13memory_budget_bytes\x18\x06 \x01(\x04\x12\x15\n\rscored_tokens\x18\x07 \x01(\x04\x12\x12\n\nblob_bytes\x18\x08 \x01(\x04\"\xb9\x01\n\x0bLoadedModel\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x0cmodel_sha256\x18\x02 \x01(\t\x12&\n\x05\x64type\x18\x03 \x01(\x0e\x32\x17.stillhouse.v1.DataType\x12\x12\n\nsize_bytes\x18\x04 \x01(\x04\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x1b\n\x13max_sequence_length\x18\x06 \x01(\r\x12\x18\n\x10tokenizer_sha256\x18\x07 \x01(\t\"\x8b\x01\n\x12\x45nsureModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x0cmodel_sha256\x18\x02 \x01(\t\x12&\n\x05\x64type\x18\x03 \x01(\x0e\x32\x17.stillhouse.v1.DataType\x12(\n\x04task\x18\x04 \x01(\x0b\x32\x1a.stillhouse.v1.TeacherTask\"@\n\x13\x45nsureModelResponse\x12)\n\x05model\x18\x01 \x01(\x0b\x32\x1a.stillhouse.v1.LoadedModel\"b\n\x0cScoreRequest\x12(\n\x04task\x18\x01 \x01(\x0b\x32\x1a.stillhouse.v1.TeacherTask\x12(\n\x08rollouts\x18\x02 \x03(\x0b\x32\x16.stillhouse.v1.Rollout\"4\n\rScoreResponse\x12#\n\x05score\x18\x01 \x01(\x0b\x32\x14.stillhouse.v1.Score\"J\n\x11\x46\x65tchScoreRequest\x12$\n\x04\x62lob\x18\x01 \x01(\x0b\x32\x16.stillhouse.v1.BlobRef\x12\x0f\n\x07release\x18\x02 \x01(\x08\"9\n\x12\x46\x65tchScoreResponse\x12#\n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x14.stillhouse.v1.Chunk\"_\n\x10\x46\x65tchHeadRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x0cmodel_sha256\x18\x02 \x01(\t\x12&\n\x05\x64type\x18\x03 \x01(\x0e\x32\x17.stillhouse.v1.DataType\"\xb8\x01\n\x08HeadInfo\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12&\n\x05\x64type\x18\x02 \x01(\x0e\x32\x17.stillhouse.v1.DataType\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\x10\n\x08has_bias\x18\x04 \x01(\x08\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x13\n\x0blogit_scale\x18\x06 \x01(\x02\x12\x16\n\x0elogit_soft_cap\x18\x07 \x01(\x02\x12\x12\n\nsize_bytes\x18\x08 \x01(\x04\"k\n\x11\x46\x65tchHeadResponse\x12\'\n\x04info\x18\x01 \x01(\x0b\x32\x17.stillhouse.v1.HeadInfoH\x00\x12%\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x14.stillhouse.v1.ChunkH\x00\x42\x06\n\x04part\"o\n TeacherServiceSyncWeightsRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0f\n\x07teacher\x18\x02 \x01(\t\x12*\n\x07weights\x18\x03 \x01(\x0b\x32\x19.stillhouse.v1.WeightsRef\"O\n!TeacherServiceSyncWeightsResponse\x12*\n\x07weights\x18\x01 \x01(\x0b\x32\x19.stillhouse.v1.WeightsRef2\xab\x04\n\x0eTeacherService\x12\x64\n\x07GetInfo\x12+.stillhouse.v1.TeacherServiceGetInfoRequest\x1a,.stillhouse.v1.TeacherServiceGetInfoResponse\x12T\n\x0b\x45nsureModel\x12!.stillhouse.v1.EnsureModelRequest\x1a\".stillhouse.v1.EnsureModelResponse\x12\x44\n\x05Score\x12\x1b.stillhouse.v1.ScoreRequest\x1a\x1c.stillhouse.v1.ScoreResponse0\x01\x12S\n\nFetchScore\x12 .stillhouse.v1.FetchScoreRequest\x1a!.stillhouse.v1.FetchScoreResponse0\x01\x12P\n\tFetchHead\x12\x1f.stillhouse.v1.FetchHeadRequest\x1a .stillhouse.v1.FetchHeadResponse0\x01\x12p\n\x0bSyncWeights\x12/.stillhouse.v1.TeacherServiceSyncWeightsRequest\x1a\x30.stillhouse.v1.TeacherServiceSyncWeightsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bstillhouse/v1/teacher.proto\x12\rstillhouse.v1\x1a\x1bstillhouse/v1/rollout.proto\x1a\x1astillhouse/v1/tensor.proto\x1a\x1bstillhouse/v1/weights.proto\"\x1e\n\x1cTeacherServiceGetInfoRequest\"\xf3\x02\n\x1dTeacherServiceGetInfoResponse\x12\x10\n\x08instance\x18\x01 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12*\n\x06models\x18\x04 \x03(\x0b\x32\x1a.stillhouse.v1.LoadedModel\x12\'\n\x05kinds\x18\x05 \x03(\x0e\x32\x18.stillhouse.v1.ScoreKind\x12\x1b\n\x13memory_budget_bytes\x18\x06 \x01(\x04\x12\x15\n\rscored_tokens\x18\x07 \x01(\x04\x12\x12\n\nblob_bytes\x18\x08 \x01(\x04\x12/\n\x08\x61\x63\x63ounts\x18\t \x03(\x0b\x32\x1d.stillhouse.v1.TeacherAccount\x12(\n\x05loads\x18\n \x03(\x0b\x32\x19.stillhouse.v1.ModelLoads\x12\x12\n\ncache_hits\x18\x0b \x01(\x04\x12\x13\n\x0b\x63\x61\x63he_bytes\x18\x0c \x01(\x04\"\x99\x01\n\x0eTeacherAccount\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x15\n\rscored_tokens\x18\x02 \x01(\x04\x12\x15\n\rcached_tokens\x18\x03 \x01(\x04\x12\x0f\n\x07score_s\x18\x04 \x01(\x01\x12\x13\n\x0bmodel_loads\x18\x05 \x01(\x04\x12\x0e\n\x06load_s\x18\x06 \x01(\x01\x12\x13\n\x0bscore_bytes\x18\x07 \x01(\x04\"P\n\nModelLoads\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x0cmodel_sha256\x18\x02 \x01(\t\x12\r\n\x05loads\x18\x03 \x01(\x04\x12\x0e\n\x06load_s\x18\x04 \x01(\x01\"\xb9\x01\n\x0bLoadedModel\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x0cmodel_sha256\x18\x02 \x01(\t\x12&\n\x05\x64type\x18\x03 \x01(\x0e\x32\x17.stillhouse.v1.DataType\x12\x12\n\nsize_bytes\x18\x04 \x01(\x04\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x1b\n\x13max_sequence_length\x18\x06 \x01(\r\x12\x18\n\x10tokenizer_sha256\x18\x07 \x01(\t\"\x8b\x01\n\x12\x45nsureModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x0cmodel_sha256\x18\x02 \x01(\t\x12&\n\x05\x64type\x18\x03 \x01(\x0e\x32\x17.stillhouse.v1.DataType\x12(\n\x04task\x18\x04 \x01(\x0b\x32\x1a.stillhouse.v1.TeacherTask\"@\n\x13\x45nsureModelResponse\x12)\n\x05model\x18\x01 \x01(\x0b\x32\x1a.stillhouse.v1.LoadedModel\"b\n\x0cScoreRequest\x12(\n\x04task\x18\x01 \x01(\x0b\x32\x1a.stillhouse.v1.TeacherTask\x12(\n\x08rollouts\x18\x02 \x03(\x0b\x32\x16.stillhouse.v1.Rollout\"4\n\rScoreResponse\x12#\n\x05score\x18\x01 \x01(\x0b\x32\x14.stillhouse.v1.Score\"J\n\x11\x46\x65tchScoreRequest\x12$\n\x04\x62lob\x18\x01 \x01(\x0b\x32\x16.stillhouse.v1.BlobRef\x12\x0f\n\x07release\x18\x02 \x01(\x08\"9\n\x12\x46\x65tchScoreResponse\x12#\n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x14.stillhouse.v1.Chunk\"_\n\x10\x46\x65tchHeadRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x0cmodel_sha256\x18\x02 \x01(\t\x12&\n\x05\x64type\x18\x03 \x01(\x0e\x32\x17.stillhouse.v1.DataType\"\xb8\x01\n\x08HeadInfo\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12&\n\x05\x64type\x18\x02 \x01(\x0e\x32\x17.stillhouse.v1.DataType\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\x10\n\x08has_bias\x18\x04 \x01(\x08\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x13\n\x0blogit_scale\x18\x06 \x01(\x02\x12\x16\n\x0elogit_soft_cap\x18\x07 \x01(\x02\x12\x12\n\nsize_bytes\x18\x08 \x01(\x04\"k\n\x11\x46\x65tchHeadResponse\x12\'\n\x04info\x18\x01 \x01(\x0b\x32\x17.stillhouse.v1.HeadInfoH\x00\x12%\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x14.stillhouse.v1.ChunkH\x00\x42\x06\n\x04part\"o\n TeacherServiceSyncWeightsRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0f\n\x07teacher\x18\x02 \x01(\t\x12*\n\x07weights\x18\x03 \x01(\x0b\x32\x19.stillhouse.v1.WeightsRef\"O\n!TeacherServiceSyncWeightsResponse\x12*\n\x07weights\x18\x01 \x01(\x0b\x32\x19.stillhouse.v1.WeightsRef2\xab\x04\n\x0eTeacherService\x12\x64\n\x07GetInfo\x12+.stillhouse.v1.TeacherServiceGetInfoRequest\x1a,.stillhouse.v1.TeacherServiceGetInfoResponse\x12T\n\x0b\x45nsureModel\x12!.stillhouse.v1.EnsureModelRequest\x1a\".stillhouse.v1.EnsureModelResponse\x12\x44\n\x05Score\x12\x1b.stillhouse.v1.ScoreRequest\x1a\x1c.stillhouse.v1.ScoreResponse0\x01\x12S\n\nFetchScore\x12 .stillhouse.v1.FetchScoreRequest\x1a!.stillhouse.v1.FetchScoreResponse0\x01\x12P\n\tFetchHead\x12\x1f.stillhouse.v1.FetchHeadRequest\x1a .stillhouse.v1.FetchHeadResponse0\x01\x12p\n\x0bSyncWeights\x12/.stillhouse.v1.TeacherServiceSyncWeightsRequest\x1a\x30.stillhouse.v1.TeacherServiceSyncWeightsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,31 +37,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TEACHERSERVICEGETINFOREQUEST']._serialized_start=132
   _globals['_TEACHERSERVICEGETINFOREQUEST']._serialized_end=162
   _globals['_TEACHERSERVICEGETINFORESPONSE']._serialized_start=165
-  _globals['_TEACHERSERVICEGETINFORESPONSE']._serialized_end=404
-  _globals['_LOADEDMODEL']._serialized_start=407
-  _globals['_LOADEDMODEL']._serialized_end=592
-  _globals['_ENSUREMODELREQUEST']._serialized_start=595
-  _globals['_ENSUREMODELREQUEST']._serialized_end=734
-  _globals['_ENSUREMODELRESPONSE']._serialized_start=736
-  _globals['_ENSUREMODELRESPONSE']._serialized_end=800
-  _globals['_SCOREREQUEST']._serialized_start=802
-  _globals['_SCOREREQUEST']._serialized_end=900
-  _globals['_SCORERESPONSE']._serialized_start=902
-  _globals['_SCORERESPONSE']._serialized_end=954
-  _globals['_FETCHSCOREREQUEST']._serialized_start=956
-  _globals['_FETCHSCOREREQUEST']._serialized_end=1030
-  _globals['_FETCHSCORERESPONSE']._serialized_start=1032
-  _globals['_FETCHSCORERESPONSE']._serialized_end=1089
-  _globals['_FETCHHEADREQUEST']._serialized_start=1091
-  _globals['_FETCHHEADREQUEST']._serialized_end=1186
-  _globals['_HEADINFO']._serialized_start=1189
-  _globals['_HEADINFO']._serialized_end=1373
-  _globals['_FETCHHEADRESPONSE']._serialized_start=1375
-  _globals['_FETCHHEADRESPONSE']._serialized_end=1482
-  _globals['_TEACHERSERVICESYNCWEIGHTSREQUEST']._serialized_start=1484
-  _globals['_TEACHERSERVICESYNCWEIGHTSREQUEST']._serialized_end=1595
-  _globals['_TEACHERSERVICESYNCWEIGHTSRESPONSE']._serialized_start=1597
-  _globals['_TEACHERSERVICESYNCWEIGHTSRESPONSE']._serialized_end=1676
-  _globals['_TEACHERSERVICE']._serialized_start=1679
-  _globals['_TEACHERSERVICE']._serialized_end=2234
+  _globals['_TEACHERSERVICEGETINFORESPONSE']._serialized_end=536
+  _globals['_TEACHERACCOUNT']._serialized_start=539
+  _globals['_TEACHERACCOUNT']._serialized_end=692
+  _globals['_MODELLOADS']._serialized_start=694
+  _globals['_MODELLOADS']._serialized_end=774
+  _globals['_LOADEDMODEL']._serialized_start=777
+  _globals['_LOADEDMODEL']._serialized_end=962
+  _globals['_ENSUREMODELREQUEST']._serialized_start=965
+  _globals['_ENSUREMODELREQUEST']._serialized_end=1104
+  _globals['_ENSUREMODELRESPONSE']._serialized_start=1106
+  _globals['_ENSUREMODELRESPONSE']._serialized_end=1170
+  _globals['_SCOREREQUEST']._serialized_start=1172
+  _globals['_SCOREREQUEST']._serialized_end=1270
+  _globals['_SCORERESPONSE']._serialized_start=1272
+  _globals['_SCORERESPONSE']._serialized_end=1324
+  _globals['_FETCHSCOREREQUEST']._serialized_start=1326
+  _globals['_FETCHSCOREREQUEST']._serialized_end=1400
+  _globals['_FETCHSCORERESPONSE']._serialized_start=1402
+  _globals['_FETCHSCORERESPONSE']._serialized_end=1459
+  _globals['_FETCHHEADREQUEST']._serialized_start=1461
+  _globals['_FETCHHEADREQUEST']._serialized_end=1556
+  _globals['_HEADINFO']._serialized_start=1559
+  _globals['_HEADINFO']._serialized_end=1743
+  _globals['_FETCHHEADRESPONSE']._serialized_start=1745
+  _globals['_FETCHHEADRESPONSE']._serialized_end=1852
+  _globals['_TEACHERSERVICESYNCWEIGHTSREQUEST']._serialized_start=1854
+  _globals['_TEACHERSERVICESYNCWEIGHTSREQUEST']._serialized_end=1965
+  _globals['_TEACHERSERVICESYNCWEIGHTSRESPONSE']._serialized_start=1967
+  _globals['_TEACHERSERVICESYNCWEIGHTSRESPONSE']._serialized_end=2046
+  _globals['_TEACHERSERVICE']._serialized_start=2049
+  _globals['_TEACHERSERVICE']._serialized_end=2604
 # @@protoc_insertion_point(module_scope)

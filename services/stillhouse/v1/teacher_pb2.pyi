@@ -14,7 +14,7 @@ class TeacherServiceGetInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class TeacherServiceGetInfoResponse(_message.Message):
-    __slots__ = ("instance", "engine", "version", "models", "kinds", "memory_budget_bytes", "scored_tokens", "blob_bytes")
+    __slots__ = ("instance", "engine", "version", "models", "kinds", "memory_budget_bytes", "scored_tokens", "blob_bytes", "accounts", "loads", "cache_hits", "cache_bytes")
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
     ENGINE_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -23,6 +23,10 @@ class TeacherServiceGetInfoResponse(_message.Message):
     MEMORY_BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
     SCORED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     BLOB_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ACCOUNTS_FIELD_NUMBER: _ClassVar[int]
+    LOADS_FIELD_NUMBER: _ClassVar[int]
+    CACHE_HITS_FIELD_NUMBER: _ClassVar[int]
+    CACHE_BYTES_FIELD_NUMBER: _ClassVar[int]
     instance: str
     engine: str
     version: str
@@ -31,7 +35,41 @@ class TeacherServiceGetInfoResponse(_message.Message):
     memory_budget_bytes: int
     scored_tokens: int
     blob_bytes: int
-    def __init__(self, instance: _Optional[str] = ..., engine: _Optional[str] = ..., version: _Optional[str] = ..., models: _Optional[_Iterable[_Union[LoadedModel, _Mapping]]] = ..., kinds: _Optional[_Iterable[_Union[_rollout_pb2.ScoreKind, str]]] = ..., memory_budget_bytes: _Optional[int] = ..., scored_tokens: _Optional[int] = ..., blob_bytes: _Optional[int] = ...) -> None: ...
+    accounts: _containers.RepeatedCompositeFieldContainer[TeacherAccount]
+    loads: _containers.RepeatedCompositeFieldContainer[ModelLoads]
+    cache_hits: int
+    cache_bytes: int
+    def __init__(self, instance: _Optional[str] = ..., engine: _Optional[str] = ..., version: _Optional[str] = ..., models: _Optional[_Iterable[_Union[LoadedModel, _Mapping]]] = ..., kinds: _Optional[_Iterable[_Union[_rollout_pb2.ScoreKind, str]]] = ..., memory_budget_bytes: _Optional[int] = ..., scored_tokens: _Optional[int] = ..., blob_bytes: _Optional[int] = ..., accounts: _Optional[_Iterable[_Union[TeacherAccount, _Mapping]]] = ..., loads: _Optional[_Iterable[_Union[ModelLoads, _Mapping]]] = ..., cache_hits: _Optional[int] = ..., cache_bytes: _Optional[int] = ...) -> None: ...
+
+class TeacherAccount(_message.Message):
+    __slots__ = ("job_id", "scored_tokens", "cached_tokens", "score_s", "model_loads", "load_s", "score_bytes")
+    JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    SCORED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SCORE_S_FIELD_NUMBER: _ClassVar[int]
+    MODEL_LOADS_FIELD_NUMBER: _ClassVar[int]
+    LOAD_S_FIELD_NUMBER: _ClassVar[int]
+    SCORE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    job_id: str
+    scored_tokens: int
+    cached_tokens: int
+    score_s: float
+    model_loads: int
+    load_s: float
+    score_bytes: int
+    def __init__(self, job_id: _Optional[str] = ..., scored_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., score_s: _Optional[float] = ..., model_loads: _Optional[int] = ..., load_s: _Optional[float] = ..., score_bytes: _Optional[int] = ...) -> None: ...
+
+class ModelLoads(_message.Message):
+    __slots__ = ("model", "model_sha256", "loads", "load_s")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    MODEL_SHA256_FIELD_NUMBER: _ClassVar[int]
+    LOADS_FIELD_NUMBER: _ClassVar[int]
+    LOAD_S_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    model_sha256: str
+    loads: int
+    load_s: float
+    def __init__(self, model: _Optional[str] = ..., model_sha256: _Optional[str] = ..., loads: _Optional[int] = ..., load_s: _Optional[float] = ...) -> None: ...
 
 class LoadedModel(_message.Message):
     __slots__ = ("model", "model_sha256", "dtype", "size_bytes", "vocab_size", "max_sequence_length", "tokenizer_sha256")

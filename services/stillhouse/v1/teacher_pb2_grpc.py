@@ -88,7 +88,8 @@ class TeacherServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Score(self, request, context):
-        """Direct scoring, outside any queue: one response per rollout, in order. Payloads of SCORE_KIND_HIDDEN come as references.
+        """Direct scoring, outside any queue: one response per rollout, in order. Payloads of SCORE_KIND_HIDDEN come as references,
+        kept for an hour; top-k and targets come in the response, whatever their size.
         INVALID_ARGUMENT: a sequence is too long or a token id is outside the vocabulary.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
