@@ -29,6 +29,7 @@ class ScoreKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     SCORE_KIND_TARGETS: _ClassVar[ScoreKind]
     SCORE_KIND_HIDDEN: _ClassVar[ScoreKind]
     SCORE_KIND_NONE: _ClassVar[ScoreKind]
+    SCORE_KIND_SPANS: _ClassVar[ScoreKind]
 
 class Origin(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -49,6 +50,7 @@ SCORE_KIND_TOPK: ScoreKind
 SCORE_KIND_TARGETS: ScoreKind
 SCORE_KIND_HIDDEN: ScoreKind
 SCORE_KIND_NONE: ScoreKind
+SCORE_KIND_SPANS: ScoreKind
 ORIGIN_UNSPECIFIED: Origin
 ORIGIN_STUDENT: Origin
 ORIGIN_DATA: Origin
@@ -228,6 +230,18 @@ class TargetsScore(_message.Message):
     blob: _tensor_pb2.BlobRef
     def __init__(self, target_logprobs: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., teacher_logprobs: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., blob: _Optional[_Union[_tensor_pb2.BlobRef, _Mapping]] = ...) -> None: ...
 
+class SpansScore(_message.Message):
+    __slots__ = ("teacher_ids", "teacher_logprobs", "student_ends", "teacher_ends")
+    TEACHER_IDS_FIELD_NUMBER: _ClassVar[int]
+    TEACHER_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    STUDENT_ENDS_FIELD_NUMBER: _ClassVar[int]
+    TEACHER_ENDS_FIELD_NUMBER: _ClassVar[int]
+    teacher_ids: _tensor_pb2.Tensor
+    teacher_logprobs: _tensor_pb2.Tensor
+    student_ends: _tensor_pb2.Tensor
+    teacher_ends: _tensor_pb2.Tensor
+    def __init__(self, teacher_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., teacher_logprobs: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., student_ends: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., teacher_ends: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
+
 class HiddenScore(_message.Message):
     __slots__ = ("blob", "dtype", "shape", "teacher_logprobs", "head_sha256")
     BLOB_FIELD_NUMBER: _ClassVar[int]
@@ -259,7 +273,7 @@ class Failure(_message.Message):
     def __init__(self, reason: _Optional[str] = ..., message: _Optional[str] = ..., service: _Optional[str] = ..., attempts: _Optional[int] = ...) -> None: ...
 
 class Score(_message.Message):
-    __slots__ = ("schema_version", "rollout", "teacher_sha256", "sampled", "topk", "targets", "hidden", "failed", "none", "teacher_instance", "score_s", "reward", "reward_note", "model_loads", "is_cached")
+    __slots__ = ("schema_version", "rollout", "teacher_sha256", "sampled", "topk", "targets", "hidden", "failed", "none", "spans", "teacher_instance", "score_s", "reward", "reward_note", "model_loads", "is_cached")
     SCHEMA_VERSION_FIELD_NUMBER: _ClassVar[int]
     ROLLOUT_FIELD_NUMBER: _ClassVar[int]
     TEACHER_SHA256_FIELD_NUMBER: _ClassVar[int]
@@ -269,6 +283,7 @@ class Score(_message.Message):
     HIDDEN_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
     NONE_FIELD_NUMBER: _ClassVar[int]
+    SPANS_FIELD_NUMBER: _ClassVar[int]
     TEACHER_INSTANCE_FIELD_NUMBER: _ClassVar[int]
     SCORE_S_FIELD_NUMBER: _ClassVar[int]
     REWARD_FIELD_NUMBER: _ClassVar[int]
@@ -284,16 +299,17 @@ class Score(_message.Message):
     hidden: HiddenScore
     failed: Failure
     none: NoScore
+    spans: SpansScore
     teacher_instance: str
     score_s: float
     reward: float
     reward_note: str
     model_loads: int
     is_cached: bool
-    def __init__(self, schema_version: _Optional[int] = ..., rollout: _Optional[_Union[Rollout, _Mapping]] = ..., teacher_sha256: _Optional[str] = ..., sampled: _Optional[_Union[SampledScore, _Mapping]] = ..., topk: _Optional[_Union[TopKScore, _Mapping]] = ..., targets: _Optional[_Union[TargetsScore, _Mapping]] = ..., hidden: _Optional[_Union[HiddenScore, _Mapping]] = ..., failed: _Optional[_Union[Failure, _Mapping]] = ..., none: _Optional[_Union[NoScore, _Mapping]] = ..., teacher_instance: _Optional[str] = ..., score_s: _Optional[float] = ..., reward: _Optional[float] = ..., reward_note: _Optional[str] = ..., model_loads: _Optional[int] = ..., is_cached: _Optional[bool] = ...) -> None: ...
+    def __init__(self, schema_version: _Optional[int] = ..., rollout: _Optional[_Union[Rollout, _Mapping]] = ..., teacher_sha256: _Optional[str] = ..., sampled: _Optional[_Union[SampledScore, _Mapping]] = ..., topk: _Optional[_Union[TopKScore, _Mapping]] = ..., targets: _Optional[_Union[TargetsScore, _Mapping]] = ..., hidden: _Optional[_Union[HiddenScore, _Mapping]] = ..., failed: _Optional[_Union[Failure, _Mapping]] = ..., none: _Optional[_Union[NoScore, _Mapping]] = ..., spans: _Optional[_Union[SpansScore, _Mapping]] = ..., teacher_instance: _Optional[str] = ..., score_s: _Optional[float] = ..., reward: _Optional[float] = ..., reward_note: _Optional[str] = ..., model_loads: _Optional[int] = ..., is_cached: _Optional[bool] = ...) -> None: ...
 
 class TeacherTask(_message.Message):
-    __slots__ = ("schema_version", "job_id", "epoch", "teacher", "model", "model_sha256", "dtype", "tokenizer_sha256", "follows_student", "asks")
+    __slots__ = ("schema_version", "job_id", "epoch", "teacher", "model", "model_sha256", "dtype", "tokenizer_sha256", "follows_student", "asks", "retokenize")
     SCHEMA_VERSION_FIELD_NUMBER: _ClassVar[int]
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -304,6 +320,7 @@ class TeacherTask(_message.Message):
     TOKENIZER_SHA256_FIELD_NUMBER: _ClassVar[int]
     FOLLOWS_STUDENT_FIELD_NUMBER: _ClassVar[int]
     ASKS_FIELD_NUMBER: _ClassVar[int]
+    RETOKENIZE_FIELD_NUMBER: _ClassVar[int]
     schema_version: int
     job_id: str
     epoch: int
@@ -314,4 +331,13 @@ class TeacherTask(_message.Message):
     tokenizer_sha256: str
     follows_student: bool
     asks: _containers.RepeatedCompositeFieldContainer[ScoreSpec]
-    def __init__(self, schema_version: _Optional[int] = ..., job_id: _Optional[str] = ..., epoch: _Optional[int] = ..., teacher: _Optional[str] = ..., model: _Optional[str] = ..., model_sha256: _Optional[str] = ..., dtype: _Optional[_Union[_tensor_pb2.DataType, str]] = ..., tokenizer_sha256: _Optional[str] = ..., follows_student: _Optional[bool] = ..., asks: _Optional[_Iterable[_Union[ScoreSpec, _Mapping]]] = ...) -> None: ...
+    retokenize: Retokenize
+    def __init__(self, schema_version: _Optional[int] = ..., job_id: _Optional[str] = ..., epoch: _Optional[int] = ..., teacher: _Optional[str] = ..., model: _Optional[str] = ..., model_sha256: _Optional[str] = ..., dtype: _Optional[_Union[_tensor_pb2.DataType, str]] = ..., tokenizer_sha256: _Optional[str] = ..., follows_student: _Optional[bool] = ..., asks: _Optional[_Iterable[_Union[ScoreSpec, _Mapping]]] = ..., retokenize: _Optional[_Union[Retokenize, _Mapping]] = ...) -> None: ...
+
+class Retokenize(_message.Message):
+    __slots__ = ("student", "end_token_id")
+    STUDENT_FIELD_NUMBER: _ClassVar[int]
+    END_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
+    student: str
+    end_token_id: int
+    def __init__(self, student: _Optional[str] = ..., end_token_id: _Optional[int] = ...) -> None: ...
