@@ -138,3 +138,7 @@ def test_a_job_runs_from_submit_to_download(stillhouse: Stillhouse, tmp_path: Pa
     assert (tmp_path / "result" / "model.safetensors").is_file()
     stillhouse("models", "add", "student-v2", str(tmp_path / "result"))
     assert "error: " in stillhouse("cancel", job_id, code=1)
+    (tmp_path / "texts.jsonl").write_text(json.dumps("a text") + "\n" + json.dumps({"token_ids": [5, 6, 7]}) + "\n")
+    answers = stillhouse("score", "teacher", "--file", str(tmp_path / "texts.jsonl"), "--top-k", "2", "--json")
+    assert [len(json.loads(line)["top_logprobs"]) for line in answers.splitlines()] == [5, 2]
+    assert "perplexity" in stillhouse("score", "student-v2", "--prompt", "Say", "--text", " one")

@@ -15,9 +15,10 @@ HEAVY = ("torch", "transformers", "vllm", "safetensors", "matplotlib", "grpc", "
 
 
 def stillhouse(home: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
     return subprocess.run(
         [sys.executable, "-m", "stillhouse.cli.main", *arguments],
-        env={"PATH": os.environ["PATH"], "STILLHOUSE_HOME": str(home), "COLUMNS": "120", **env},
+        env={**kept, "STILLHOUSE_HOME": str(home), "COLUMNS": "120", **env},
         capture_output=True,
         text=True,
         timeout=30,
@@ -66,7 +67,7 @@ def test_every_command_teaches_with_an_example() -> None:
     callbacks = [ls, *(command.callback for group in groups for command in group.registered_commands)]
     names = {callback.__name__ for callback in callbacks if callback}
     expected = "up down ps doctor healthcheck version submit watch jobs job events dead_letters cancel download plot "
-    expected += "verify gc add ls rm try_"
+    expected += "verify gc add ls rm try_ score"
     assert names == set(expected.split())
     for callback in callbacks:
         assert callback is not None
@@ -83,6 +84,7 @@ def test_every_command_teaches_with_an_example() -> None:
         (["submit", "/nowhere.yaml"], {}, 2, ["error: cannot read /nowhere.yaml: No such file or directory"]),
         (["verifiers", "try", "maths", "--text", "x"], {}, 2, ["unknown verifier 'maths'; there are exact, math"]),
         (["verifiers", "try", "numeric", "--text", "x"], {}, 2, ["verifier 'numeric' needs the row's 'answer'"]),
+        (["score", "m"], {}, 2, ["error: nothing to score", "  fix: give --text or --file"]),
         (["healthcheck", "127.0.0.1:1"], {}, 1, ["error: 127.0.0.1:1 does not answer: UNAVAILABLE"]),
         (["watch", "job_1"], {"STILLHOUSE_URL": "http://127.0.0.1:1", "STILLHOUSE_API_KEY": "k"}, 4, ["cannot watch"]),
         (["models", "rm", "m"], {"STILLHOUSE_URL": "http://127.0.0.1:1"}, 2, ["run it on the gateway's machine"]),

@@ -118,6 +118,21 @@ def test_a_cancel_whose_answer_got_lost_is_not_sent_twice() -> None:
     assert len(attempts) == 1
 
 
+def test_scores_that_took_too_long_are_not_asked_for_again() -> None:
+    answers = [httpx.Response(503, json={"code": "unavailable"}), httpx.Response(504, json={"code": "deadline"})]
+    sent = []
+
+    def busy(request: httpx.Request) -> httpx.Response:
+        sent.append(json.loads(request.content))
+        return answers[len(sent) - 1]
+
+    with make_client(busy) as made, pytest.raises(ApiError) as caught:
+        made.score("m", ["b", {"token_ids": [1, 2]}], prompt="a", top_k=2)
+    assert caught.value.status == 504
+    assert len(sent) == 2, "a teacher that still loads is asked again"
+    assert sent[0]["items"] == [{"prompt": "a", "text": "b"}, {"token_ids": [1, 2]}]
+
+
 class History:
     """A gateway whose event stream breaks after every `burst` events."""
 
@@ -240,8 +255,8 @@ def test_a_tar_with_links_or_damage_is_refused(tmp_path: Path) -> None:
 
 
 def test_both_clients_have_the_same_methods() -> None:
-    for name in ("Jobs", "Files", "Listing"):
-        sync, twin = getattr(client, name), getattr(aio, name)
+    pairs = [(getattr(client, name), getattr(aio, name)) for name in ("Jobs", "Files", "Listing")]
+    for sync, twin in [*pairs, (Client, AsyncClient)]:
         public = {key for key in vars(sync) if not key.startswith("_")}
         assert public == {key for key in vars(twin) if not key.startswith("_")}
         for key in public:

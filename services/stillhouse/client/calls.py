@@ -6,7 +6,7 @@ import json
 import os
 import random
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +27,8 @@ TIMEOUT: Final = httpx.Timeout(connect=5.0, read=60.0, write=60.0, pool=10.0)
 STREAM_TIMEOUT: Final = httpx.Timeout(connect=5.0, read=45.0, write=60.0, pool=10.0)
 """Of an event stream: the gateway sends a comment every 15 s, so three are missing before we reconnect."""
 PAGE: Final = 100
+SCORE_TIMEOUT: Final = httpx.Timeout(connect=5.0, read=120.0, write=60.0, pool=10.0)
+"""Of scores: the gateway gives a teacher 85 s to load a model and to judge."""
 RETRY_STATUS: Final = frozenset({429, 502, 503, 504})
 TERMINAL: Final = frozenset({"succeeded", "failed", "cancelled"})
 
@@ -120,10 +122,13 @@ class Call:
     """Body, streamed from disk."""
     may_repeat: bool = True
     """Doing it twice does what doing it once does, so it is repeated also when the answer got lost on the way."""
+    retry_status: frozenset[int] = RETRY_STATUS
+    """Answers after which it is sent again."""
+    timeout: httpx.Timeout = field(default_factory=lambda: TIMEOUT)
 
     def options(self) -> dict[str, Any]:
         """Arguments for httpx, without the body of a file."""
-        options: dict[str, Any] = {"params": self.params, "headers": self.headers}
+        options: dict[str, Any] = {"params": self.params, "headers": self.headers, "timeout": self.timeout}
         if self.json is not None:
             options["json"] = self.json
         return options
@@ -162,7 +167,7 @@ def stream_events(job_id: str, after: str) -> Call:
     headers = {"Accept": "text/event-stream"}
     if after:
         headers["Last-Event-ID"] = after
-    return Call("GET", f"/v1/jobs/{job_id}/events", headers=headers)
+    return Call("GET", f"/v1/jobs/{job_id}/events", headers=headers, timeout=STREAM_TIMEOUT)
 
 
 def get_metrics(job_id: str, names: tuple[str, ...], step_from: int, step_to: int | None) -> Call:
@@ -193,6 +198,16 @@ def download_checkpoint(job_id: str, checkpoint: str | None) -> Call:
 def upload_file(path: Path) -> Call:
     headers = {"Content-Type": "application/jsonl", "Content-Length": str(path.stat().st_size)}
     return Call("POST", "/v1/files", headers=headers, file=path)
+
+
+def score(
+    model: str, texts: Sequence[str | Mapping[str, Any]], prompt: str, top_k: int, temperature: float, dtype: str
+) -> Call:
+    """`texts` are texts, which all follow `prompt`, or items as /docs describes them."""
+    items = [{"prompt": prompt, "text": text} if isinstance(text, str) else dict(text) for text in texts]
+    body = {"model": model, "items": items, "top_k": top_k, "temperature": temperature, "dtype": dtype}
+    # too much for the time that there is (504) is too much the next time
+    return Call("POST", "/v1/score", json=body, retry_status=RETRY_STATUS - {504}, timeout=SCORE_TIMEOUT)
 
 
 def get_path(path: str) -> Call:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,22 @@ class Client:
     def health(self) -> Json:
         """{status, version} of a gateway that can serve requests."""
         return self._sender.send(calls.get_path("/readyz"))
+
+    def score(
+        self,
+        model: str,
+        texts: Sequence[str | Mapping[str, Any]],
+        *,
+        prompt: str = "",
+        top_k: int = 0,
+        temperature: float = 1.0,
+        dtype: str = "float32",
+    ) -> Json:
+        """How likely a registered model finds every token of some texts, each read after `prompt`.
+
+        A text may also be an item: {"prompt": ..., "text": ...} or {"prompt_ids": [...], "token_ids": [...]}.
+        """
+        return self._sender.send(calls.score(model, texts, prompt, top_k, temperature, dtype))
 
     def close(self) -> None:
         """Close the connections."""
@@ -79,7 +95,7 @@ class _Sender:
                     raise self.target.unreachable(error) from None
                 time.sleep(calls.pause_s(attempt))
                 continue
-            if is_last or response.status_code not in calls.RETRY_STATUS:
+            if is_last or response.status_code not in call.retry_status:
                 return calls.read_answer(response)
             time.sleep(calls.pause_s(attempt, response))
         raise AssertionError("unreachable: the last attempt returns or raises")
@@ -200,9 +216,7 @@ class Jobs:
 
     def _stream(self, job_id: str, after: str) -> Iterator[Json]:
         call = calls.stream_events(job_id, after)
-        with self._sender.http.stream(
-            call.method, call.path, timeout=calls.STREAM_TIMEOUT, **call.options()
-        ) as response:
+        with self._sender.http.stream(call.method, call.path, **call.options()) as response:
             if not response.is_success:
                 response.read()
                 raise calls.stream_error(response)

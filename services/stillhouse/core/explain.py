@@ -59,7 +59,7 @@ def _finding(error: Mapping[str, Any], path: list[str], known: Sequence[str]) ->
     elif kind == "missing":
         message, fix = "is required", "add it"
         if not path:
-            message, fix = "the body is empty", "send a job as JSON with Content-Type: application/json"
+            message, fix = "the body is empty", "send JSON with Content-Type: application/json"
     elif kind == "value_error":
         named = re.match(r"((?:\w+\.)+\w+): (.*)", message)
         if named and not path:

@@ -20,7 +20,8 @@ from stillhouse.core.service import VERSION, Context
 from stillhouse.gateway.auth import Authenticator
 from stillhouse.gateway.middleware import Edge, JsonBody
 from stillhouse.gateway.problems import MEDIA_TYPE, Problem, problem_response
-from stillhouse.gateway.routes import dead_letters, files, history, jobs, system
+from stillhouse.gateway.routes import dead_letters, files, history, jobs, score, system
+from stillhouse.gateway.scoring import Slots
 
 _bearer = HTTPBearer(auto_error=False, description="stillhouse_... (the gateway checks it before any route)")
 
@@ -40,7 +41,8 @@ def create_app(ctx: Context, settings: Settings) -> FastAPI:
         responses={"default": {"model": Problem, "description": "Problem (RFC 9457)"}},
     )
     app.state.ctx = ctx
-    for router in (jobs.router, history.router, dead_letters.router, files.router, system.router):
+    app.state.score_slots = Slots()
+    for router in (jobs.router, history.router, dead_letters.router, files.router, score.router, system.router):
         app.include_router(router, dependencies=[Security(_documents_the_key)])
     app.include_router(system.open_router)
     for kind in (StillhouseError, RequestValidationError, HTTPException, RedisError, TimeoutError, OSError):

@@ -21,10 +21,14 @@ from starlette.exceptions import HTTPException
 from stillhouse.core.blobs import is_no_space
 from stillhouse.core.errors import HTTP_STATUS, MalformedError, SpecError, StillhouseError, lookup
 from stillhouse.core.explain import Finding, explain
+from stillhouse.core.spec import JobSpec
+from stillhouse.core.spec_score import ScoreRequest
 
 MEDIA_TYPE: Final = "application/problem+json"
 RETRY_AFTER_S: Final = 2
 """Told to callers on 429 and 503: a restart of the queue server or of a replica takes about as long."""
+BODIES: Final[dict[str, type[BaseModel]]] = {"/v1/score": ScoreRequest}
+"""Formats of bodies that are no job, by path: whose keys are proposed for an unknown one."""
 _PASSING: Final = {
     "MISCONF": "the queue server cannot write to its disk: free space there; nothing is lost",
     "NOREPLICAS": "the queue server has fewer replicas than its min-replicas-to-write asks for; try again",
@@ -78,7 +82,7 @@ def problem_response(error: BaseException, path: str, request_id: str) -> JSONRe
     findings: list[Finding] = []
     param = None
     if isinstance(error, RequestValidationError):
-        error = _from_pydantic(error)
+        error = _from_pydantic(error, BODIES.get(path, JobSpec))
     if isinstance(error, StillhouseError):
         status, code, detail, param = lookup(HTTP_STATUS, error, 500), error.code, error.message, error.param
         findings = error.findings if isinstance(error, InvalidError) else []
@@ -142,9 +146,9 @@ def _render(
     return ProblemResponse(problem.model_dump(), status_code=status, headers=extra)
 
 
-def _from_pydantic(error: RequestValidationError) -> StillhouseError:
+def _from_pydantic(error: RequestValidationError, body_model: type[BaseModel]) -> StillhouseError:
     errors: list[Any] = list(error.errors())
     broken = next((item for item in errors if item["type"] == "json_invalid"), None)
     if broken is not None:
         return MalformedError(f"the body is not valid JSON: {broken['ctx']['error']} at character {broken['loc'][-1]}")
-    return InvalidError(explain(errors, error.body))
+    return InvalidError(explain(errors, error.body, body_model))

@@ -328,14 +328,22 @@ def _teacher_text(row: Row, system_prompt: str | None) -> str | None:
 
 def _count(case: Case, readers: list[_Reader]) -> list[int]:
     assert case.student is not None, "texts are only read where there is a student"
-    tokenizer = _tokenizer(str(Path(case.student.path) / "tokenizer.json"), case.student.tokenizer_sha256)
+    tokenizer = tokenizer_of(case.student)
     return [len(encoding) for encoding in tokenizer.encode_batch([r.text for r in readers], add_special_tokens=False)]
+
+
+def tokenizer_of(entry: ModelEntry) -> Tokenizer:
+    """The tokenizer of a model, whole texts: what its file says about cutting and padding is for training."""
+    return _tokenizer(str(Path(entry.path) / "tokenizer.json"), entry.tokenizer_sha256)
 
 
 @lru_cache(maxsize=8)
 def _tokenizer(path: str, sha256: str) -> Tokenizer:
     """`sha256` makes a tokenizer that was registered again a new one."""
-    return Tokenizer.from_file(path)
+    tokenizer = Tokenizer.from_file(path)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def check_held_out(case: Case) -> Iterator[Finding]:

@@ -1,0 +1,112 @@
+"""POST /v1/score with a real teacher: every number against a plain forward pass of the model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import AsyncIterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from stillhouse.client.aio import AsyncClient
+from stillhouse.client.calls import ApiError
+from stillhouse.gateway.app import create_app
+from tests.cluster import Cluster, cluster
+
+PROMPT, TEXT = "<|im_start|>user\ncafé?<|im_end|>\n", "yes, a thé"
+
+
+@pytest.fixture
+async def deployment(tmp_path: Path, redis_url: str) -> AsyncIterator[Cluster]:
+    """A teacher and nothing else; the gateway's application is called in this process."""
+    async with cluster(tmp_path, redis_url, "teacher", auth="none") as made:
+        made.settings.artifacts_dir().mkdir(exist_ok=True)
+        made.add_model("judge", seed=2)
+        yield made
+
+
+@pytest.fixture
+async def client(deployment: Cluster) -> AsyncIterator[AsyncClient]:
+    made = AsyncClient("http://gateway", "", retries=0)
+    transport = httpx.ASGITransport(app=create_app(deployment.ctx, deployment.settings))
+    made._sender.http = httpx.AsyncClient(transport=transport, **made._sender.target.options())
+    async with made:
+        yield made
+
+
+def plain_forward(deployment: Cluster, ids: list[int], temperature: float = 1.0) -> torch.Tensor:
+    """[T - 1, V] log-probabilities of the tokens after the first, each given all before it."""
+    model: Any = AutoModelForCausalLM.from_pretrained(deployment.settings.home / "models" / "judge")
+    with torch.no_grad():
+        return (model(torch.tensor([ids])).logits[0, :-1].double() / temperature).log_softmax(-1)
+
+
+async def test_every_number_is_that_of_a_plain_forward_pass(deployment: Cluster, client: AsyncClient) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(deployment.settings.home / "models" / "judge")
+    prompt_ids, text_ids = tokenizer(PROMPT)["input_ids"], tokenizer(TEXT)["input_ids"]
+    answer = await client.score("judge", [TEXT], prompt=PROMPT, top_k=3, temperature=0.7)
+    assert answer["usage"] == {"prompt_tokens": len(prompt_ids), "scored_tokens": len(text_ids)}
+    assert answer["model_sha256"] == deployment.models.get("judge").sha256
+    (found,) = answer["data"]
+    assert found["token_ids"] == text_ids
+    assert "".join(found["tokens"][:7]) == "yes, a "
+    expected = plain_forward(deployment, prompt_ids + text_ids, 0.7)[-len(text_ids) :]
+    logprobs = expected[torch.arange(len(text_ids)), torch.tensor(text_ids)]
+    assert found["logprobs"] == pytest.approx(logprobs.tolist(), abs=1e-5)
+    assert found["logprob"] == pytest.approx(float(logprobs.sum()), abs=1e-4)
+    assert found["perplexity"] == pytest.approx(math.exp(-float(logprobs.mean())), rel=1e-5)
+    best = expected.topk(3)
+    assert found["top_token_ids"] == best.indices.tolist()
+    assert [value for row in found["top_logprobs"] for value in row] == pytest.approx(
+        best.values.flatten().tolist(), abs=1e-5
+    )
+    rest = torch.log1p(-best.values.exp().sum(-1))
+    assert found["rest_logprobs"] == pytest.approx(rest.tolist(), abs=1e-4)
+
+
+async def test_texts_and_their_ids_in_one_request_or_alone_are_the_same(
+    deployment: Cluster, client: AsyncClient
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(deployment.settings.home / "models" / "judge")
+    ids = tokenizer(TEXT)["input_ids"]
+    split = [{"prompt_ids": ids[:1], "token_ids": ids[1:]}, {"token_ids": ids}, {"text": TEXT}, "a longer text, padded"]
+    together = (await client.score("judge", split))["data"]
+    assert [found["index"] for found in together] == [0, 1, 2, 3]
+    assert [found["num_prompt_tokens"] for found in together] == [1, 1, 1, 1]
+    alone = (await client.score("judge", [TEXT]))["data"][0]
+    assert alone["top_tokens"] is None
+    for found in together[:3]:
+        assert found["token_ids"] == ids[1:]
+        assert found["logprobs"] == pytest.approx(alone["logprobs"], abs=1e-5)
+
+
+async def test_a_long_answer_with_many_alternatives_comes_whole(client: AsyncClient) -> None:
+    (found,) = (await client.score("judge", ["x" * 256], top_k=50))["data"]
+    assert [len(row) for row in found["top_logprobs"]] == [50] * 255
+    assert all(a >= b for row in found["top_logprobs"] for a, b in pairwise(row))
+
+
+async def test_what_the_teacher_refuses_is_the_callers_to_correct(client: AsyncClient) -> None:
+    with pytest.raises(ApiError, match=r"items\.1.*token id 9999") as caught:
+        await client.score("judge", ["fine", {"token_ids": [5, 9999]}])
+    assert caught.value.status == 422
+
+
+async def test_a_model_that_fits_nowhere_says_what_it_needs(deployment: Cluster, client: AsyncClient) -> None:
+    deployment.add_model("wide", seed=3, hidden_size=512, num_layers=1)
+    await deployment.stop("teacher-0")
+    async with cluster(
+        deployment.settings.home, deployment.settings.redis_url, "teacher", teacher_memory_gib=0.001
+    ) as small:
+        with pytest.raises(ApiError, match=r"needs .* GiB") as caught:
+            await client.score("wide", ["a text"])
+        assert caught.value.status == 429
+        assert (await client.score("judge", ["a text"]))["teacher"] == "teacher-0"
+        await small.stop("teacher-0")
+    with pytest.raises(ApiError, match="no teacher service"):
+        await client.score("judge", ["a text"])
