@@ -377,7 +377,7 @@ async def test_direct_scores_and_models(desk: Desk) -> None:
         )
     info = await peer.unary("GetInfo", teacher_pb2.TeacherServiceGetInfoRequest(), timeout_s=5)
     assert [model.model for model in info.models] == ["teacher"]
-    assert len(info.kinds) == 4
+    assert len(info.kinds) == 5
     assert info.scored_tokens == sum(len(ids_list(rollout.completion_ids)) for rollout in rollouts)
 
 

@@ -6,9 +6,9 @@ from typing import Final, TypeVar
 
 from stillhouse.core.errors import WireError
 from stillhouse.core.queue.streams import MAX_ENTRY_BYTES, Scope
-from stillhouse.core.tensors import from_tensor, ids_list, to_tensor
+from stillhouse.core.tensors import from_tensor, ids_list, ids_tensor, to_tensor
 from stillhouse.teacher.blobstore import BlobStore
-from stillhouse.teacher.engines.base import Scored, ScoreItem
+from stillhouse.teacher.engines.base import Scored, ScoreItem, Spans
 from stillhouse.teacher.pool import Resident
 from stillhouse.v1 import rollout_pb2 as pb
 from stillhouse.v1 import tensor_pb2
@@ -32,14 +32,15 @@ PER_TOKEN: Final = (
 HALF_DTYPES: Final = (tensor_pb2.DATA_TYPE_UNSPECIFIED, tensor_pb2.DATA_TYPE_FLOAT16)
 
 
-def make_item(rollout: pb.Rollout) -> ScoreItem:
-    """What the engine needs of a rollout.
+def make_item(rollout: pb.Rollout, read_ids: list[int] | None = None, spans: Spans | None = None) -> ScoreItem:
+    """What the engine needs of a rollout; with `spans` the completion is `read_ids`, the teacher's own tokens.
 
     Raises:
         WireError: a tensor contradicts its shape, or the request makes no sense.
     """
     spec = rollout.score
-    if spec.kind not in (pb.SCORE_KIND_SAMPLED, pb.SCORE_KIND_TOPK, pb.SCORE_KIND_TARGETS, pb.SCORE_KIND_HIDDEN):
+    kind = spec.kind if spans is None else pb.SCORE_KIND_SAMPLED
+    if kind not in (pb.SCORE_KIND_SAMPLED, pb.SCORE_KIND_TOPK, pb.SCORE_KIND_TARGETS, pb.SCORE_KIND_HIDDEN):
         raise WireError(f"sample {rollout.sample_id}: score kind {spec.kind} is unknown here")
     if spec.dtype not in (*HALF_DTYPES, tensor_pb2.DATA_TYPE_FLOAT32):
         raise WireError(f"sample {rollout.sample_id}: scores travel as float16 or float32, not as type {spec.dtype}")
@@ -52,17 +53,19 @@ def make_item(rollout: pb.Rollout) -> ScoreItem:
     return ScoreItem(
         key=rollout.sample_id,
         prompt_ids=ids_list(rollout.teacher_prompt_ids if own_prompt else rollout.prompt_ids),
-        completion_ids=ids_list(rollout.completion_ids),
-        kind=spec.kind,
+        completion_ids=ids_list(rollout.completion_ids) if read_ids is None else read_ids,
+        kind=kind,
         temperature=spec.temperature or 1.0,
         top_k=spec.top_k,
         half=spec.dtype in HALF_DTYPES,
         target_ids=targets,
+        spans=spans,
     )
 
 
 def make_score(
     rollout: pb.Rollout,
+    item: ScoreItem,
     scored: Scored,
     resident: Resident,
     scope: Scope,
@@ -79,7 +82,12 @@ def make_score(
         score_s=score_s,
     )
     teacher_logprobs = to_tensor(scored.teacher_logprobs)
-    if rollout.score.kind == pb.SCORE_KIND_HIDDEN:
+    if item.spans is not None:
+        score.spans.teacher_ids.CopyFrom(ids_tensor(item.completion_ids))
+        score.spans.teacher_logprobs.CopyFrom(teacher_logprobs)
+        score.spans.student_ends.CopyFrom(ids_tensor(item.spans.student_ends))
+        score.spans.teacher_ends.CopyFrom(ids_tensor(item.spans.teacher_ends))
+    elif rollout.score.kind == pb.SCORE_KIND_HIDDEN:
         assert scored.hidden is not None, "the engine gives what the kind asks for"
         hidden = to_tensor(scored.hidden)
         score.hidden.blob.CopyFrom(blobs.put(scope, hidden.data))

@@ -14,8 +14,9 @@ from stillhouse.core.tensors import DTYPE_NAMES
 from stillhouse.teacher.batching import plan_batches
 from stillhouse.teacher.blobstore import BlobStore
 from stillhouse.teacher.engines.base import Scored, Unscored
-from stillhouse.teacher.messages import make_failure, make_item, make_score
+from stillhouse.teacher.messages import make_failure, make_score
 from stillhouse.teacher.scoring import Scorer
+from stillhouse.teacher.spans import Reader
 from stillhouse.v1 import rollout_pb2, teacher_pb2_grpc, tensor_pb2
 from stillhouse.v1 import teacher_pb2 as pb
 
@@ -24,6 +25,7 @@ KINDS: Final = (
     rollout_pb2.SCORE_KIND_TOPK,
     rollout_pb2.SCORE_KIND_TARGETS,
     rollout_pb2.SCORE_KIND_HIDDEN,
+    rollout_pb2.SCORE_KIND_SPANS,
 )
 CALLER_REASONS: Final = ("too_long", "bad_ids", "bad_request", "empty")
 """Failures that are the caller's: a direct call ends with INVALID_ARGUMENT."""
@@ -36,6 +38,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
         self._ctx = ctx
         self._scorer = scorer
         self._blobs = blobs
+        self._reader = Reader(ctx.models)
 
     async def GetInfo(self, request: pb.TeacherServiceGetInfoRequest, context: Any) -> pb.TeacherServiceGetInfoResponse:
         return pb.TeacherServiceGetInfoResponse(
@@ -59,7 +62,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
         resident = await self._scorer.model(request.task)
         if any(rollout.score.kind == rollout_pb2.SCORE_KIND_HIDDEN for rollout in request.rollouts):
             await self._scorer.head(resident)  # hashed once, off the event loop
-        items = [make_item(rollout) for rollout in request.rollouts]
+        items = [await self._reader.item(request.task, rollout) for rollout in request.rollouts]
         results: dict[int, tuple[Scored | Unscored, float]] = {}
         for batch in plan_batches([item.length for item in items], self._ctx.settings.teacher_batch_tokens):
             scored, score_s = await self._scorer.score(resident, [items[index] for index in batch])
@@ -68,7 +71,9 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
         for index, rollout in enumerate(request.rollouts):
             result, score_s = results[index]
             if isinstance(result, Scored):
-                score = make_score(rollout, result, resident, scope, self._blobs, self._ctx.instance, score_s)
+                score = make_score(
+                    rollout, items[index], result, resident, scope, self._blobs, self._ctx.instance, score_s
+                )
             elif result.reason in CALLER_REASONS:
                 raise WireError(f"sample {rollout.sample_id}: {result.message}")
             else:

@@ -21,9 +21,10 @@ from stillhouse.core.worker import pause, run_turns
 from stillhouse.teacher.batching import plan_batches
 from stillhouse.teacher.blobstore import BlobStore
 from stillhouse.teacher.engines.base import Scored, ScoreItem, Unscored
-from stillhouse.teacher.messages import blob_key, make_failure, make_item, make_score, score_mark, without_tokens
+from stillhouse.teacher.messages import blob_key, make_failure, make_score, score_mark, without_tokens
 from stillhouse.teacher.pool import Resident
 from stillhouse.teacher.scoring import Scorer
+from stillhouse.teacher.spans import Reader
 from stillhouse.v1 import rollout_pb2 as pb
 
 CLAIM_COUNT: Final = 8
@@ -58,6 +59,7 @@ class TeacherWorker:
         self._ctx = ctx
         self._scorer = scorer
         self._blobs = blobs
+        self._reader = Reader(ctx.models)
         self._last_stream = ""
         self._unusable: dict[str, float] = {}
         self._deterministic: dict[Scope, bool] = {}
@@ -165,7 +167,7 @@ class TeacherWorker:
             claims.finish(entry)
             return []
         try:
-            item = make_item(rollout)
+            item = await self._reader.item(task, rollout)
         except WireError as error:
             await self._fail(claims, task, entry, rollout, "bad_request", error.message)
             return []
@@ -227,7 +229,7 @@ class TeacherWorker:
         if isinstance(result, Unscored):
             return await self._fail(claims, task, work.entry, work.rollout, result.reason, result.message)
         scope = Scope(task.job_id, task.epoch)
-        score = make_score(work.rollout, result, resident, scope, self._blobs, self._ctx.instance, score_s)
+        score = make_score(work.rollout, work.item, result, resident, scope, self._blobs, self._ctx.instance, score_s)
         try:
             outcome = await self._hand_over(claims, task, work.entry, score)
         except TooLargeError as error:

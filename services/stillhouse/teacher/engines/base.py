@@ -7,11 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from stillhouse.v1 import rollout_pb2
+
+
+class Spans(NamedTuple):
+    """Pieces of a completion's text at whose ends student and teacher both have the end of a token (SpansScore)."""
+
+    student_ends: list[int]
+    """[S] tokens of the student up to the end of each."""
+    teacher_ends: list[int]
+    """[S] tokens of the teacher."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +40,8 @@ class ScoreItem:
     """Payload (hidden states, top-k log-probabilities) as float16 instead of float32."""
     target_ids: np.ndarray[Any, Any] | None = None
     """[T, K] of SCORE_KIND_TARGETS; of SCORE_KIND_TOPK where these tokens are wanted beside the teacher's own."""
+    spans: Spans | None = None
+    """Of SCORE_KIND_SPANS, for an engine SCORE_KIND_SAMPLED: `completion_ids` are the teacher's own tokens."""
 
     @property
     def length(self) -> int:
