@@ -18,7 +18,7 @@ from stillhouse.core.spec import FullVocabularyLoss, LossSpec, PolicyGradientLos
 from stillhouse.trainer.losses import PackedLoss, make_objective, packed_loss
 from stillhouse.trainer.objectives.base import Head, Signals
 from stillhouse.trainer.support import union
-from tests.unit.loss_oracles import at, probabilities
+from tests.unit.loss_oracles import allowed, at, of_spans, probabilities
 
 _LOSS: TypeAdapter[LossSpec] = TypeAdapter(LossSpec)
 
@@ -73,6 +73,9 @@ def policy_gradients(**fields: Any) -> list[Any]:
     combined += [{**baseline, **clip} for baseline in baselines for clip in ({}, {"advantage_clip": 0.7})]
     combined += [{**gate, **baseline} for gate in gates[-1:] for baseline in baselines[1:]]
     combined += [{**gate, **estimator} for gate in gates for estimator in estimators]
+    spans = {"cross_tokenizer": True}
+    combined += [{**spans, **gate, **term} for gate in gates if gate["ratio_gate"] != "seq_mask" for term in terms]
+    combined += [{**spans, "advantage_clip": 0.7, "teacher_weight": 0.3}]
     combined += [{"discount": 0.9, "advantage_clip": 0.7}, {"discount": 1.0, "teacher_weight": 0.3, **gates[-1]}]
     return [loss("policy_gradient", **{**combination, **fields}) for combination in combined]
 
@@ -85,6 +88,7 @@ def rewarded() -> list[Any]:
         loss("policy_gradient", teacher_weight=0, reward=reward, ratio_gate="is"),
         loss("policy_gradient", reward=reward, advantage_clip=0.2),
         loss("policy_gradient", teacher_weight=0.5, reward=reward, baseline="full_vocabulary"),
+        loss("policy_gradient", reward=reward, cross_tokenizer=True, ratio_gate="is"),
         loss("policy_gradient", reward=reward, discount=0.8, ratio_gate="seq_mask", **_BANDS["seq_mask"]),
     ]
 
@@ -150,6 +154,9 @@ class Case:
         self.log_mu = at(self.p().detach(), self.ids).log() + gap
         self.outcome = self.normal(len(lengths))[self.sample]
         self._student_ranks = self.normal(rows, vocab)
+        is_first = self.uniform(rows) < 0.5
+        is_first[torch.tensor([0, *itertools.accumulate(lengths)][:-1])] = True
+        self.span = is_first.cumsum(0) + 10
 
     def normal(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self._draw, dtype=torch.float64)
@@ -202,6 +209,9 @@ class Case:
             return Signals(hidden=self.teacher_hidden, head=self.teacher_head, **facts)
         if payload != "none":
             facts["logprobs"] = at(log_q, self.ids)
+        if payload == "spans":
+            log_q_spans = of_spans(self, at(allowed(self.sent_q()), self.ids).log())
+            facts |= {"logprobs": torch.tensor(log_q_spans, dtype=torch.float64), "span": self.span}
         if payload in ("top_k", "targets"):
             facts |= self._named(self._named_ids(spec), log_q)
         return Signals(**facts)

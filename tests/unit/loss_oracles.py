@@ -113,9 +113,17 @@ def clipped(spec: PolicyGradientLoss, advantage: Tensor) -> Tensor:
     return advantage if spec.advantage_clip is None else advantage.clamp(-spec.advantage_clip, spec.advantage_clip)
 
 
+def of_spans(case: Any, values: Tensor) -> list[float]:
+    """[R] sum over the row's span of text, in plain loops."""
+    spans = case.span.tolist()
+    return [sum(v for v, other in zip(values.tolist(), spans, strict=True) if other == own) for own in spans]
+
+
 def gate_of_rows(spec: PolicyGradientLoss, case: Any) -> Tensor:
     """[R] in plain loops over the sequences."""
     rho = (at(case.p(), case.ids) / case.log_mu.exp()).tolist()
+    if spec.cross_tokenizer:
+        rho = [math.exp(total) for total in of_spans(case, torch.tensor(rho, dtype=torch.float64).log())]
     weights: list[float] = []
     for length in case.lengths:
         weights += gates(spec, rho[len(weights) : len(weights) + length])
@@ -155,7 +163,10 @@ def policy_gradient(spec: PolicyGradientLoss, case: Any) -> Tensor:
         if spec.estimator == "k2":
             return spec.teacher_weight * gate * (log_p - log_q).square() / 2
         log_s = log_p.detach() if spec.student_term == "trainer" else case.log_mu
-        own = returns(spec, clipped(spec, log_q - log_s).tolist(), case.lengths)
+        log_ratio = log_q - log_s
+        if spec.cross_tokenizer:
+            log_ratio = torch.tensor(of_spans(case, log_ratio), dtype=torch.float64)
+        own = returns(spec, clipped(spec, log_ratio).tolist(), case.lengths)
         advantage = advantage + spec.teacher_weight * (own - mean_advantage(spec, case))
     if spec.reward is not None:
         advantage = advantage + spec.reward.weight * case.outcome
@@ -182,6 +193,10 @@ def reverse_kl_of_rows(spec: Any, case: Any) -> Tensor:
     match spec.payload():
         case "none":
             return torch.full((len(p),), torch.nan, dtype=torch.float64)
+        case "spans":
+            ratios = (at(p, case.ids) / at(allowed(case.sent_q()), case.ids)).log()
+            sizes = of_spans(case, torch.ones_like(ratios))
+            return torch.tensor(of_spans(case, ratios), dtype=torch.float64) / torch.tensor(sizes)
         case "sampled":
             return (at(p, case.ids) / at(allowed(case.sent_q()), case.ids)).log()
         case "top_k" | "targets":

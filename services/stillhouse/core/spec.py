@@ -204,6 +204,11 @@ class StageSpec(Closed):
     @model_validator(mode="after")
     def _something_to_select_by(self) -> StageSpec:
         select = self.tokens.select
+        if select is not None and self.loss.crosses_tokenizers():
+            raise ValueError(
+                "'tokens.select' takes single tokens, and with 'cross_tokenizer' only whole spans of text train: leave "
+                "out one of the two"
+            )
         if select is not None and select.by == "kl" and self.loss.payload() == "none":
             raise ValueError(
                 "'tokens.select' by kl compares with what a teacher says, and this loss asks none; select by entropy"

@@ -25,7 +25,7 @@ _NO_LOSS: Final = {
 }
 
 
-Payload = Literal["none", "sampled", "top_k", "targets", "hidden"]
+Payload = Literal["none", "sampled", "spans", "top_k", "targets", "hidden"]
 """What a teacher is asked to send of each token; the kinds of rollout.proto."""
 
 
@@ -45,6 +45,20 @@ class Reduced(Closed):
     def record_top_k(self) -> int:
         """Of how many of its likeliest tokens the sampler keeps the ids; 0 = none."""
         return 0
+
+    def crosses_tokenizers(self) -> bool:
+        """Teachers may have another tokenizer than the student."""
+        return False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _compares_tokens(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and "cross_tokenizer" in fields and "cross_tokenizer" not in cls.model_fields:
+            raise ValueError(
+                "'cross_tokenizer' belongs to policy_gradient: distributions over different vocabularies have no "
+                "tokens in common. What can be compared are probabilities of texts, and policy_gradient needs no more"
+            )
+        return fields
 
 
 class RewardSpec(Closed):
@@ -92,10 +106,18 @@ class PolicyGradientLoss(Reduced):
     """baseline full_vocabulary: element type of the hidden states on the wire."""
     reward: RewardSpec | None = None
     """Outcome reward that is added to the teacher's advantage; none = the teacher alone."""
+    cross_tokenizer: bool = False
+    """Teachers may have other tokenizers than the student: they read its completions as texts, and each token has the
+    advantage of its span of text, log q(span) - log p(span); see docs/cross-tokenizer.md."""
+
+    def crosses_tokenizers(self) -> bool:
+        return self.cross_tokenizer
 
     def payload(self) -> Payload:
         if self.teacher_weight == 0:
             return "none"
+        if self.cross_tokenizer:
+            return "spans"
         payloads: dict[str, Payload] = {"none": "sampled", "top_k": "top_k", "full_vocabulary": "hidden"}
         return payloads[self.baseline]
 
@@ -144,6 +166,22 @@ class PolicyGradientLoss(Reduced):
                     "'teacher_weight' is 0: leave out 'advantage_clip', 'discount', 'student_term' and 'baseline', "
                     "they are the teacher's"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _spans_make_sense(self) -> PolicyGradientLoss:
+        if not self.cross_tokenizer:
+            return self
+        refused = {
+            "teacher_weight 0": (self.teacher_weight == 0, "asks no teacher"),
+            "estimator k2": (self.estimator == "k2", "is of single tokens"),
+            f"baseline {self.baseline}": (self.baseline != "none", "is a mean over the next token of one vocabulary"),
+            "discount": (self.discount > 0, "counts tokens, and a span has several"),
+            "ratio_gate seq_mask": (self.ratio_gate == "seq_mask", "is a mean over single tokens"),
+        }
+        for knob, (is_set, why) in refused.items():
+            if is_set:
+                raise ValueError(f"'cross_tokenizer' compares spans of text, and {knob} {why}; leave out one of them")
         return self
 
     @model_validator(mode="after")

@@ -32,6 +32,7 @@ _PER_TOKEN = (
     "target_ids",
     "target_logprobs",
     "entropies",
+    "spans",
 )
 
 
@@ -52,7 +53,7 @@ class TrainSample:
     rollout_logprobs: np.ndarray
     """[T] float32, nats - under the policy that sampled, at the sampling temperature. NaN of other origins."""
     teacher_logprobs: np.ndarray
-    """[T] float32, nats - under the teacher, at the same temperature; NaN where none was asked. Used by the policy
+    """[T] float32, nats - under the teacher, at the same temperature; NaN where it said nothing. Used by the policy
     gradient only."""
     hidden: np.ndarray | None
     """[T, D] float16 or float32 - the teacher's state after the final norm that predicts each token."""
@@ -72,6 +73,9 @@ class TrainSample:
     """[T, K'] float32, nats - of them under the teacher, at the same temperature."""
     entropies: np.ndarray | None = None
     """[T] float32, nats - of the student as it sampled."""
+    spans: np.ndarray | None = None
+    """[T] int32 - number of the span of text that each token belongs to, ascending; -1 = to none, it does not train.
+    `teacher_logprobs` are then those of the whole span, at each of its tokens. None = the teacher read these tokens."""
     outcome: float = 0.0
     """Advantage of the completion's reward within its group, normalised, not yet weighted."""
     is_filtered: bool = False

@@ -214,6 +214,7 @@ class Engine:
             "rollout_logprobs": batch.rollout_logprobs,
             "outcome": batch.outcome,
             "sample": batch.sample_of_row,
+            "span": batch.span,
             "topk_ids": batch.topk_ids,
             "topk_logprobs": batch.topk_logprobs,
             "topk_mask": batch.topk_mask,

@@ -94,10 +94,12 @@ class Learner:
         else:
             heads = {}
         _require_lists(samples, loss)
+        if loss.crosses_tokenizers():
+            _require_spans(samples)
         weights = loss_weights(
             samples, [self._weight(sample) for sample in samples], loss.reduction, per_teacher=loss.per_teacher
         )
-        measures = StepMeasures(samples, counts_forbidden=loss.objective != "full_vocabulary")
+        measures = StepMeasures(samples, counts_forbidden=loss.payload() not in ("hidden", "spans"))
         bad: dict[str, str] = {}
         self.engine.clear_gradients()
         try:
@@ -320,6 +322,16 @@ def _require_hidden(samples: Sequence[TrainSample], heads: Mapping[str, TeacherH
         if sample.teacher not in heads:
             raise WireError(
                 f"sample {sample.sample_id}: no output head of teacher '{sample.teacher}'; got those of {sorted(heads)}"
+            )
+
+
+def _require_spans(samples: Sequence[TrainSample]) -> None:
+    """Refuse samples that say nothing about spans of text."""
+    for sample in samples:
+        if sample.spans is None:
+            raise WireError(
+                f"sample {sample.sample_id}: teacher '{sample.teacher}' scored tokens; with cross_tokenizer scores of "
+                "kind spans are needed"
             )
 
 

@@ -78,6 +78,7 @@ def _policy_gradient(spec: PolicyGradientLoss) -> Objective:
         baseline=spec.baseline,
         teacher_weight=spec.teacher_weight,
         reward_weight=0.0 if spec.reward is None else spec.reward.weight,
+        spans=spec.cross_tokenizer,
     )
 
 

@@ -5,8 +5,9 @@
     horizon         the first h(step) tokens of each completion
     select          of the tokens that the others leave, the `fraction` of each teacher's that say most
 
-Each only takes tokens away. Nothing here draws or remembers, so a replay of a journal masks as the first run did. What
-does not train is in no row of a micro-batch: it costs nothing in head and loss, and no denominator counts it.
+Where teachers judge spans of text, a span trains as a whole: it does not if one of its tokens is taken away. Each only
+takes tokens away. Nothing here draws or remembers, so a replay of a journal masks as the first run did. What does not
+train is in no row of a micro-batch: it costs nothing in head and loss, and no denominator counts it.
 """
 
 from __future__ import annotations
@@ -70,6 +71,8 @@ def _mask(sample: TrainSample, drop_truncated: bool, special: np.ndarray, end: i
         is_special[-1] = False  # where to end is what a student has to learn, too
     mask[is_special] = 0
     mask[len(mask) if end is None else end :] = 0
+    if sample.spans is not None:
+        mask[np.isin(sample.spans, sample.spans[mask == 0])] = 0
     return mask
 
 

@@ -112,6 +112,8 @@ class MicroBatch:
     """[R] float32."""
     outcome: np.ndarray
     """[R] float32 - advantage of the reward of the row's completion."""
+    span: np.ndarray | None
+    """[R] int64 - number of the row's span of text, unlike those of other samples; None = the teacher read tokens."""
     hidden: np.ndarray | None
     """[R, D] float16 or float32."""
     topk_ids: np.ndarray | None
@@ -156,11 +158,23 @@ def collate(
         rollout_logprobs=gather("rollout_logprobs").astype(np.float32),
         teacher_logprobs=gather("teacher_logprobs").astype(np.float32),
         outcome=np.repeat(np.asarray([sample.outcome for sample in chosen], dtype=np.float32), counts),
+        span=_spans(chosen, rows),
         hidden=gather("hidden") if has_hidden else None,
         topk_ids=topk_ids,
         topk_logprobs=topk_logprobs,
         topk_mask=topk_mask,
     )
+
+
+def _spans(samples: Sequence[TrainSample], rows: Sequence[np.ndarray]) -> np.ndarray | None:
+    """[R] spans of all samples, counted on from one sample to the next."""
+    found, first = [], 0
+    for sample, kept in zip(samples, rows, strict=True):
+        if sample.spans is None:
+            return None
+        found.append(sample.spans[kept].astype(np.int64) + first)
+        first += len(sample.spans)  # no sample has more spans than tokens
+    return np.concatenate(found)
 
 
 def _padded(tokens: Sequence[np.ndarray]) -> tuple[np.ndarray, list[int]]:

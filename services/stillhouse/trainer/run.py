@@ -42,6 +42,7 @@ MAX_NON_FINITE: Final = 3
 SCORE_KINDS: Final[dict[Payload, rollout_pb2.ScoreKind]] = {
     "none": rollout_pb2.SCORE_KIND_NONE,
     "sampled": rollout_pb2.SCORE_KIND_SAMPLED,
+    "spans": rollout_pb2.SCORE_KIND_SPANS,
     "top_k": rollout_pb2.SCORE_KIND_TOPK,
     "targets": rollout_pb2.SCORE_KIND_TARGETS,
     "hidden": rollout_pb2.SCORE_KIND_HIDDEN,

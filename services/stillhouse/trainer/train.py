@@ -22,6 +22,7 @@ from stillhouse.core.spec import JobSpec
 from stillhouse.core.tensors import from_tensor
 from stillhouse.trainer.batch import STUDENT_ORIGINS, TeacherHead, TrainSample
 from stillhouse.trainer.exchange import ScoredSample
+from stillhouse.trainer.spans import span_arrays
 from stillhouse.v1 import journal_pb2, rollout_pb2
 
 if TYPE_CHECKING:
@@ -61,6 +62,9 @@ def to_sample(
     if rollout.HasField("entropies"):
         arrays["entropies"] = from_tensor(rollout.entropies)
     arrays |= _lists(sample.score)
+    if sample.score.WhichOneof("result") == "spans":
+        arrays |= span_arrays(sample.score, num_tokens)
+        teacher_logprobs, mask = arrays["teacher_logprobs"], mask * (arrays["spans"] >= 0)
     for name, array in arrays.items():
         if len(array) != num_tokens:
             raise WireError(f"sample {rollout.sample_id}: got {len(array)} {name} for {num_tokens} tokens")
@@ -78,7 +82,7 @@ def to_sample(
         weight=weight,
         oldest_policy_version=min((span.policy_version for span in rollout.spans), default=0),
         finish_reason=int(rollout.finish_reason),
-        **{name: arrays[name] for name in (*LISTS, "entropies") if name in arrays},
+        **{name: arrays[name] for name in (*LISTS, "entropies", "spans") if name in arrays},
         is_filtered=is_students and _is_filtered(rollout.sampling),
         outcome=outcome,
         origin=rollout.origin,
@@ -126,9 +130,9 @@ def _lists(score: rollout_pb2.Score) -> dict[str, np.ndarray]:
 
 
 def _teacher_logprobs(score: rollout_pb2.Score, unknown: np.ndarray) -> np.ndarray:
-    """[T]; `unknown` where no teacher was asked."""
+    """[T]; `unknown` where no teacher was asked, or not about tokens."""
     kind = score.WhichOneof("result")
-    if kind == "none":
+    if kind in ("none", "spans"):
         return unknown
     if kind not in ("sampled", "topk", "targets", "hidden"):
         raise WireError(f"sample {score.rollout.sample_id}: no score, got '{kind}'")

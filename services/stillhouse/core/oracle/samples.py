@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 STUDENTS: Final = (rollout_pb2.ORIGIN_UNSPECIFIED, rollout_pb2.ORIGIN_STUDENT)
 """Origins of what the student wrote."""
-RESULTS: Final = {"none": "none", "sampled": "sampled", "top_k": "topk", "targets": "targets", "hidden": "hidden"}
+RESULTS: Final = {name: name for name in ("none", "sampled", "spans", "targets", "hidden")} | {"top_k": "topk"}
 """Payload that a loss needs -> field of the score."""
 EPSILON: Final = 1e-3
 """A log-probability may lie so far above 0, by rounding in bfloat16 or float32."""

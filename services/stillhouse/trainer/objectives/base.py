@@ -104,9 +104,13 @@ class Signals:
     """[R] log mu of the sampled tokens, under the policy that sampled them."""
     sample: Tensor | None = None
     """[R] int64, which rows belong to the same sequence; they are neighbours and in order."""
+    span: Tensor | None = None
+    """[R] int64, which rows belong to the same span of text; all rows of a span are there, and `logprobs` are of it."""
     gate: Tensor | None = None
     """[R] weight of each row, where an objective has prepared it."""
     advantage: Tensor | None = None
+    """[R] likewise."""
+    reverse_kl: Tensor | None = None
     """[R] likewise."""
 
     def __getitem__(self, rows: slice | Tensor) -> Signals:

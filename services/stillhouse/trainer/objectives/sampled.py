@@ -17,6 +17,14 @@ arXiv:2605.07865). It is subtracted after the clip, because then it does not dep
 variance. It is the mean of the clipped advantage and not -KL, because the KL of a bad student may lie far above the
 clip, and would make every advantage positive. On stale samples it leaves the mean alone only with the gate `is`.
 
+Of a teacher with another tokenizer only the log-probabilities of spans of text are known (`spans`; the spans of a
+completion are what `Signals.span` tells apart). Then a token's log-ratios are those of its whole span,
+
+    a = clip(log q(span) - log s(span)),  w = sg[gate(p(span) / mu(span))],  log p(span) = sum of log p of its tokens
+
+and on average the gradient is that of the reverse KL between what student and teacher write next, as text
+(docs/cross-tokenizer.md says under which assumptions).
+
 Two that look alike train something else and are not offered (arXiv:2506.09477, arXiv:2512.21852): differentiating
 log p - log q itself (k1) has zero gradient on average; differentiating r - 1 - log r with r = q / p (k3) has that of
 the forward KL.
@@ -108,19 +116,34 @@ class PolicyGradient:
     """0: the outcome alone; no teacher is needed."""
     reward_weight: float = 0.0
     """0: the teacher alone."""
+    spans: bool = False
+    """Log q is that of spans of text."""
 
     @property
     def needs_sequences(self) -> bool:
         """The weight of a token depends on the others of its sequence."""
-        return self.gate.kind == "seq_mask" or self.discount > 0
+        return self.gate.kind == "seq_mask" or self.discount > 0 or self.spans
 
     def prepare(self, logprobs_R: Tensor, signals: Signals) -> Signals:
         """The signals with every row's gate, and its return-to-go where asked for; `logprobs` is the student's."""
         gate_R, advantage_R = self._gate(logprobs_R, signals), None
+        if self.spans:
+            return replace(signals, gate=gate_R, **self._of_spans(logprobs_R, signals))
         if self.discount > 0 and self.teacher_weight > 0:
             own_R = self._own_advantage(logprobs_R, _wire_log_q(signals, logprobs_R), signals)
             advantage_R = _return_to_go(own_R, _sequence(signals), self.discount)
         return replace(signals, gate=gate_R, advantage=advantage_R)
+
+    def _of_spans(self, log_p_R: Tensor, signals: Signals) -> dict[str, Tensor]:
+        """[R] advantage of each row's span, and [R] its log p - log q shared among its rows: means are per token."""
+        assert signals.logprobs is not None, "this needs the teacher's log-probabilities of spans"
+        log_q_R, span_R = signals.logprobs.to(log_p_R.dtype), _span(signals)
+        log_s_R = log_p_R if self.student_term == "trainer" else _log_mu(log_p_R, signals)[0]
+        size_R = _sum_within(torch.ones_like(log_p_R), span_R)
+        return {
+            "advantage": self._clip(log_q_R - _sum_within(log_s_R, span_R)),
+            "reverse_kl": (_sum_within(log_p_R, span_R) - log_q_R) / size_R,
+        }
 
     def __call__(self, student: StudentChunk, signals: Signals, temperature: float) -> ChunkLoss:
         log_p_C = student.logprobs
@@ -164,7 +187,10 @@ class PolicyGradient:
             assert self.gate.kind == "none", "ratio gates need the sampler's log-probabilities"
             return torch.ones_like(log_p_R)
         log_mu_R, is_own_R = _log_mu(log_p_R, signals)
-        return self.gate(log_p_R - log_mu_R, signals) * is_own_R
+        log_ratio_R = log_p_R - log_mu_R
+        if self.spans:
+            log_ratio_R = _sum_within(log_ratio_R, _span(signals))
+        return self.gate(log_ratio_R, signals) * is_own_R
 
     def _teacher(self, student: StudentChunk, signals: Signals, temperature: float) -> _Teacher:
         log_p_C = student.logprobs
@@ -178,6 +204,9 @@ class PolicyGradient:
             nothing_C = torch.full_like(log_p_C, torch.nan)
             return _Teacher(nothing_C, 0.0, nothing_C)
         log_q_C = _wire_log_q(signals, log_p_C)
+        if self.spans:
+            assert signals.reverse_kl is not None, "prepare() came first"
+            return _Teacher(log_q_C, 0.0, signals.reverse_kl)
         if self.baseline == "top_k":
             buckets = Buckets(student, signals)
             return _Teacher(log_q_C, buckets.mean_advantage(self.advantage_clip), buckets.reverse_kl())
@@ -203,12 +232,20 @@ def _sequence(signals: Signals) -> Tensor:
     return signals.sample
 
 
+def _span(signals: Signals) -> Tensor:
+    assert signals.span is not None, "this needs to know which rows belong to the same span of text"
+    return signals.span
+
+
 def _mean_of_sequence(values_R: Tensor, sample_R: Tensor) -> Tensor:
     """[R] mean of `values` over the rows of the same sequence."""
-    names, place_R = sample_R.unique(return_inverse=True)
-    sums = values_R.new_zeros(len(names)).index_add_(0, place_R, values_R)
-    counts = values_R.new_zeros(len(names)).index_add_(0, place_R, torch.ones_like(values_R))
-    return (sums / counts)[place_R]
+    return _sum_within(values_R, sample_R) / _sum_within(torch.ones_like(values_R), sample_R)
+
+
+def _sum_within(values_R: Tensor, name_R: Tensor) -> Tensor:
+    """[R] sum of `values` over the rows of the same name."""
+    names, place_R = name_R.unique(return_inverse=True)
+    return values_R.new_zeros(len(names)).index_add_(0, place_R, values_R)[place_R]
 
 
 def _return_to_go(values_R: Tensor, sample_R: Tensor, discount: float) -> Tensor:

@@ -1,0 +1,44 @@
+"""Scores of spans of text, as the learner takes them: by token of the student. No torch here."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from stillhouse.core.errors import WireError
+from stillhouse.core.tensors import from_tensor
+from stillhouse.trainer.batch import MIN_LOG_Q
+from stillhouse.v1 import rollout_pb2
+
+
+def span_arrays(score: rollout_pb2.Score, num_tokens: int) -> dict[str, np.ndarray]:
+    """`spans` and `teacher_logprobs` of a `TrainSample` with T = `num_tokens`: see there.
+
+    log q(span) is the sum over the teacher's tokens, each of them at least MIN_LOG_Q.
+
+    Raises:
+        WireError: the spans are none.
+    """
+    message = score.spans
+    logprobs = from_tensor(message.teacher_logprobs)
+    student, teacher = from_tensor(message.student_ends), from_tensor(message.teacher_ends)
+    _check(score.rollout.sample_id, "student", student, num_tokens)
+    _check(score.rollout.sample_id, "teacher", teacher, len(logprobs))
+    if len(student) != len(teacher) or list(message.teacher_ids.shape) != [len(logprobs)]:
+        raise WireError(
+            f"sample {score.rollout.sample_id}: {len(student)} ends of spans of the student and {len(teacher)} of the "
+            f"teacher; {list(message.teacher_ids.shape)} teacher_ids for {len(logprobs)} teacher_logprobs"
+        )
+    spans = np.full(num_tokens, -1, dtype=np.int32)
+    of_tokens = np.full(num_tokens, np.nan, dtype=np.float32)
+    if len(student):
+        bounded = np.maximum(logprobs, MIN_LOG_Q).astype(np.float64)
+        of_spans = np.add.reduceat(bounded[: teacher[-1]], [0, *teacher[:-1]])
+        counts = np.diff(student, prepend=0)
+        spans[: student[-1]] = np.repeat(np.arange(len(student)), counts)
+        of_tokens[: student[-1]] = np.repeat(of_spans, counts)
+    return {"spans": spans, "teacher_logprobs": of_tokens}
+
+
+def _check(sample_id: str, whose: str, ends: np.ndarray, length: int) -> None:
+    if len(ends) and not (ends[0] > 0 and (np.diff(ends) > 0).all() and ends[-1] <= length):
+        raise WireError(f"sample {sample_id}: spans end at {ends.tolist()[:8]}... of {length} tokens of the {whose}")
