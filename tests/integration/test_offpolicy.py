@@ -14,7 +14,6 @@ from stillhouse.trainer.journal import read_step
 from stillhouse.v1 import rollout_pb2 as pb
 from tests.cluster import Cluster, cluster, job_spec
 from tests.tiny import EOS_ID
-from tests.waiting import wait_until
 
 ROWS = [{"prompt": f"say {word}", "completion": word} for word in ("one", "two", "three", "four", "five")]
 
@@ -28,25 +27,12 @@ async def deployment(tmp_path: Path, redis_url: str) -> AsyncIterator[Cluster]:
         yield made
 
 
-async def metrics(made: Cluster, job_id: str, name: str) -> list[float]:
-    return [point["values"][name] for point in await made.ctx.jobs.metrics(job_id)]
-
-
 async def succeeded(made: Cluster, job_id: str) -> None:
     """The job ended well, and the oracle has nothing to say against it."""
     record = await made.ended(job_id)
     assert record.status == "succeeded", record.error
     report = verify_job(made.ctx.artifacts.job(job_id), record)
     assert report.ok, report.text()
-
-
-async def at_step(made: Cluster, job_id: str, step: int) -> None:
-    async def reached() -> bool:
-        record = await made.ctx.jobs.get(job_id)
-        assert record.status != "failed", record.error
-        return record.step >= step
-
-    await wait_until(reached, timeout_s=60, what=f"step {step}")
 
 
 def scores(made: Cluster, job_id: str, steps: int, epoch: int = 1) -> list[pb.Score]:
@@ -70,9 +56,9 @@ async def test_fine_tuning_learns_the_completions_and_needs_only_a_trainer(deplo
     await deployment.stop("sampler-0")
     job_id = await deployment.submit(sft())
     await succeeded(deployment, job_id)
-    losses = await metrics(deployment, job_id, "loss/total")
+    losses = await deployment.metric(job_id, "loss/total")
     assert losses[-1] < 0.5 * losses[0]
-    assert await metrics(deployment, job_id, "tokens/on_policy_fraction") == [0.0] * 12
+    assert await deployment.metric(job_id, "tokens/on_policy_fraction") == [0.0] * 12
     for score in scores(deployment, job_id, 12):
         rollout = score.rollout
         ids = ids_list(rollout.completion_ids)
@@ -109,7 +95,7 @@ async def test_a_teacher_writes_and_the_student_learns_its_texts(deployment: Clu
     """Sequence-level distillation: the texts come from a sampler, so no teacher service is needed."""
     job_id = await deployment.submit(seq_kd())
     await succeeded(deployment, job_id)
-    losses = await metrics(deployment, job_id, "loss/total")
+    losses = await deployment.metric(job_id, "loss/total")
     assert losses[-1] < 0.9 * losses[0]  # no two texts are alike: it cannot learn them by heart
     trained = scores(deployment, job_id, 12)
     assert {score.rollout.origin for score in trained} == {pb.ORIGIN_TEACHER}
@@ -161,7 +147,7 @@ def grpo(**changes: Any) -> dict[str, Any]:
 async def test_rewards_alone_teach_without_a_teacher(deployment: Cluster) -> None:
     job_id = await deployment.submit(grpo())
     await succeeded(deployment, job_id)
-    rewards = await metrics(deployment, job_id, "reward/mean")
+    rewards = await deployment.metric(job_id, "reward/mean")
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.2
 
 
@@ -178,7 +164,7 @@ async def test_a_reward_is_added_to_what_the_teacher_says(deployment: Cluster) -
         assert score.WhichOneof("result") == "sampled"
         assert score.reward in (0.0, 1.0)
         assert score.reward_note.startswith("matched" if score.reward else "no match"), score.reward_note
-    assert len(await metrics(deployment, job_id, "loss/reverse_kl/mean")) == 2
+    assert len(await deployment.metric(job_id, "loss/reverse_kl/mean")) == 2
 
 
 async def test_a_verdict_that_does_not_come_is_a_reward_of_0_and_an_event(deployment: Cluster) -> None:
@@ -191,8 +177,8 @@ async def test_a_verdict_that_does_not_come_is_a_reward_of_0_and_an_event(deploy
     spec["stages"][0]["schedule"] = {"steps": 1, "prompts_per_step": 2, "group_size": 2}
     job_id = await deployment.submit(spec)
     await succeeded(deployment, job_id)
-    assert await metrics(deployment, job_id, "reward/failed") == [2.0]
-    assert await metrics(deployment, job_id, "reward/zero_spread_groups") == [2.0]
+    assert await deployment.metric(job_id, "reward/failed") == [2.0]
+    assert await deployment.metric(job_id, "reward/zero_spread_groups") == [2.0]
     assert {(score.rollout.row, score.reward) for score in scores(deployment, job_id, 1)} == {(0, 0.0), (1, 1.0)}
     (event,) = [event for event in await deployment.ctx.jobs.events(job_id) if event["type"] == "reward.failed"]
     assert "2 of 4 completions got no verdict" in event["message"]
@@ -201,7 +187,7 @@ async def test_a_verdict_that_does_not_come_is_a_reward_of_0_and_an_event(deploy
 @pytest.mark.full
 async def test_a_sampler_that_dies_with_a_teachers_text_is_replaced(deployment: Cluster) -> None:
     job_id = await deployment.submit(seq_kd(8))
-    await at_step(deployment, job_id, 2)
+    await deployment.at_step(job_id, 2)
     await deployment.crash("sampler-0")
     await deployment.start("sampler", "sampler-1")
     await succeeded(deployment, job_id)
@@ -228,7 +214,7 @@ async def test_a_takeover_in_the_middle_changes_nothing_that_was_journalled(depl
     if kind == "gkd":
         await deployment.start("teacher")
     job_id = await deployment.submit(spec)
-    await at_step(deployment, job_id, 7)
+    await deployment.at_step(job_id, 7)
     await deployment.crash("trainer-0")
     artifacts = deployment.ctx.artifacts.job(job_id)
     before = [step for step in range(12) if artifacts.journal(1, step).exists()]
@@ -251,7 +237,7 @@ async def test_a_deterministic_mixture_with_a_crash_equals_one_without(deploymen
         spec["stages"][0] |= {"off_policy_source": "teacher", "schedule": {"steps": 8, "prompts_per_step": 4}}
         job_id = await deployment.submit(spec)
         if crashes:
-            await at_step(deployment, job_id, 5)
+            await deployment.at_step(job_id, 5)
             await deployment.crash("trainer-0")
             await deployment.start("trainer", "trainer-1")
         await succeeded(deployment, job_id)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,16 +11,7 @@ from stillhouse.core.blobs import read_json
 from stillhouse.core.oracle.report import Report
 from stillhouse.core.oracle.verify import verify_job
 from stillhouse.trainer.manifests import list_manifests
-from tests.cluster import Cluster, cluster, job_spec
-from tests.waiting import wait_until
-
-
-@pytest.fixture
-async def deployment(tmp_path: Path, redis_url: str) -> AsyncIterator[Cluster]:
-    async with cluster(tmp_path, redis_url, "sampler", "teacher", "trainer") as made:
-        made.add_model("student", seed=1)
-        made.add_model("teacher", seed=2)
-        yield made
+from tests.cluster import Cluster, job_spec
 
 
 async def verified(made: Cluster, job_id: str) -> Report:
@@ -30,13 +19,6 @@ async def verified(made: Cluster, job_id: str) -> Report:
     assert report.ok, report.text()
     assert not report.damage
     return report
-
-
-async def at_step(made: Cluster, job_id: str, step: int) -> None:
-    async def reached() -> bool:
-        return (await made.ctx.jobs.get(job_id)).step >= step
-
-    await wait_until(reached, timeout_s=60, what=f"step {step}")
 
 
 def spec(steps: int, **changes: Any) -> dict[str, Any]:
@@ -63,7 +45,7 @@ async def test_a_finished_job_and_one_that_is_tampered_with(deployment: Cluster)
 
 async def test_a_job_whose_trainer_crashed(deployment: Cluster) -> None:
     job_id = await deployment.submit(spec(8, checkpoint={"every_steps": 3}))
-    await at_step(deployment, job_id, 4)
+    await deployment.at_step(job_id, 4)
     await deployment.crash("trainer-0")
     await verified(deployment, job_id)
     await deployment.start("trainer", "trainer-1")
@@ -74,7 +56,7 @@ async def test_a_job_whose_trainer_crashed(deployment: Cluster) -> None:
 
 async def test_a_cancelled_job_and_a_failed_one(deployment: Cluster) -> None:
     job_id = await deployment.submit(spec(1000))
-    await at_step(deployment, job_id, 2)
+    await deployment.at_step(job_id, 2)
     await deployment.ctx.jobs.request(job_id, allowed=("running",), status="cancelling")
     assert (await deployment.ended(job_id)).status == "cancelled"
     await verified(deployment, job_id)
@@ -92,7 +74,7 @@ async def test_a_job_that_trains_an_adapter_and_averages_it(deployment: Cluster,
     job_id = await deployment.submit(
         spec(6, student=student, evaluation=evaluation, stages__0__optimizer=optimizer, checkpoint={"every_steps": 2})
     )
-    await at_step(deployment, job_id, 3)
+    await deployment.at_step(job_id, 3)
     await deployment.crash("trainer-0")
     await deployment.start("trainer", "trainer-1")
     record = await deployment.ended(job_id)

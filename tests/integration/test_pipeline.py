@@ -5,9 +5,7 @@ A random teacher and a random student are far apart (some nats), so a right grad
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,36 +18,10 @@ from stillhouse.sampler.service import SamplerServicer
 from stillhouse.teacher import messages as teacher_messages
 from stillhouse.trainer import manifests
 from stillhouse.trainer.journal import read_step
-from tests.cluster import Cluster, cluster, job_spec
+from tests.cluster import Cluster, job_spec
 from tests.waiting import wait_until
 
 ALL = ("sampler", "teacher", "trainer")
-
-
-@pytest.fixture
-async def home(tmp_path: Path) -> Path:
-    return tmp_path
-
-
-@pytest.fixture
-async def deployment(home: Path, redis_url: str) -> AsyncIterator[Cluster]:
-    async with cluster(home, redis_url, *ALL) as made:
-        made.add_model("student", seed=1)
-        made.add_model("teacher", seed=2)
-        yield made
-
-
-async def metrics(made: Cluster, job_id: str, name: str) -> list[float]:
-    return [point["values"][name] for point in await made.ctx.jobs.metrics(job_id)]
-
-
-async def at_step(made: Cluster, job_id: str, step: int) -> None:
-    async def reached() -> bool:
-        record = await made.ctx.jobs.get(job_id)
-        assert record.status != "failed", record.error
-        return record.step >= step
-
-    await wait_until(reached, timeout_s=60, what=f"step {step}")
 
 
 @pytest.mark.parametrize(
@@ -112,7 +84,7 @@ async def test_a_student_that_is_its_teacher_has_nothing_to_learn(deployment: Cl
         )
     )
     assert (await deployment.ended(job_id)).status == "succeeded"
-    (reverse_kl,) = await metrics(deployment, job_id, "loss/reverse_kl/mean")
+    (reverse_kl,) = await deployment.metric(job_id, "loss/reverse_kl/mean")
     assert abs(reverse_kl) <= 1e-4
 
 
@@ -141,10 +113,10 @@ async def test_lists_that_are_too_big_for_the_queue_are_fetched(
 async def test_sampler_and_trainer_agree_at_equal_weights_at_every_step(deployment: Cluster) -> None:
     job_id = await deployment.submit(job_spec(stages__0__schedule__steps=6, stages__0__optimizer__lr=1e-2))
     assert (await deployment.ended(job_id)).status == "succeeded"
-    gaps = await metrics(deployment, job_id, "mismatch/logprob_abs_mean")
+    gaps = await deployment.metric(job_id, "mismatch/logprob_abs_mean")
     assert len(gaps) == 6
     assert max(gaps) <= 1e-3
-    assert await metrics(deployment, job_id, "staleness/max") == [0.0] * 6
+    assert await deployment.metric(job_id, "staleness/max") == [0.0] * 6
 
 
 @pytest.mark.parametrize("deaf", [{"sampler-1"}, {"sampler-0", "sampler-1"}], ids=["one of two", "both"])
@@ -170,7 +142,7 @@ async def test_staleness_is_bounded_although_samplers_miss_every_hint(
     )
     assert (await deployment.ended(job_id)).status == "succeeded"
     assert missed == deaf
-    assert max(await metrics(deployment, job_id, "staleness/max")) <= 1
+    assert max(await deployment.metric(job_id, "staleness/max")) <= 1
     rollouts = [
         (step, score.rollout)
         for step in range(12)
@@ -195,7 +167,7 @@ async def test_every_sample_is_trained_exactly_once(deployment: Cluster) -> None
 @pytest.mark.parametrize("role", ["sampler", "teacher"])
 async def test_a_dead_worker_delays_the_job_and_does_not_end_it(deployment: Cluster, role: str) -> None:
     job_id = await deployment.submit(job_spec(stages__0__schedule={"steps": 10, "prompts_per_step": 3}))
-    await at_step(deployment, job_id, 2)
+    await deployment.at_step(job_id, 2)
     await deployment.crash(f"{role}-0")
     await deployment.start(role, f"{role}-0")
     record = await deployment.ended(job_id)
@@ -205,7 +177,7 @@ async def test_a_dead_worker_delays_the_job_and_does_not_end_it(deployment: Clus
 
 async def test_a_job_without_a_teacher_says_what_it_waits_for(deployment: Cluster) -> None:
     job_id = await deployment.submit(job_spec(stages__0__schedule={"steps": 30, "prompts_per_step": 3}))
-    await at_step(deployment, job_id, 2)
+    await deployment.at_step(job_id, 2)
     await deployment.stop("teacher-0")
 
     async def says(reason: str) -> bool:
@@ -221,7 +193,7 @@ async def test_a_takeover_replays_the_journal_and_samples_nothing_twice(deployme
     job_id = await deployment.submit(
         job_spec(stages__0__schedule={"steps": 12, "prompts_per_step": 3}, checkpoint={"every_steps": 5})
     )
-    await at_step(deployment, job_id, 8)
+    await deployment.at_step(job_id, 8)
     await deployment.crash("trainer-0")
     await deployment.start("trainer", "trainer-1")
     record = await deployment.ended(job_id)
@@ -241,7 +213,7 @@ async def test_a_wiped_queue_server_costs_no_committed_or_journalled_step(deploy
     job_id = await deployment.submit(
         job_spec(stages__0__schedule={"steps": 12, "prompts_per_step": 3}, checkpoint={"every_steps": 2})
     )
-    await at_step(deployment, job_id, 5)
+    await deployment.at_step(job_id, 5)
     record = await deployment.ctx.jobs.get(job_id)
     await deployment.ctx.redis.flushall()
     # what the gateway's sweeper does: the record again, from job.json, without epoch or step
@@ -258,7 +230,7 @@ async def test_a_draining_trainer_commits_and_hands_the_job_on(deployment: Clust
     job_id = await deployment.submit(
         job_spec(stages__0__schedule={"steps": 12, "prompts_per_step": 3}, checkpoint={"every_steps": 100})
     )
-    await at_step(deployment, job_id, 3)
+    await deployment.at_step(job_id, 3)
     await deployment.stop("trainer-0")
     record = await deployment.ctx.jobs.get(job_id)
     assert not record.is_terminal
@@ -272,7 +244,7 @@ async def test_a_draining_trainer_commits_and_hands_the_job_on(deployment: Clust
 
 async def test_cancelling_ends_a_running_job(deployment: Cluster) -> None:
     job_id = await deployment.submit(job_spec(stages__0__schedule={"steps": 1000, "prompts_per_step": 3}))
-    await at_step(deployment, job_id, 2)
+    await deployment.at_step(job_id, 2)
     await deployment.ctx.jobs.request(job_id, allowed=("running",), status="cancelling")
     record = await deployment.ended(job_id)
     assert record.status == "cancelled"
@@ -309,7 +281,7 @@ async def test_a_teacher_may_read_another_prompt(deployment: Cluster) -> None:
     )
     record = await deployment.ended(job_id)
     assert record.status == "succeeded", record.error
-    (reverse_kl,) = await metrics(deployment, job_id, "loss/reverse_kl/mean")
+    (reverse_kl,) = await deployment.metric(job_id, "loss/reverse_kl/mean")
     assert reverse_kl > 1e-3
 
 

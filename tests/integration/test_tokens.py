@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,20 +14,12 @@ from stillhouse.trainer.journal import read_step
 from stillhouse.trainer.masks import mask_tokens
 from stillhouse.trainer.train import to_sample
 from stillhouse.v1 import rollout_pb2 as pb
-from tests.cluster import Cluster, cluster, job_spec
+from tests.cluster import Cluster, job_spec
 from tests.tiny import EOS_ID, SPECIAL_TOKENS
 
 STOP_IDS = tuple(range(100, 150))
 """Many, so that about half of the completions end before max_tokens."""
 STEPS = 2
-
-
-@pytest.fixture
-async def deployment(tmp_path: Path, redis_url: str) -> AsyncIterator[Cluster]:
-    async with cluster(tmp_path, redis_url, "sampler", "teacher", "trainer") as made:
-        made.add_model("student", seed=1)
-        made.add_model("teacher", seed=2)
-        yield made
 
 
 @pytest.mark.parametrize(
