@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -34,6 +35,7 @@ structlog.configure(
     ]
 )
 
+ROOT = Path(__file__).resolve().parents[1]
 START_TIMEOUT_S = 15.0
 """The server starts in 0.1 s; a loaded machine with other tests on it may need much longer."""
 
@@ -99,6 +101,17 @@ def redis_url(valkey_url: str) -> str:
     client.flushall()
     client.close()
     return valkey_url
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that holds the demo's two models; they are made, once, where `make demo` did not run."""
+    made = ROOT / "runs" / "demo" / "models"
+    if all((made / name / "tokenizer.json").is_file() for name in ("smollm2-135m-instruct", "smollm2-23l")):
+        return made
+    folder = tmp_path_factory.mktemp("smollm2")
+    subprocess.run([sys.executable, str(ROOT / "examples/quickstart/prepare_smollm2.py"), str(folder)], check=True)
+    return folder
 
 
 @pytest.fixture

@@ -33,8 +33,10 @@ def kill_midway(stillhouse: Stillhouse, killed: list[str]) -> None:
         killed.append(victim)
 
 
-def test_the_demo_makes_a_better_student_although_services_die(tmp_path: Path) -> None:
+def test_the_demo_makes_a_better_student_although_services_die(tmp_path: Path, smollm2: Path) -> None:
     out = tmp_path / "demo"
+    out.mkdir()
+    (out / "models").symlink_to(smollm2)  # its first step, done once for all tests
     stillhouse = Stillhouse(out / "home")
     demo = subprocess.Popen([sys.executable, str(ROOT / "examples/quickstart/demo.py"), "--out", str(out)])
     killed: list[str] = []

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,6 @@ from tests.e2e.deployment import Stillhouse
 pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]
 ROOT = Path(__file__).resolve().parents[2]
 FAMILIES = ROOT / "examples" / "families"
-DEMO_MODELS = ROOT / "runs" / "demo" / "models"
 STUDENT, TEACHER = "smollm2-23l", "smollm2-135m-instruct"
 SHORT = {
     "schedule": {"steps": 6, "prompts_per_step": 3},
@@ -42,23 +39,13 @@ LEARNS = {"full_vocabulary": 0.5, "top_k": 0.5, "top_k_union_lora": 0.0, "seq_kd
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of the demo's two models; they are made where `make demo` did not run."""
-    if all((DEMO_MODELS / name / "tokenizer.json").is_file() for name in (STUDENT, TEACHER)):
-        return DEMO_MODELS
-    folder = tmp_path_factory.mktemp("models")
-    subprocess.run([sys.executable, str(ROOT / "examples/quickstart/prepare_smollm2.py"), str(folder)], check=True)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def stillhouse(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stillhouse]:
+def stillhouse(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stillhouse]:
     """A deployment that knows both models."""
     command = Stillhouse(tmp_path_factory.mktemp("families") / "home")
     command("up", "--detach", "--port", "0", "--threads", "1")
     try:
         for name in (STUDENT, TEACHER):
-            command("models", "add", name, str(models / name))
+            command("models", "add", name, str(smollm2 / name))
         yield command
     finally:
         command("down")
@@ -91,7 +78,7 @@ def run(stillhouse: Stillhouse, family: str, folder: Path) -> tuple[Client, str]
 
 @pytest.mark.parametrize("family", sorted(path.stem for path in FAMILIES.glob("*.yaml")))
 def test_a_job_of_the_family_ends_with_a_student_that_is_no_worse(
-    stillhouse: Stillhouse, models: Path, family: str, tmp_path: Path
+    stillhouse: Stillhouse, smollm2: Path, family: str, tmp_path: Path
 ) -> None:
     client, job_id = run(stillhouse, family, tmp_path)
     job = client.jobs.get(job_id)
@@ -109,7 +96,7 @@ def test_a_job_of_the_family_ends_with_a_student_that_is_no_worse(
     report = json.loads(stillhouse("verify", job_id, "--json"))
     assert (report["violations"], report["damage"]) == ([], [])
     stillhouse("download", job_id, "-o", str(tmp_path / "student"))
-    check_model(tmp_path / "student", models / STUDENT)
+    check_model(tmp_path / "student", smollm2 / STUDENT)
     shutil.rmtree(tmp_path / "student")  # six jobs of 3.5 GB each are too much for a small disk
     shutil.rmtree(stillhouse.home / "artifacts" / "jobs" / job_id / "epochs")
 
