@@ -55,7 +55,7 @@ def test_it_is_the_definition_and_training_does_not_see_it(models: dict[str, Pat
             assert torch.equal(value, masters_of(plain)[name]), name
             expected[name] = DECAY * expected[name] + (1 - DECAY) * value.double()
     parameters = engine_of(student).parameters
-    for name, value in parameters._average.items():
+    for name, value in parameters._averages["average"].items():
         assert value.dtype == torch.float32
         torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-7)
 
@@ -122,5 +122,5 @@ def test_a_checkpoint_without_it_is_refused_but_its_weights_may_start_one(
     with pytest.raises(CorruptError, match=r"average\.safetensors is missing"):
         student.load(tmp_path / "ckpt")
     student.load_weights(tmp_path / "ckpt")
-    for name, value in engine_of(student).parameters._average.items():
+    for name, value in engine_of(student).parameters._averages["average"].items():
         assert torch.equal(value, masters_of(plain)[name]), name

@@ -21,6 +21,7 @@ from stillhouse.core.spec_loss import (
     RewardSpec,
     TopKLoss,
 )
+from stillhouse.core.spec_teacher import EmaSpec, check_followers
 
 __all__ = [  # the whole format, from one module
     "CheckpointSpec",
@@ -28,6 +29,7 @@ __all__ = [  # the whole format, from one module
     "CrossEntropyLoss",
     "DataSpec",
     "Dtype",
+    "EmaSpec",
     "EvaluationSpec",
     "FullVocabularyLoss",
     "HorizonSpec",
@@ -82,7 +84,7 @@ class StudentSpec(Closed):
 
 
 class TeacherSpec(Closed):
-    """A frozen model that judges the student's tokens."""
+    """A model that judges the student's tokens; frozen, unless it follows the student."""
 
     model: Name
     """Registered name of the model."""
@@ -92,6 +94,8 @@ class TeacherSpec(Closed):
     """System message that only the teacher reads: the student learns to behave as if it had it."""
     weight: float = Field(default=1.0, gt=0, le=1000)
     """Weight of this teacher's samples in the loss."""
+    ema_of_student: EmaSpec | None = None
+    """Not the registered weights but a moving average of the student's; `model` and `dtype` are then the student's."""
 
 
 class OptimizerSpec(Closed):
@@ -353,7 +357,12 @@ class JobSpec(Closed):
                     raise ValueError(f"{where}: unknown teacher '{row.teacher}'; the job has {sorted(self.teachers)}")
                 if row.teacher is None and len(self.teachers) > 1:
                     raise ValueError(f"{where}: name the row's 'teacher', the job has {sorted(self.teachers)}")
+        check_followers(self)
         return self
+
+    def ema_of_student(self) -> EmaSpec | None:
+        """The average that teachers follow; None = all are frozen."""
+        return next((teacher.ema_of_student for teacher in self.teachers.values() if teacher.ema_of_student), None)
 
     def asks_teachers(self) -> bool:
         """Teacher services have to be there: for scores, or for held-out measurements."""

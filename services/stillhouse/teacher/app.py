@@ -10,7 +10,7 @@ from stillhouse.core.service import Context
 from stillhouse.core.spill import dead_folders, remove_dead
 from stillhouse.core.worker import ComputeThread
 from stillhouse.teacher.blobstore import BlobStore
-from stillhouse.teacher.engines.base import Engine
+from stillhouse.teacher.engines.base import TRANSFORMERS, Abilities, Engine
 from stillhouse.teacher.pool import LoadEngine, ModelPool
 from stillhouse.teacher.scoring import Scorer
 from stillhouse.teacher.service import TeacherServicer
@@ -21,7 +21,7 @@ from stillhouse.v1 import teacher_pb2_grpc
 class TeacherApp:
     """A teacher process: `App` of core/service.py."""
 
-    def __init__(self, ctx: Context, load_engine: LoadEngine) -> None:
+    def __init__(self, ctx: Context, load_engine: LoadEngine, abilities: Abilities = TRANSFORMERS) -> None:
         settings = ctx.settings
         self._compute = ComputeThread("teacher", ctx.pulse)
         spill = settings.spill_dir()
@@ -30,8 +30,8 @@ class TeacherApp:
         self.blobs = BlobStore(ctx.instance, settings.blob_memory_mib << 20, spill)
         pool = ModelPool(ctx.models, load_engine, int(settings.teacher_memory_gib * 2**30))
         self.scorer = Scorer(self._compute, pool)
-        self.worker = TeacherWorker(ctx, self.scorer, self.blobs)
-        self._servicer = TeacherServicer(ctx, self.scorer, self.blobs)
+        self.worker = TeacherWorker(ctx, self.scorer, self.blobs, abilities)
+        self._servicer = TeacherServicer(ctx, self.scorer, self.blobs, abilities)
 
     def register(self, server: Server) -> None:
         add = teacher_pb2_grpc.add_TeacherServiceServicer_to_server

@@ -13,20 +13,13 @@ from stillhouse.core.service import VERSION, Context
 from stillhouse.core.tensors import DTYPE_NAMES
 from stillhouse.teacher.batching import plan_batches
 from stillhouse.teacher.blobstore import BlobStore
-from stillhouse.teacher.engines.base import Scored, Unscored
+from stillhouse.teacher.engines.base import Abilities, Scored, Unscored
 from stillhouse.teacher.messages import make_failure, make_score
 from stillhouse.teacher.scoring import Scorer
 from stillhouse.teacher.spans import Reader
 from stillhouse.v1 import rollout_pb2, teacher_pb2_grpc, tensor_pb2
 from stillhouse.v1 import teacher_pb2 as pb
 
-KINDS: Final = (
-    rollout_pb2.SCORE_KIND_SAMPLED,
-    rollout_pb2.SCORE_KIND_TOPK,
-    rollout_pb2.SCORE_KIND_TARGETS,
-    rollout_pb2.SCORE_KIND_HIDDEN,
-    rollout_pb2.SCORE_KIND_SPANS,
-)
 CALLER_REASONS: Final = ("too_long", "bad_ids", "bad_request", "empty")
 """Failures that are the caller's: a direct call ends with INVALID_ARGUMENT."""
 
@@ -34,31 +27,42 @@ CALLER_REASONS: Final = ("too_long", "bad_ids", "bad_request", "empty")
 class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
     """The gRPC face of a teacher."""
 
-    def __init__(self, ctx: Context, scorer: Scorer, blobs: BlobStore) -> None:
+    def __init__(self, ctx: Context, scorer: Scorer, blobs: BlobStore, abilities: Abilities) -> None:
         self._ctx = ctx
         self._scorer = scorer
         self._blobs = blobs
         self._reader = Reader(ctx.models)
+        self._abilities = abilities
 
     async def GetInfo(self, request: pb.TeacherServiceGetInfoRequest, context: Any) -> pb.TeacherServiceGetInfoResponse:
         return pb.TeacherServiceGetInfoResponse(
             instance=self._ctx.instance,
-            engine=self._ctx.settings.engine,
+            engine=self._abilities.engine,
             version=VERSION,
             models=[resident.message() for resident in self._scorer.pool.residents()],
-            kinds=KINDS,
+            kinds=self._abilities.kinds,
             memory_budget_bytes=self._scorer.pool.budget_bytes,
             scored_tokens=self._scorer.scored_tokens,
             blob_bytes=self._blobs.total_bytes,
         )
 
     async def EnsureModel(self, request: pb.EnsureModelRequest, context: Any) -> pb.EnsureModelResponse:
-        resident = await self._scorer.model(_task(request))
+        task = request.task if request.HasField("task") else _task(request)
+        self._check_abilities(task)
+        resident = await self._scorer.model(task)
         return pb.EnsureModelResponse(model=resident.message())
+
+    def _check_abilities(self, task: rollout_pb2.TeacherTask) -> None:
+        if refusal := self._abilities.refusal(task):
+            raise UnimplementedError(refusal)
 
     async def Score(self, request: pb.ScoreRequest, context: Any) -> AsyncGenerator[pb.ScoreResponse, None]:
         if not request.task.model:
             raise SpecError("task.model is empty; name a registered model", param="task.model")
+        asked = rollout_pb2.TeacherTask()
+        asked.CopyFrom(request.task)
+        asked.asks.extend(rollout.score for rollout in request.rollouts)
+        self._check_abilities(asked)
         resident = await self._scorer.model(request.task)
         if any(rollout.score.kind == rollout_pb2.SCORE_KIND_HIDDEN for rollout in request.rollouts):
             await self._scorer.head(resident)  # hashed once, off the event loop

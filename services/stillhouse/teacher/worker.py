@@ -20,7 +20,7 @@ from stillhouse.core.telemetry import DROPPED, SCORED_ROLLOUTS
 from stillhouse.core.worker import pause, run_turns
 from stillhouse.teacher.batching import plan_batches
 from stillhouse.teacher.blobstore import BlobStore
-from stillhouse.teacher.engines.base import Scored, ScoreItem, Unscored
+from stillhouse.teacher.engines.base import Abilities, Scored, ScoreItem, Unscored
 from stillhouse.teacher.messages import blob_key, make_failure, make_score, score_mark, without_tokens
 from stillhouse.teacher.pool import Resident
 from stillhouse.teacher.scoring import Scorer
@@ -55,11 +55,12 @@ class TeacherWorker:
     unblocked by: a sampler's hand-over; `Context.stop`, which hands claims back
     """
 
-    def __init__(self, ctx: Context, scorer: Scorer, blobs: BlobStore) -> None:
+    def __init__(self, ctx: Context, scorer: Scorer, blobs: BlobStore, abilities: Abilities) -> None:
         self._ctx = ctx
         self._scorer = scorer
         self._blobs = blobs
         self._reader = Reader(ctx.models)
+        self._abilities = abilities
         self._last_stream = ""
         self._unusable: dict[str, float] = {}
         self._deterministic: dict[Scope, bool] = {}
@@ -94,7 +95,7 @@ class TeacherWorker:
                 await pause(self._ctx.stop, IDLE_S)
 
     async def _tasks(self) -> dict[str, pb.TeacherTask]:
-        """Streams that are there and whose model can be loaded, by model: neighbours share it."""
+        """Streams that are there and whose rollouts the engine can score, by model: neighbours share it."""
         redis: Any = self._ctx.redis
         tasks: dict[str, pb.TeacherTask] = {}
         for member in sorted(await redis.smembers(keys.TEACHERS)):
@@ -103,7 +104,7 @@ class TeacherWorker:
                 # a stream that is gone would make a read over all of them fail
                 if await redis.exists(stream):
                     tasks[stream.decode()] = pb.TeacherTask.FromString(task)
-        return tasks
+        return {stream: task for stream, task in tasks.items() if not self._abilities.refusal(task)}
 
     def _rotation(self, streams: list[str]) -> list[str]:
         """The streams, starting after the one served last: whoever is first in the index has no advantage."""

@@ -4,6 +4,7 @@
                             those of the adapter alone where only that learns
     optimizer.safetensors   `{parameter}/{slot}` of AdamW
     average.safetensors     moving average of these weights, where the job keeps one
+    followed.safetensors    the one that its teachers follow
     state.json              policy version, random states, versions
 
 Several ranks write a part of each tensor file (shards.py), the first of them the rest. Hashes, the manifest and
@@ -30,6 +31,7 @@ from stillhouse.trainer.shards import Share
 WEIGHTS: Final = "model"
 OPTIMIZER: Final = "optimizer"
 AVERAGE: Final = "average"
+FOLLOWED: Final = "followed"
 STATE_FILE: Final = "state.json"
 SCHEMA_VERSION: Final = 1
 
@@ -41,16 +43,16 @@ def save_state(
     facts: Mapping[str, Any],
     share: Share,
     *,
-    average: Mapping[str, Tensor],
+    averages: Mapping[str, Mapping[str, Tensor]],
 ) -> None:
     """Write a learner's state, or the share of it that is here; `weights` are the very tensors of the optimizer.
 
-    `average` is empty where the job keeps none.
+    `averages` are those that the job keeps, by name of the file.
     """
     folder.mkdir(parents=True, exist_ok=True)
     shards.write(folder, WEIGHTS, weights, share)
-    if average:
-        shards.write(folder, AVERAGE, average, share)
+    for stem, average in averages.items():
+        shards.write(folder, stem, average, share)
     slots = {
         f"{name}/{slot}": value
         for name, tensor in weights.items()
@@ -68,7 +70,7 @@ def load_state(
     optimizer: torch.optim.Optimizer,
     share: Share,
     *,
-    average: Mapping[str, Tensor],
+    averages: Mapping[str, Mapping[str, Tensor]],
 ) -> dict[str, Any]:
     """Restore what `save_state` wrote, in whatever shares, into the same tensors; gives the facts.
 
@@ -80,8 +82,8 @@ def load_state(
     state = read_facts(folder)
     slots = shards.read(folder, OPTIMIZER, share)
     load_weights(folder, weights, share)
-    if average:
-        _copy(folder, AVERAGE, average, share)
+    for stem, average in averages.items():
+        _copy(folder, stem, average, share)
     optimizer.state.clear()
     for key, value in slots.items():
         name, _, slot = key.rpartition("/")

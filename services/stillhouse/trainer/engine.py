@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from stillhouse.core.errors import CorruptError
 from stillhouse.core.failpoints import failpoint
-from stillhouse.core.spec import LoraSpec, StageSpec, StudentSpec
+from stillhouse.core.spec import EmaSpec, LoraSpec, StageSpec, StudentSpec
 from stillhouse.trainer import checkpoint
 from stillhouse.trainer.batch import RowMeasures, TeacherHead, Update
 from stillhouse.trainer.export import export_model
@@ -68,6 +68,7 @@ class Engine:
         seed: int,
         threads: int = 0,
         deterministic: bool = False,
+        ema: EmaSpec | None = None,
     ) -> None:
         if threads:
             torch.set_num_threads(threads)
@@ -78,6 +79,8 @@ class Engine:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.student = student
         self.stage = stage
+        self._ema = ema
+        """Of the average that teachers follow."""
         self.model = load_student(model_dir, student.dtype, self.device)
         self.packs, self.packing_reason = choose_packing(self.model, stage.schedule.packing)
         if student.lora is not None:
@@ -105,7 +108,7 @@ class Engine:
         }
 
     def _hold_parameters(self) -> Parameters:
-        return Parameters(self.model, self.stage.optimizer)
+        return Parameters(self.model, self.stage.optimizer, self._ema)
 
     def train(self, batches: Sequence[MicroBatch], heads: Mapping[str, TeacherHead]) -> list[RowMeasures]:
         """Add the micro-batches' gradients to those of the step; `heads` are needed with hidden states only."""
@@ -137,6 +140,14 @@ class Engine:
     def show_average(self, on: bool) -> None:
         """Compute with the moving average of the weights, if the job keeps one, or again with those that learn."""
         self.parameters.show_average(on)
+
+    def move_followed(self) -> None:
+        """Move the average that teachers follow towards the weights that learn."""
+        self.parameters.move_followed()
+
+    def followed_arrays(self) -> list[tuple[str, np.ndarray, str]]:
+        """That average, as `state_arrays`."""
+        return self.parameters.followed_arrays()
 
     def save(self, folder: Path, facts: Mapping[str, Any]) -> None:
         """Write everything a bit-exact continuation needs; see checkpoint.py."""

@@ -16,13 +16,14 @@ from stillhouse.core.blobs import JobArtifacts, read_json, write_json
 from stillhouse.core.errors import JobFailedError, StillhouseError
 from stillhouse.core.spec import EvaluationSpec, TeacherSpec
 from stillhouse.core.tensors import DTYPE_NAMES, ids_list, ids_tensor
+from stillhouse.trainer.asks import held_out_score
 from stillhouse.trainer.batch import TeacherHead
 from stillhouse.trainer.exchange import ScoredGroup, ScoredSample
 from stillhouse.trainer.prompts import Prompt, Renderer
 from stillhouse.trainer.samplers import SamplerPool
 from stillhouse.trainer.space import Space
 from stillhouse.trainer.train import LearnerThread, to_sample
-from stillhouse.v1 import rollout_pb2, sampler_pb2, tensor_pb2
+from stillhouse.v1 import rollout_pb2, sampler_pb2
 
 NGRAM: Final = 4
 """Length of the repeated pieces that are counted."""
@@ -118,7 +119,7 @@ class HeldOut:
         sampling = rollout_pb2.SamplingParams(
             temperature=temperature, top_p=1.0, max_tokens=self._spec.max_tokens, stop_token_ids=self._stop_ids
         )
-        score = rollout_pb2.ScoreSpec(kind=score_kind, temperature=1.0, dtype=tensor_pb2.DATA_TYPE_FLOAT32)
+        score = held_out_score(score_kind)
         return [
             await self._plan(
                 prompt,

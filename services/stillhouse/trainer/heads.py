@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, Final
 
-from stillhouse.core.errors import DeadlineError, UnavailableError, WireError
+from stillhouse.core.errors import DeadlineError, PreflightError, UnavailableError, UnimplementedError, WireError
 from stillhouse.core.models import ModelEntry
 from stillhouse.core.queue.registry import Registry
 from stillhouse.core.queue.streams import Scope
@@ -25,8 +25,10 @@ HEAD_TIMEOUT_S: Final = 300.0
 """Deadline of fetching a head: 1.2 GB for an 8B model takes 12 s at 100 MB/s."""
 
 
-def make_task(scope: Scope, name: str, spec: TeacherSpec, entry: ModelEntry) -> rollout_pb2.TeacherTask:
-    """How teachers score the rollouts routed to `name`."""
+def make_task(
+    scope: Scope, name: str, spec: TeacherSpec, entry: ModelEntry, asks: Sequence[rollout_pb2.ScoreSpec]
+) -> rollout_pb2.TeacherTask:
+    """How teachers score the rollouts routed to `name`, which ask for `asks`."""
     return rollout_pb2.TeacherTask(
         schema_version=1,
         job_id=scope.job_id,
@@ -36,6 +38,8 @@ def make_task(scope: Scope, name: str, spec: TeacherSpec, entry: ModelEntry) -> 
         model_sha256=entry.sha256,
         dtype=DTYPE_NAMES[spec.dtype],
         tokenizer_sha256=entry.tokenizer_sha256,
+        follows_student=spec.ema_of_student is not None,
+        asks=asks,
     )
 
 
@@ -44,16 +48,25 @@ async def ensure_loaded(registry: Registry, peers: Peers, task: rollout_pb2.Teac
 
     Waits for one as long as it takes (the job's record says so, and a user may cancel): a job with days of progress
     must not fail because a node restarts.
+
+    Raises:
+        PreflightError: the job's first claim finds teachers, and the engine of none can do what it asks.
     """
     while True:
-        for info in await registry.services("teacher"):
+        refusals = []
+        services = await registry.services("teacher")
+        for info in services:
             peer = peers.get(info.address, teacher_pb2_grpc.TeacherServiceStub, f"teacher {info.instance}")
-            request = teacher_pb2.EnsureModelRequest(model=task.model, model_sha256=task.model_sha256, dtype=task.dtype)
+            request = teacher_pb2.EnsureModelRequest(task=task)
             try:
                 await peer.unary("EnsureModel", request, timeout_s=LOAD_TIMEOUT_S)
                 return peer
             except (UnavailableError, DeadlineError):
                 continue  # it died just now; its successor announces itself within seconds
+            except UnimplementedError as error:
+                refusals.append(error.message)
+        if refusals and len(refusals) == len(services) and task.epoch == 1:
+            raise PreflightError(f"no teacher here can serve teacher '{task.teacher}': {refusals[0]}")
         await asyncio.sleep(RETRY_S)
 
 

@@ -47,6 +47,8 @@ class Computes(Protocol):
     def update(self, lr: float) -> Update: ...
     def show_average(self, on: bool) -> None: ...
     def state_arrays(self) -> list[tuple[str, np.ndarray, str]]: ...
+    def move_followed(self) -> None: ...
+    def followed_arrays(self) -> list[tuple[str, np.ndarray, str]]: ...
     def export(self, source_dir: Path, folder: Path, card: Mapping[str, Any]) -> None: ...
     def save(self, folder: Path, facts: Mapping[str, Any]) -> None: ...
     def load(self, folder: Path) -> dict[str, Any]: ...
@@ -117,7 +119,7 @@ class Learner:
         if not math.isfinite(update.norm):
             self._refuse_gradient(update, self._culprits(samples, plan, weights, heads))
         self._check_weights(update)
-        self.policy_version += 1
+        self._count()
         return {
             **measures.summary(self.policy_version - 1),
             "grad/norm": update.norm,
@@ -129,8 +131,15 @@ class Learner:
 
     def skip(self) -> dict[str, float]:
         """Count a step whose gradient was not finite: the schedule goes on, weights and optimizer stay."""
-        self.policy_version += 1
+        self._count()
         return {"step/skipped": 1.0}
+
+    def _count(self) -> None:
+        """A step is behind the weights; the average that teachers follow moves when it is due."""
+        self.policy_version += 1
+        ema = next((teacher.ema_of_student for teacher in self.teachers.values() if teacher.ema_of_student), None)
+        if ema is not None and self.policy_version % ema.every == 0:
+            self.engine.move_followed()
 
     def evaluate(
         self, samples: Sequence[TrainSample], heads: Mapping[str, TeacherHead], *, temperature: float | None = None
@@ -162,6 +171,10 @@ class Learner:
         """(name, array, element type) of all weights, a copy; see `Parameters.state_arrays`."""
         self.engine.show_average(self.is_done)
         return self.engine.state_arrays()
+
+    def followed_arrays(self) -> list[tuple[str, np.ndarray, str]]:
+        """The average that teachers follow, as `state_arrays`."""
+        return self.engine.followed_arrays()
 
     def export(self, source_dir: Path, folder: Path, card: Mapping[str, Any]) -> None:
         """Write the student to the new or empty `folder`; see export.py."""

@@ -1,5 +1,5 @@
 """What training changes: the student's parameters (or its adapter's), their float32 masters, gradients and optimizer,
-their running average; their state on disk.
+their running averages; their state on disk.
 
 Leaves out how gradients come about (engine.py) and when a step may count (learner.py).
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import PreTrainedModel
 
-from stillhouse.core.spec import OptimizerSpec
+from stillhouse.core.spec import EmaSpec, OptimizerSpec
 from stillhouse.trainer import checkpoint
 from stillhouse.trainer.batch import Update
 from stillhouse.trainer.lora import learned, merged_weights, save_adapter
@@ -30,19 +30,21 @@ class Parameters:
     share = Share()
     """The rows of every tensor that are here."""
 
-    def __init__(self, model: PreTrainedModel, spec: OptimizerSpec) -> None:
+    def __init__(self, model: PreTrainedModel, spec: OptimizerSpec, ema: EmaSpec | None = None) -> None:
         self._model = model
         self._params = learned(model)
         # In bfloat16 a step of 1e-5 is lost to rounding: the optimizer moves float32 copies, the model follows.
         self._masters = {name: self._master(param) for name, param in self._params.items()}
         self.optimizer = _adamw(self._masters, spec)
         self._max_norm = spec.max_grad_norm
-        self._decay = spec.ema_decay
-        self._average: dict[str, Tensor] = {}
-        """Exponential moving average of the masters; empty without one."""
-        if self._decay is not None:
-            self._average = {name: master.detach().clone() for name, master in self._masters.items()}
-        self._shows_average = False
+        decays = {checkpoint.AVERAGE: spec.ema_decay, checkpoint.FOLLOWED: None if ema is None else ema.decay}
+        self._decays = {stem: decay for stem, decay in decays.items() if decay is not None}
+        """Of each exponential moving average that is kept, by the name of its file."""
+        self._averages = {
+            stem: {name: master.detach().clone() for name, master in self._masters.items()} for stem in self._decays
+        }
+        self._shown = ""
+        """The average that the model computes with; empty = the weights that learn."""
 
     def collect_gradients(self) -> None:
         """Add the model's gradients to the masters', in float32."""
@@ -74,27 +76,36 @@ class Parameters:
             group["lr"] = lr
         self.optimizer.step()
         self.clear_gradients()
-        self._move_average()
+        self._move(checkpoint.AVERAGE)
         self._follow_masters()
         return Update(norm, bad_weights=[name for name, m in self._masters.items() if not _is_finite(m)])
 
-    @torch.no_grad()
-    def _move_average(self) -> None:
-        """average = decay * average + (1 - decay) * weight, in float32."""
-        for name, average in self._average.items():
-            average.lerp_(self._masters[name], 1 - (self._decay or 0.0))
+    def move_followed(self) -> None:
+        """Move the average that teachers follow."""
+        self._show("")
+        self._move(checkpoint.FOLLOWED)
 
     @torch.no_grad()
+    def _move(self, stem: str) -> None:
+        """average = decay * average + (1 - decay) * weight, in float32."""
+        for name, average in self._averages.get(stem, {}).items():
+            average.lerp_(self._masters[name], 1 - self._decays[stem])
+
     def show_average(self, on: bool) -> None:
         """Let the model compute with the average of its weights, or again with those that learn; bit for bit."""
-        if on == self._shows_average or not self._average:
+        self._show(checkpoint.AVERAGE if on and checkpoint.AVERAGE in self._averages else "")
+
+    @torch.no_grad()
+    def _show(self, stem: str) -> None:
+        if stem == self._shown:
             return
-        for name, average in self._average.items():
-            master = self._masters[name]
-            hidden = master.clone()
-            master.copy_(average)
-            average.copy_(hidden)
-        self._shows_average = on
+        for swapped in (self._shown, stem):  # a second swap undoes the first
+            for name, average in self._averages.get(swapped, {}).items():
+                master = self._masters[name]
+                hidden = master.clone()
+                master.copy_(average)
+                average.copy_(hidden)
+        self._shown = stem
         self._follow_masters()
 
     def save_adapter(self, folder: Path, base: str) -> None:
@@ -116,12 +127,20 @@ class Parameters:
                 arrays.append((name, tensor.numpy(), str(tensor.dtype).removeprefix("torch.")))
         return arrays
 
+    def followed_arrays(self) -> list[tuple[str, np.ndarray, str]]:
+        """The average that teachers follow, as `state_arrays`."""
+        shown = self._shown
+        self._show(checkpoint.FOLLOWED)
+        arrays = self.state_arrays()
+        self._show(shown)
+        return arrays
+
     def save(self, folder: Path, facts: Mapping[str, Any]) -> None:
         """Write everything a bit-exact continuation needs; see checkpoint.py."""
-        shown = self._shows_average
-        self.show_average(False)
-        checkpoint.save_state(folder, self._masters, self.optimizer, facts, self.share, average=self._average)
-        self.show_average(shown)
+        shown = self._shown
+        self._show("")
+        checkpoint.save_state(folder, self._masters, self.optimizer, facts, self.share, averages=self._averages)
+        self._show(shown)
 
     def load(self, folder: Path) -> dict[str, Any]:
         """Continue from what `save` wrote; gives the facts.
@@ -129,18 +148,19 @@ class Parameters:
         Raises:
             CorruptError: it does not read, or is of another student.
         """
-        self._shows_average = False
-        facts = checkpoint.load_state(folder, self._masters, self.optimizer, self.share, average=self._average)
+        self._shown = ""
+        facts = checkpoint.load_state(folder, self._masters, self.optimizer, self.share, averages=self._averages)
         self._follow_masters()
         return facts
 
     def load_weights(self, folder: Path) -> None:
-        """The weights of a checkpoint, with the optimizer as it is; an average starts from them."""
-        self._shows_average = False
+        """The weights of a checkpoint, with the optimizer as it is; averages start from them."""
+        self._shown = ""
         checkpoint.load_weights(folder, self._masters, self.share)
         with torch.no_grad():
-            for name, average in self._average.items():
-                average.copy_(self._masters[name])
+            for average in self._averages.values():
+                for name, tensor in average.items():
+                    tensor.copy_(self._masters[name])
         self._follow_masters()
 
     # --- what differs where a device holds only some rows ---

@@ -61,13 +61,11 @@ def make_index(
     return weights_pb2.WeightsIndex(ref=ref, tensors=entries, total_bytes=offset)
 
 
-class Publisher:
-    """Holds the newest versions of one claim of a job."""
+class Shelf:
+    """Holds the newest versions of one claim of a job for `FetchWeights`."""
 
-    def __init__(self, scope: Scope, jobs: JobStore, samplers: SamplerPool, hold: int) -> None:
+    def __init__(self, scope: Scope, hold: int) -> None:
         self._scope = scope
-        self._jobs = jobs
-        self._samplers = samplers
         self._hold = hold
         self._held: dict[int, Held] = {}
 
@@ -76,29 +74,28 @@ class Publisher:
         """Versions held, oldest first."""
         return [self._held[version].index.ref for version in sorted(self._held)]
 
-    async def publish(self, policy_version: int, arrays: list[tuple[str, np.ndarray, str]]) -> weights_pb2.WeightsRef:
-        """Name and hold the weights; returns once the reference is durable."""
-        ref = await self.hold(policy_version, arrays)
-        reference: dict[str, Any] = {
-            "epoch": ref.epoch,
-            "policy_version": ref.policy_version,
-            "sha256": ref.sha256,
-        }
-        await self._jobs.update(self._scope, weights=reference)
-        failpoint("trainer.published")
-        self._samplers.hint(ref)
-        return ref
-
     async def hold(self, policy_version: int, arrays: list[tuple[str, np.ndarray, str]]) -> weights_pb2.WeightsRef:
         """Name the weights and keep them for `FetchWeights`, telling nobody."""
         index = await asyncio.to_thread(make_index, self._scope, policy_version, arrays)
-        self._held[policy_version] = Held(index, [array for _, array, _ in arrays])
-        for version in sorted(self._held)[: -self._hold]:
-            del self._held[version]
+        self._keep(policy_version, Held(index, [array for _, array, _ in arrays]))
         return index.ref
 
+    def rename(self, policy_version: int) -> weights_pb2.WeightsRef:
+        """The newest weights are those of a later version, too."""
+        newest = self._held[max(self._held)]
+        index = weights_pb2.WeightsIndex()
+        index.CopyFrom(newest.index)
+        index.ref.policy_version = policy_version
+        self._keep(policy_version, Held(index, newest.arrays))
+        return index.ref
+
+    def _keep(self, policy_version: int, held: Held) -> None:
+        self._held[policy_version] = held
+        for version in sorted(self._held)[: -self._hold]:
+            del self._held[version]
+
     def find(self, request: trainer_pb2.FetchWeightsRequest) -> Held:
-        """The version a sampler asks for.
+        """The version a sampler or teacher asks for.
 
         Raises:
             ConflictError: it works for another job or epoch.
@@ -118,3 +115,25 @@ class Publisher:
         if request.dtype and any(entry.dtype != request.dtype for entry in held.index.tensors):
             raise UnimplementedError("weights are served in the element type they are trained in; ask without a dtype")
         return held
+
+
+class Publisher(Shelf):
+    """Publishes the student to the samplers."""
+
+    def __init__(self, scope: Scope, jobs: JobStore, samplers: SamplerPool, hold: int) -> None:
+        super().__init__(scope, hold)
+        self._jobs = jobs
+        self._samplers = samplers
+
+    async def publish(self, policy_version: int, arrays: list[tuple[str, np.ndarray, str]]) -> weights_pb2.WeightsRef:
+        """Name and hold the weights; returns once the reference is durable."""
+        ref = await self.hold(policy_version, arrays)
+        reference: dict[str, Any] = {
+            "epoch": ref.epoch,
+            "policy_version": ref.policy_version,
+            "sha256": ref.sha256,
+        }
+        await self._jobs.update(self._scope, weights=reference)
+        failpoint("trainer.published")
+        self._samplers.hint(ref)
+        return ref

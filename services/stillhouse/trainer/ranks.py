@@ -31,7 +31,7 @@ import torch.distributed as dist
 
 from stillhouse.core import errors
 from stillhouse.core.errors import StillhouseError
-from stillhouse.core.spec import StageSpec, StudentSpec
+from stillhouse.core.spec import EmaSpec, StageSpec, StudentSpec
 from stillhouse.trainer.batch import RowMeasures, TeacherHead, Update
 from stillhouse.trainer.export import export_model
 from stillhouse.trainer.packing import MicroBatch
@@ -157,6 +157,7 @@ class Part:
             stage=StageSpec.model_validate(values["stage"]),
             seed=values["seed"],
             threads=values["threads"],
+            ema=None if values["ema"] is None else EmaSpec.model_validate(values["ema"]),
         )
         return Message({"vocab_size": self.engine.vocab_size, "loaded": self.engine.facts()}, {})
 
@@ -191,9 +192,14 @@ class Part:
     def _update(self, values: dict[str, Any]) -> Message:
         return Message.of(self.opened().update(values["lr"]))
 
+    def _move_followed(self, _: dict[str, Any]) -> None:
+        self.opened().move_followed()
+
     def _state_arrays(self, _: dict[str, Any]) -> Message:
-        arrays = self.opened().state_arrays()
-        return Message({"dtypes": {name: dtype for name, _, dtype in arrays}}, {name: a for name, a, _ in arrays})
+        return _message(self.opened().state_arrays())
+
+    def _followed_arrays(self, _: dict[str, Any]) -> Message:
+        return _message(self.opened().followed_arrays())
 
     def _save(self, values: dict[str, Any]) -> None:
         self.opened().save(Path(values["folder"]), values["facts"])
@@ -214,13 +220,22 @@ class RankedEngine:
     """The student of all ranks, as the learner sees it (learner.Computes). Lives on rank 0."""
 
     def __init__(
-        self, ranks: Ranks, model_dir: Path, *, student: StudentSpec, stage: StageSpec, seed: int, threads: int = 0
+        self,
+        ranks: Ranks,
+        model_dir: Path,
+        *,
+        student: StudentSpec,
+        stage: StageSpec,
+        seed: int,
+        threads: int = 0,
+        ema: EmaSpec | None = None,
     ) -> None:
         self._ranks = ranks
         self._part = Part()
         self._sent: set[str] = set()
         self.num_ranks = ranks.size
-        specs = {"student": student.model_dump(mode="json"), "stage": stage.model_dump(mode="json")}
+        parts = {"student": student, "stage": stage, "ema": ema}
+        specs = {name: None if part is None else part.model_dump(mode="json") for name, part in parts.items()}
         answer = self._say("open", model_dir=str(model_dir), seed=seed, threads=threads, **specs)[0]
         self.vocab_size: int = answer["vocab_size"]
         self.packs: bool = answer["loaded"]["packing"]
@@ -256,7 +271,16 @@ class RankedEngine:
         )
 
     def state_arrays(self) -> list[tuple[str, np.ndarray, str]]:
-        own = self._run([Message({"do": "state_arrays"}, {})] * self.num_ranks)[0]
+        return self._arrays("state_arrays")
+
+    def move_followed(self) -> None:
+        self._say("move_followed")
+
+    def followed_arrays(self) -> list[tuple[str, np.ndarray, str]]:
+        return self._arrays("followed_arrays")
+
+    def _arrays(self, do: str) -> list[tuple[str, np.ndarray, str]]:
+        own = self._run([Message({"do": do}, {})] * self.num_ranks)[0]
         return [(name, array, own.facts["dtypes"][name]) for name, array in own.arrays.items()]
 
     def export(self, source_dir: Path, folder: Path, card: Mapping[str, Any]) -> None:
@@ -331,6 +355,10 @@ def _error(rank: int, name: str, message: str) -> Exception:
     kind = getattr(errors, name, RuntimeError)
     is_ours = isinstance(kind, type) and issubclass(kind, StillhouseError)
     return kind(message) if is_ours else RuntimeError(f"rank {rank}: {name}: {message}")
+
+
+def _message(arrays: list[tuple[str, np.ndarray, str]]) -> Message:
+    return Message({"dtypes": {name: dtype for name, _, dtype in arrays}}, {name: array for name, array, _ in arrays})
 
 
 def _union(lists: Iterable[list[str]]) -> list[str]:

@@ -14,13 +14,13 @@ from stillhouse.core.errors import JobFailedError, NonFiniteError
 from stillhouse.core.failpoints import failpoint
 from stillhouse.core.queue.jobs import JobStore
 from stillhouse.core.queue.streams import Scope
-from stillhouse.core.spec import FullVocabularyLoss, JobSpec, PolicyGradientLoss, StageSpec, TopKLoss
-from stillhouse.core.spec_loss import Payload
-from stillhouse.core.tensors import DTYPE_NAMES
+from stillhouse.core.spec import JobSpec, StageSpec
 from stillhouse.trainer import manifests
+from stillhouse.trainer.asks import train_score
 from stillhouse.trainer.batch import TeacherHead, TrainSample
 from stillhouse.trainer.evaluate import HeldOut
 from stillhouse.trainer.exchange import Exchange, ScoredGroup, ScoredSample
+from stillhouse.trainer.followed import Followed
 from stillhouse.trainer.journal import JournalledStep, StepJournal, read_step
 from stillhouse.trainer.ledger import Ledger
 from stillhouse.trainer.manifests import ManifestRef, Opening
@@ -38,15 +38,6 @@ from stillhouse.v1 import rollout_pb2
 
 MAX_NON_FINITE: Final = 3
 """Steps in a row without a finite gradient after which the job fails: one may be a bad sample, three are divergence."""
-
-SCORE_KINDS: Final[dict[Payload, rollout_pb2.ScoreKind]] = {
-    "none": rollout_pb2.SCORE_KIND_NONE,
-    "sampled": rollout_pb2.SCORE_KIND_SAMPLED,
-    "spans": rollout_pb2.SCORE_KIND_SPANS,
-    "top_k": rollout_pb2.SCORE_KIND_TOPK,
-    "targets": rollout_pb2.SCORE_KIND_TARGETS,
-    "hidden": rollout_pb2.SCORE_KIND_HIDDEN,
-}
 
 
 @dataclass
@@ -79,6 +70,8 @@ class Run:
     """What the learner consumed."""
     on_damage: Callable[[str], None]
     """Told about files that do not verify."""
+    followed: Followed | None = None
+    """Publishes the average that teachers follow; None = none does."""
     held_out: HeldOut | None = None
     step_done: int = 0
     """Optimizer steps in the learner."""
@@ -107,7 +100,7 @@ class Run:
             seed_id=str(group),
             size=self.stage.schedule.group_size,
             sampling=self._sampling(),
-            score=self._score_spec(),
+            score=train_score(self.stage),
             min_policy_version=min_policy_version,
         )
         if is_on_policy(self.spec.seed, group, self.stage.on_policy_fraction):
@@ -289,6 +282,8 @@ class Run:
 
     async def publish(self, step: int) -> None:
         with self.progress.timed("publish"):
+            if self.followed is not None:
+                await self.followed.publish(step, self.learner.followed_arrays)
             await self.publisher.publish(step, await self.learner.state_arrays())
         if self._metrics:
             await self.progress.step_done(step, self._metrics, self._busy)
@@ -377,18 +372,6 @@ class Run:
             record_top_k=self.stage.loss.record_top_k(),
             record_entropies=select is not None and select.by == "entropy",
         )
-
-    def _score_spec(self) -> rollout_pb2.ScoreSpec:
-        loss = self.stage.loss
-        payload = loss.payload()
-        spec = rollout_pb2.ScoreSpec(
-            kind=SCORE_KINDS[payload], temperature=self.stage.sampling.temperature, dtype=DTYPE_NAMES["float32"]
-        )
-        if payload == "hidden" and isinstance(loss, FullVocabularyLoss | PolicyGradientLoss):
-            spec.dtype = DTYPE_NAMES[loss.hidden_dtype]
-        if payload == "top_k" and isinstance(loss, TopKLoss | PolicyGradientLoss):
-            spec.top_k = loss.k
-        return spec
 
     async def export(self, source_dir: Path, card: dict[str, Any]) -> None:
         """Write the finished student beside the artifacts, in place of an older export."""

@@ -35,7 +35,10 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
             raise ConflictError(f"this trainer does not lead job '{request.job_id}'")
         if lead.run_ is None:
             raise NotFoundError("no weights are published yet")
-        held = lead.run_.publisher.find(request)
+        shelf = lead.run_.followed if request.average else lead.run_.publisher
+        if shelf is None:
+            raise ConflictError(f"job '{request.job_id}' has no teacher that follows its student")
+        held = shelf.find(request)
         yield trainer_pb2.FetchWeightsResponse(index=held.index)
         for chunk in held.parts():
             yield trainer_pb2.FetchWeightsResponse(chunk=chunk)

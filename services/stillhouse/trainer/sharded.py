@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from stillhouse.core.spec import OptimizerSpec
+from stillhouse.core.spec import EmaSpec, OptimizerSpec
 from stillhouse.trainer.batch import TeacherHead
 from stillhouse.trainer.engine import Engine
 from stillhouse.trainer.packing import MicroBatch
@@ -42,7 +42,7 @@ class ShardedEngine(Engine):
             if type(module).__name__ in layers:
                 _shard(module, dtype)
         _shard(self._passes, dtype)
-        return ShardedParameters(self.model, self.stage.optimizer, dtype)
+        return ShardedParameters(self.model, self.stage.optimizer, dtype, self._ema)
 
     def _exact_kl(self, batch: MicroBatch, head: TeacherHead, temperature: float) -> np.ndarray:
         kls = super()._exact_kl(batch, head, temperature)
@@ -62,10 +62,12 @@ def _shard(module: nn.Module, dtype: torch.dtype) -> None:
 class ShardedParameters(Parameters):
     """One rank's rows of all parameters, in float32: they are the masters."""
 
-    def __init__(self, model: PreTrainedModel, spec: OptimizerSpec, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: PreTrainedModel, spec: OptimizerSpec, dtype: torch.dtype, ema: EmaSpec | None = None
+    ) -> None:
         self.share = Share(dist.get_rank(), dist.get_world_size())
         self._dtype = dtype
-        super().__init__(model, spec)
+        super().__init__(model, spec, ema)
 
     def _master(self, param: Tensor) -> Tensor:
         return _local(param.detach()).requires_grad_()  # the same memory

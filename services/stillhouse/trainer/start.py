@@ -15,11 +15,13 @@ from stillhouse.core.models import ModelEntry, verify_files
 from stillhouse.core.queue.jobs import JobRecord
 from stillhouse.core.queue.streams import Scope
 from stillhouse.core.service import Context
-from stillhouse.core.spec import DataSpec, JobSpec, PolicyGradientLoss, TeacherSpec
+from stillhouse.core.spec import DataSpec, JobSpec, PolicyGradientLoss
 from stillhouse.trainer import manifests
+from stillhouse.trainer.asks import asks
 from stillhouse.trainer.batch import TeacherHead
 from stillhouse.trainer.evaluate import HeldOut
 from stillhouse.trainer.exchange import Exchange
+from stillhouse.trainer.followed import Followed
 from stillhouse.trainer.heads import ensure_loaded, fetch_head, make_task
 from stillhouse.trainer.ledger import Ledger
 from stillhouse.trainer.loop import Interrupt
@@ -43,6 +45,7 @@ from stillhouse.trainer.texts import Texts
 from stillhouse.trainer.tokens import special_token_ids, stop_token_ids
 from stillhouse.trainer.train import LearnerThread
 from stillhouse.trainer.verify.judges import Judges, VerifierError
+from stillhouse.v1.rollout_pb2 import TeacherTask
 
 
 @dataclass
@@ -101,6 +104,7 @@ class Start:
             samplers=self.samplers,
             learner=self.learner,
             publisher=Publisher(self.scope, self.ctx.jobs, self.samplers, stage.schedule.max_staleness + 1),
+            followed=self._followed(),
             progress=self.progress,
             order=PromptOrder(prompts, self.spec.seed, stage.data.shuffle),
             prompts=prompts,
@@ -212,15 +216,23 @@ class Start:
             registry=ctx.registry,
             peers=ctx.peers,
             consumer=ctx.instance,
-            tasks={name: make_task(self.scope, name, spec, teachers[name]) for name, spec in self._asked().items()},
+            tasks=self._tasks(teachers),
             log=self.log,
         )
         await self.space.insist("the streams of the job", exchange.open)
         return exchange
 
-    def _asked(self) -> Mapping[str, TeacherSpec]:
-        """Teachers that score."""
-        return self.spec.teachers if self.spec.asks_teachers() else {}
+    def _tasks(self, teachers: dict[str, ModelEntry]) -> dict[str, TeacherTask]:
+        """How the teachers that score do it, by name."""
+        asked = self.spec.teachers if self.spec.asks_teachers() else {}
+        wanted = asks(self.spec)
+        return {name: make_task(self.scope, name, spec, teachers[name], wanted) for name, spec in asked.items()}
+
+    def _followed(self) -> Followed | None:
+        ema = self.spec.ema_of_student()
+        if ema is None:
+            return None
+        return Followed(self.scope, ema, registry=self.ctx.registry, peers=self.ctx.peers, log=self.log)
 
     def _texts(self, exchange: Exchange, student: ModelEntry, teachers: dict[str, ModelEntry]) -> Texts:
         """What brings off-policy groups; if teachers write them, they must end as the student does."""
@@ -272,8 +284,7 @@ class Start:
         """Every teacher loaded somewhere; the heads of those whose hidden states come to the learner."""
         needs_heads = self.spec.stages[0].loss.payload() == "hidden" or bool(held_out)
         heads: dict[str, TeacherHead] = {}
-        for name, spec in self._asked().items():
-            task = make_task(self.scope, name, spec, teachers[name])
+        for name, task in self._tasks(teachers).items():
             if needs_heads:
                 heads[name] = await fetch_head(self.ctx.registry, self.ctx.peers, task)
             else:

@@ -175,7 +175,13 @@ class LearnerThread:
         return self._learner.engine.facts()
 
     def _make_engine(self, model_dir: Path, spec: JobSpec, threads: int) -> Any:
-        options: Any = {"student": spec.student, "stage": spec.stages[0], "seed": spec.seed, "threads": threads}
+        options: Any = {
+            "student": spec.student,
+            "stage": spec.stages[0],
+            "seed": spec.seed,
+            "threads": threads,
+            "ema": spec.ema_of_student(),
+        }
         if self._ranks is None:
             from stillhouse.trainer.engine import Engine
 
@@ -205,6 +211,10 @@ class LearnerThread:
     async def state_arrays(self) -> list[tuple[str, np.ndarray, str]]:
         """A copy of the weights: (name, array, element type)."""
         return await self.call(lambda: self._learner.state_arrays())
+
+    async def followed_arrays(self) -> list[tuple[str, np.ndarray, str]]:
+        """A copy of the average that teachers follow."""
+        return await self.call(lambda: self._learner.followed_arrays())
 
     async def save(self, write: Callable[[Callable[[Path], None]], T]) -> T:
         """Run `write(save_into)` in the thread, where `save_into(folder)` stores the learner's whole state."""

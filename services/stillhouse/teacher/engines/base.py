@@ -5,13 +5,22 @@ Axes: T completion tokens, K top-k or targets, D model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 
 from stillhouse.v1 import rollout_pb2
+
+SCORE_KINDS: Final = (
+    rollout_pb2.SCORE_KIND_SAMPLED,
+    rollout_pb2.SCORE_KIND_TOPK,
+    rollout_pb2.SCORE_KIND_TARGETS,
+    rollout_pb2.SCORE_KIND_HIDDEN,
+    rollout_pb2.SCORE_KIND_SPANS,
+)
+"""What a teacher can be asked for. For spans, an engine scores sampled tokens."""
 
 
 class Spans(NamedTuple):
@@ -100,8 +109,44 @@ class Head:
         return sum(part.nbytes for part in self.parts)
 
 
+@dataclass(frozen=True, slots=True)
+class Abilities:
+    """What an engine can do: known before a model is loaded."""
+
+    engine: str
+    """Its name in the setting `engine`."""
+    lacks: Mapping[int, str] = field(default_factory=dict)
+    """Kinds of scores that it does not give, and what to do about it."""
+    temperatures: bool = True
+    """It scores at any temperature; False = at 1 only."""
+    follows: bool = False
+    """It takes new weights while it runs, so that its teacher can follow a student."""
+
+    @property
+    def kinds(self) -> list[rollout_pb2.ScoreKind]:
+        """Kinds of scores that it gives."""
+        return [kind for kind in SCORE_KINDS if kind not in self.lacks]
+
+    def refusal(self, task: rollout_pb2.TeacherTask) -> str:
+        """Why a stream's rollouts cannot all be scored here, for people; empty = they can."""
+        if task.follows_student and not self.follows:
+            return f"engine {self.engine} serves registered weights only; 'ema_of_student' needs engine transformers"
+        for ask in task.asks:
+            if ask.kind in self.lacks:
+                return f"engine {self.engine} {self.lacks[ask.kind]}"
+            if not self.temperatures and ask.temperature not in (0.0, 1.0):
+                return (
+                    f"engine {self.engine} scores at temperature 1 only, asked for {ask.temperature:g}; set "
+                    "sampling.temperature to 1, or use engine transformers"
+                )
+        return ""
+
+
+TRANSFORMERS: Final = Abilities(engine="transformers")
+
+
 class Engine(Protocol):
-    """A frozen model that judges. Used from the compute thread only."""
+    """A model that judges. Used from the compute thread only."""
 
     vocab_size: int
     """Token ids it can read; padding rows of the head are not among them."""
@@ -116,4 +161,16 @@ class Engine(Protocol):
 
     def head(self) -> Head:
         """The output head, hashed."""
+        ...
+
+    def load_weights(self, arrays: Mapping[str, np.ndarray[Any, Any]], dtypes: Mapping[str, int]) -> None:
+        """Take over published weights, by state-dict name (bfloat16 as uint16 bits) with their wire element types.
+
+        Raises:
+            WeightsError: they do not fit the model; what is loaded then is undefined.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free the memory and end child processes; nothing is called afterwards."""
         ...

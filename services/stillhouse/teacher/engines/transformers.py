@@ -6,8 +6,9 @@ Padding is on the right and needs no mask: in a causal model it cannot reach the
 
 from __future__ import annotations
 
+import gc
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Final
 
@@ -17,8 +18,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from stillhouse.core.errors import ConflictError
+from stillhouse.core.errors import ConflictError, WeightsError
 from stillhouse.core.models import ModelEntry
+from stillhouse.core.tensors import dtype_name
 from stillhouse.teacher.engines.base import Head, Scored, ScoreItem, Unscored
 from stillhouse.v1 import rollout_pb2 as pb
 
@@ -48,11 +50,14 @@ class TransformersEngine:
         self.vocab_size = min(entry.tokenizer_size, self._head.weight.shape[0])
         self.max_sequence_length = entry.max_sequence_length
         self.size_bytes = sum(tensor.nbytes for tensor in self._model.parameters())
-        # log-probabilities come from float32 logits: bfloat16 ones are off by up to 0.06 nats
+        self._cast_head()
+        self._check_head(entry)
+
+    def _cast_head(self) -> None:
+        """Log-probabilities come from float32 logits: bfloat16 ones are off by up to 0.06 nats."""
         self._weight_VD = self._head.weight[: self.vocab_size].float()
         bias = getattr(self._head, "bias", None)
         self._bias_V = None if bias is None else bias[: self.vocab_size].float()
-        self._check_head(entry)
 
     @torch.inference_mode()
     def _check_head(self, entry: ModelEntry) -> None:
@@ -148,6 +153,34 @@ class TransformersEngine:
         logits = self._scale * torch.nn.functional.linear(hidden_TD.float(), self._weight_VD, self._bias_V)
         return self._soft_cap * torch.tanh(logits / self._soft_cap) if self._soft_cap else logits
 
+    @torch.no_grad()
+    def load_weights(self, arrays: Mapping[str, np.ndarray[Any, Any]], dtypes: Mapping[str, int]) -> None:
+        targets: dict[str, Tensor] = self._model.state_dict()
+        # tied tensors are one memory under several names and come once
+        covered = {targets[name].data_ptr() for name in arrays.keys() & targets.keys()}
+        missing = [name for name, target in targets.items() if target.data_ptr() not in covered]
+        if missing or arrays.keys() - targets.keys():
+            odd = missing or sorted(arrays.keys() - targets.keys())
+            raise WeightsError(
+                f"{len(arrays)} tensors came and the teacher has {len(targets)}; {odd[0]} is only on one side"
+            )
+        for name, array in arrays.items():
+            source = _as_torch(array, dtypes[name])
+            if source.shape != targets[name].shape or not bool(torch.isfinite(source).all()):
+                raise WeightsError(
+                    f"{name}: {list(source.shape)} came, the teacher has {list(targets[name].shape)}, and all numbers "
+                    "must be finite"
+                )
+            targets[name].copy_(source)
+        self._cast_head()
+        self.__dict__.pop("_described_head", None)
+
+    def close(self) -> None:
+        del self._model, self._head, self._weight_VD, self._bias_V
+        gc.collect()  # modules and their hooks hang in reference cycles
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def head(self) -> Head:
         return self._described_head
 
@@ -186,6 +219,14 @@ def _logit_scale(config: Any) -> float:
     if getattr(config, "logits_scaling", None):
         return 1.0 / float(config.logits_scaling)
     return float(getattr(config, "logit_scale", None) or 1.0)
+
+
+def _as_torch(array: np.ndarray[Any, Any], dtype: int) -> Tensor:
+    if not array.flags.writeable:  # torch cannot express read-only memory
+        array = array.copy()
+    if dtype_name(dtype) == "bfloat16":
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
 
 
 def _raw_bytes(tensor: Tensor) -> memoryview:
