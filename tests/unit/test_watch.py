@@ -237,5 +237,5 @@ def test_a_process_whose_computation_hangs_ends_with_exit_code_1(redis_url: str,
     ended = subprocess.run([sys.executable, "-c", BLOCKED], env=env, capture_output=True, text=True, timeout=20)
     assert ended.returncode == 1, ended.stderr
     said = ended.stdout + ended.stderr
-    assert "the compute thread of sampler 'sampler-7' made no progress" in said
+    assert "the computation of sampler 'sampler-7' made no progress" in said
     assert "Traceback" not in said, "a known end, in one line"

@@ -59,6 +59,18 @@ class Settings(BaseModel):
     """auto = coloured text on a terminal, JSON elsewhere."""
     engine: Literal["transformers", "vllm"] = "transformers"
     """Engine of sampler and teacher."""
+    vllm_tensor_parallel: int = Field(default=1, ge=1, le=64)
+    """vLLM: devices that a model is split over."""
+    vllm_memory_fraction: float = Field(default=0.9, gt=0, le=1)
+    """vLLM on a GPU: share of its memory for weights, cache and work space."""
+    vllm_cache_gib: float = Field(default=0, ge=0, le=100_000)
+    """vLLM: memory for keys and values; 0 = on a GPU what `vllm_memory_fraction` leaves, on a CPU 1 GiB."""
+    vllm_max_length: int = Field(default=0, ge=0, le=100_000_000)
+    """vLLM: longest prompt and completion together, tokens; 0 = as long as the model can. The cache has to hold at
+    least one of these."""
+    vllm_eager: bool = True
+    """vLLM: neither compile the model nor record CUDA graphs: starts in seconds instead of minutes, but decodes slower
+    on a GPU."""
     threads: int = Field(default=0, ge=0, le=1024)
     """Compute threads of sampler, teacher and trainer; 0 = the library's default."""
     trainer_ranks: int = Field(default=1, ge=1, le=1024)

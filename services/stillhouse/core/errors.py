@@ -130,6 +130,12 @@ class OverloadedError(StillhouseError):
     code = "overloaded"
 
 
+class EngineStartError(StillhouseError):
+    """An engine does not start with this model, these settings and this memory."""
+
+    code = "engine_not_started"
+
+
 class UnavailableError(StillhouseError, ConnectionError):
     """A service that is needed does not answer (yet)."""
 
@@ -184,6 +190,7 @@ GRPC_STATUS: Final[dict[type[BaseException], str]] = {
     ConfigError: "FAILED_PRECONDITION",
     TooLargeError: "INVALID_ARGUMENT",
     WireError: "INVALID_ARGUMENT",
+    EngineStartError: "FAILED_PRECONDITION",
     WeightsError: "DATA_LOSS",
     CorruptError: "DATA_LOSS",
     NonFiniteError: "DATA_LOSS",

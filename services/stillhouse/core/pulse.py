@@ -22,45 +22,47 @@ BULK: Final = 10
 
 
 class Pulse:
-    """Progress of the one compute thread of a process. Set by the thread, read by the event loop."""
+    """Progress of what a process computes, in its compute thread or in an engine process. Read by the event loop."""
 
     def __init__(self) -> None:
-        self._since: float | None = None
-        self._patience = 1
+        self._since = 0.0
+        self._running: dict[object, int] = {}
+        """The patience of each piece of work that runs; usually there is one."""
 
     @contextmanager
     def work(self, patience: int = 1) -> Iterator[None]:
-        """A call that runs; it may be silent for `patience` times `hang_s`."""
-        self._patience, self._since = patience, time.monotonic()
+        """Work that runs; it may be silent for `patience` times `hang_s`."""
+        me = object()
+        self._since = time.monotonic()
+        self._running[me] = patience
         try:
             yield
         finally:
-            self._since = None
-
-    def beat(self) -> None:
-        """The running call has made progress."""
-        if self._since is not None:
+            del self._running[me]
             self._since = time.monotonic()
 
+    def beat(self) -> None:
+        """What runs has made progress."""
+        self._since = time.monotonic()
+
     def silent_s(self) -> float:
-        """Seconds without progress of the running call; 0 when nothing runs."""
-        since = self._since
-        return 0.0 if since is None else time.monotonic() - since
+        """Seconds without progress of what runs; 0 when nothing runs."""
+        return time.monotonic() - self._since if self._running else 0.0
 
     def is_hung(self, hang_s: float) -> bool:
-        """The running call has been silent for longer than it may."""
-        return self.silent_s() > hang_s * self._patience
+        """What runs has been silent for longer than it may."""
+        return self.silent_s() > hang_s * max([*self._running.values()], default=1)
 
     async def watch(self, what: str, hang_s: float) -> None:
         """Look until cancelled.
 
         Raises:
-            DeadlineError: the running call is hung. A thread cannot be ended from outside, so the process has to.
+            DeadlineError: what runs is hung. A thread cannot be ended from outside, so the process has to.
         """
         while True:
             if self.is_hung(hang_s):
                 raise DeadlineError(
-                    f"the compute thread of {what} made no progress for {self.silent_s():.0f} s (setting hang_s "
+                    f"the computation of {what} made no progress for {self.silent_s():.0f} s (setting hang_s "
                     f"{hang_s:g} s); the process ends, to be started again"
                 )
             await asyncio.sleep(min(LOOK_S, hang_s / 4))
