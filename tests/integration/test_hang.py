@@ -18,7 +18,7 @@ from tests.cluster import cluster, job_spec
 from tests.waiting import wait_until
 
 COMPUTES: dict[str, tuple[Any, str]] = {
-    "sampler": (SamplerEngine, "generate"),
+    "sampler": (SamplerEngine, "_slice"),
     "teacher": (TeacherEngine, "score"),
     "trainer": (Learner, "step"),
 }

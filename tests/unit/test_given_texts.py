@@ -17,6 +17,7 @@ from stillhouse.trainer.progress import _bottleneck
 from stillhouse.trainer.prompts import Renderer, check_lengths, prepare, with_completions
 from stillhouse.trainer.texts import cut
 from stillhouse.v1 import rollout_pb2 as pb
+from tests.chaos.sim.toys import ToySampler
 from tests.cluster import job_spec
 from tests.tiny import EOS_ID, PAD_ID, SPECIAL_TOKENS, make_tiny_model
 
@@ -100,9 +101,9 @@ async def test_guests_stay_loaded_within_the_budget(budget_models: int, num_load
     """Asked for are a, b, a in bfloat16, then b in float32, twice as large: what was used last stays."""
     loads: list[tuple[str, str]] = []
 
-    def load(entry: Any, dtype: str) -> Any:
+    async def load(entry: Any, dtype: str) -> Any:
         loads.append((entry.sha256, dtype))
-        return object()
+        return ToySampler()
 
     gib = 2**30
     models = {name: SimpleNamespace(sha256=name, num_parameters=gib // 2) for name in ("a", "b")}
@@ -111,9 +112,13 @@ async def test_guests_stay_loaded_within_the_budget(budget_models: int, num_load
     compute = ComputeThread("sampler", Pulse())
     student = Student(ctx, compute, load)
     student._verified = {"a", "b"}
-    engines = [await student.guest(name, "bfloat16") for name in ("a", "b", "a")]
+    engines = []
+    for name in ("a", "b", "a"):
+        async with student.guest(name, "bfloat16") as engine:
+            engines.append(engine)
     assert (engines[0] is engines[2]) == (budget_models == 2)
-    await student.guest("b", "float32")
+    async with student.guest("b", "float32"):
+        pass
     assert len(loads) == num_loads
     assert not student.is_loading_guest
     compute.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,12 @@ from transformers import AutoModelForCausalLM
 from stillhouse.core.errors import WeightsError
 from stillhouse.core.models import inspect_model
 from stillhouse.core.tensors import DTYPE_NAMES
-from stillhouse.sampler.engines.base import Completion, SampleRequest
+from stillhouse.core.worker import ComputeThread
+from stillhouse.sampler.engines import transformers as engine_module
+from stillhouse.sampler.engines.base import SampleRequest
 from stillhouse.sampler.engines.draw import draw, entropies, log_probs, uniforms
 from stillhouse.sampler.engines.transformers import TransformersEngine
+from stillhouse.sampler.generation import Completion, Generator
 from tests.tiny import EOS_ID, TOKENIZER_SIZE, make_tiny_model
 
 MAX_LENGTH = 64
@@ -32,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(folder: Path) -> TransformersEngine:
-    return TransformersEngine(inspect_model("student", folder), "float32", threads=1)
+    return TransformersEngine(inspect_model("student", folder), "float32", ComputeThread("test"), threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +59,11 @@ def requests(count: int = 6, **options: Any) -> list[SampleRequest]:
     ]
 
 
-def run(
-    engine: TransformersEngine, wanted: list[SampleRequest], should_abort: Any = lambda key: False
-) -> dict[str, Completion]:
-    ended: list[Completion] = []
-    engine.generate(wanted, ended.append, should_abort)
+def run(engine: TransformersEngine, wanted: list[SampleRequest]) -> dict[str, Completion]:
+    async def written() -> list[Completion]:
+        return [c async for c in Generator().generate(engine, [Completion(request) for request in wanted])]
+
+    ended = asyncio.run(written())
     assert sorted(completion.key for completion in ended) == sorted(request.key for request in wanted)
     return {completion.key: completion for completion in ended}
 
@@ -87,8 +91,8 @@ def oracle(model: Any, request: SampleRequest) -> Completion:
         ids.append(token)
         logprobs.append(float(np.log(probs[token])))
         if token == EOS_ID or token in request.stop_token_ids:
-            return Completion(request.key, "stop", ids[len(request.prompt_ids) :], logprobs)
-    return Completion(request.key, "length", ids[len(request.prompt_ids) :], logprobs)
+            return Completion(request, ids[len(request.prompt_ids) :], logprobs, finish_reason="stop")
+    return Completion(request, ids[len(request.prompt_ids) :], logprobs, finish_reason="length")
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0, 2.0])
@@ -212,22 +216,60 @@ def test_a_completion_ends_where_the_model_does(engine: TransformersEngine) -> N
     assert completion.finish_reason == "stop" or len(completion.completion_ids) == 3
 
 
-def test_abort_ends_one_sample_and_leaves_the_others(engine: TransformersEngine) -> None:
+async def test_abort_ends_one_sample_and_leaves_the_others(
+    engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "SLICE_S", 0.0)
     wanted = requests(4, stop_token_ids=())
-    reference = run(engine, wanted)
-    got = run(engine, wanted, lambda key: key == "3")
-    assert got["3"].finish_reason == "abort"
-    assert len(got["3"].completion_ids) == 1
+    reference = await asyncio.to_thread(run, engine, wanted)
+    got: dict[str, list[int]] = {request.key: [] for request in wanted}
+    ends: dict[str, str] = {}
+    async for piece in engine.generate(wanted):
+        if not got["3"]:
+            assert engine.abort(["3", "nobody"]) == 1
+        got[piece.key] += piece.ids
+        ends |= {piece.key: piece.finish_reason} if piece.finish_reason else {}
+    assert ends["3"] == "abort"
+    assert len(got["3"]) < len(reference["3"].completion_ids)
     for key in "012":
-        assert got[key].completion_ids == reference[key].completion_ids
+        assert got[key] == reference[key].completion_ids
+    assert engine.abort(["3"]) == 0, "nothing runs any more"
 
 
 def test_each_sample_is_handed_out_when_it_ends(engine: TransformersEngine) -> None:
     short = SampleRequest("short", [9, 9], max_tokens=1, seed=0)
     long = SampleRequest("long", [9, 9, 9], max_tokens=30, seed=0, temperature=0.0)
-    order: list[str] = []
-    engine.generate([long, short], lambda completion: order.append(completion.key), lambda key: False)
-    assert order == ["short", "long"]
+    assert list(run(engine, [long, short])) == ["short", "long"]
+
+
+def test_a_completion_that_another_wrote_in_part_goes_on_as_if_it_were_one(engine: TransformersEngine) -> None:
+    wanted = requests(4)
+    whole = run(engine, wanted)
+    cut = {key: len(completion.completion_ids) // 2 for key, completion in whole.items()}
+    again = [replace(r, written=tuple(whole[r.key].completion_ids[: cut[r.key]])) for r in wanted]
+    for key, completion in run(engine, again).items():
+        assert completion.completion_ids == whole[key].completion_ids[cut[key] :], "only what is new"
+        np.testing.assert_allclose(completion.rollout_logprobs, whole[key].rollout_logprobs[cut[key] :], atol=1e-5)
+        assert completion.finish_reason == whole[key].finish_reason
+
+
+def test_a_poisonous_sample_fails_alone_and_the_others_go_on_from_where_they_were(
+    engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "SLICE_S", 0.0)
+    wanted = requests(4, stop_token_ids=())
+    whole, sample = run(engine, wanted), engine._sample
+
+    def fragile(rows: Any, logits: Any) -> Any:
+        if any(row.request.key == "1" and row.num_tokens == 3 for row in rows):
+            raise RuntimeError("boom")
+        return sample(rows, logits)
+
+    monkeypatch.setattr(engine, "_sample", fragile)
+    got = run(engine, wanted)
+    assert (got["1"].finish_reason, got["1"].reason) == ("failed", "engine_error")
+    for key in "023":
+        assert got[key].completion_ids == whole[key].completion_ids
 
 
 def test_padding_rows_of_the_head_are_never_written() -> None:
@@ -275,7 +317,12 @@ def test_uniforms_depend_on_seed_and_index_only() -> None:
 
 def fresh(tmp_path: Path, dtype: str = "float32", **options: Any) -> TransformersEngine:
     options = {"max_position_embeddings": MAX_LENGTH, **options}
-    return TransformersEngine(inspect_model("s", make_tiny_model(tmp_path / "s", **options)), dtype, threads=1)
+    entry = inspect_model("s", make_tiny_model(tmp_path / "s", **options))
+    return TransformersEngine(entry, dtype, ComputeThread("test"), threads=1)
+
+
+def load(engine: TransformersEngine, arrays: dict[str, np.ndarray], dtype: int) -> None:
+    asyncio.run(engine.load_weights(arrays, dict.fromkeys(arrays, dtype), 1))
 
 
 def state_arrays(model: Any, skip_tied: bool = True) -> dict[str, np.ndarray]:
@@ -287,11 +334,11 @@ def state_arrays(model: Any, skip_tied: bool = True) -> dict[str, np.ndarray]:
 def test_loaded_weights_write_like_the_model_they_come_from(tmp_path: Path, tie: bool) -> None:
     target = fresh(tmp_path, seed=5, tie=tie)
     source_folder = make_tiny_model(tmp_path / "source", seed=6, tie=tie, max_position_embeddings=MAX_LENGTH)
-    source = TransformersEngine(inspect_model("x", source_folder), "float32", threads=1)
+    source = TransformersEngine(inspect_model("x", source_folder), "float32", ComputeThread("test"), threads=1)
     arrays = state_arrays(AutoModelForCausalLM.from_pretrained(source_folder, dtype=torch.float32))
     wanted = requests(3)
     before = run(target, wanted)
-    target.load_weights(arrays, dict.fromkeys(arrays, FLOAT32))
+    load(target, arrays, FLOAT32)
     after = run(target, wanted)
     assert [after[r.key].completion_ids for r in wanted] == [run(source, [r])[r.key].completion_ids for r in wanted]
     assert any(before[r.key].completion_ids != after[r.key].completion_ids for r in wanted)
@@ -301,7 +348,7 @@ def test_bfloat16_weights_travel_as_bits(tmp_path: Path) -> None:
     target = fresh(tmp_path, dtype="bfloat16", seed=5)
     other = AutoModelForCausalLM.from_pretrained(make_tiny_model(tmp_path / "o", seed=6), dtype=torch.bfloat16)
     arrays = {name: p.detach().view(torch.int16).numpy().view(np.uint16) for name, p in other.named_parameters()}
-    target.load_weights(arrays, dict.fromkeys(arrays, DTYPE_NAMES["bfloat16"]))
+    load(target, arrays, DTYPE_NAMES["bfloat16"])
     for name, parameter in target._model.named_parameters():
         assert torch.equal(parameter, other.get_parameter(name))
 
@@ -322,7 +369,7 @@ def test_wrong_weights_are_refused_and_change_nothing(tmp_path: Path, fault: str
     wanted = requests(2)
     before = run(target, wanted)
     with pytest.raises(WeightsError):
-        target.load_weights(arrays, dict.fromkeys(arrays, FLOAT32))
+        load(target, arrays, FLOAT32)
     assert {key: c.completion_ids for key, c in run(target, wanted).items()} == {
         key: c.completion_ids for key, c in before.items()
     }

@@ -1,8 +1,8 @@
-"""Pulled weights are what their name says, or they are refused; the generator survives what engines raise."""
+"""Pulled weights are what their name says, or they are refused."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,6 @@ from stillhouse.core.queue.streams import Scope
 from stillhouse.core.rpc import chunks
 from stillhouse.core.tensors import DTYPE_NAMES
 from stillhouse.core.weights import weights_sha256
-from stillhouse.core.worker import ComputeThread
-from stillhouse.sampler.engines.base import Completion, SampleRequest
-from stillhouse.sampler.generation import Generator
 from stillhouse.v1 import tensor_pb2, trainer_pb2, weights_pb2
 
 SCOPE = Scope("job_weights", 3)
@@ -138,46 +135,3 @@ def _start_with_a_chunk(number: int, part: Any) -> None:
 async def test_damaged_weights_are_refused(fault: Any, error: type[Exception]) -> None:
     with pytest.raises(error):
         await fetch(FakeTrainer(fault))
-
-
-class FragileEngine:
-    """Raises for a batch that holds the poison key, after the first sample has ended."""
-
-    name, vocab_size, max_sequence_length = "fragile", 10, 10
-
-    def generate(
-        self,
-        requests: Sequence[SampleRequest],
-        on_finished: Callable[[Completion], None],
-        should_abort: Callable[[str], bool],
-    ) -> None:
-        for request in requests:
-            if request.key == "poison":
-                raise RuntimeError("boom")
-            reason = "abort" if should_abort(request.key) else "stop"
-            on_finished(Completion(request.key, reason, [1], [0.0]))
-
-    def load_weights(self, arrays: Any, dtypes: Any) -> None:
-        raise NotImplementedError
-
-
-async def test_a_poisonous_sample_fails_alone() -> None:
-    generator = Generator(ComputeThread("test"))
-    wanted = [SampleRequest(key, [1], 1, 0) for key in ("a", "poison", "b", "c")]
-    ended = [completion async for completion in generator.generate(FragileEngine(), wanted)]
-    assert {completion.key: completion.finish_reason for completion in ended} == {
-        "a": "stop",
-        "poison": "failed",
-        "b": "stop",
-        "c": "stop",
-    }
-    assert len(ended) == 4, "each ends once"
-    assert next(c for c in ended if c.key == "poison").reason == "engine_error"
-
-
-async def test_a_halted_batch_ends_as_aborted() -> None:
-    generator = Generator(ComputeThread("test"))
-    wanted = [SampleRequest(key, [1], 1, 0) for key in "ab"]
-    ended = [completion async for completion in generator.generate(FragileEngine(), wanted, lambda: True)]
-    assert [completion.finish_reason for completion in ended] == ["abort", "abort"]
-    assert generator.abort() == 0, "nothing runs any more"

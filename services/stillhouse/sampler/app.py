@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from stillhouse.core.config import Settings
 from stillhouse.core.errors import ConfigError
 from stillhouse.core.models import ModelEntry
+from stillhouse.core.pulse import BULK
 from stillhouse.core.rpc import Server
 from stillhouse.core.service import Context
 from stillhouse.core.worker import ComputeThread
-from stillhouse.sampler.engines.base import Engine
+from stillhouse.sampler.engines.base import Engine, LoadEngine
 from stillhouse.sampler.generation import Generator
 from stillhouse.sampler.service import SamplerServicer
-from stillhouse.sampler.student import LoadEngine, Student
+from stillhouse.sampler.student import Student
 from stillhouse.sampler.worker import SamplerWorker
 from stillhouse.v1 import sampler_pb2_grpc
 
@@ -19,10 +22,10 @@ from stillhouse.v1 import sampler_pb2_grpc
 class SamplerApp:
     """A sampler process: `App` of core/service.py."""
 
-    def __init__(self, ctx: Context, load_engine: LoadEngine) -> None:
-        self._compute = ComputeThread("sampler", ctx.pulse)
-        self.student = Student(ctx, self._compute, load_engine)
-        self.generator = Generator(self._compute)
+    def __init__(self, ctx: Context, compute: ComputeThread, load_engine: LoadEngine) -> None:
+        self._compute = compute
+        self.student = Student(ctx, compute, load_engine)
+        self.generator = Generator()
         self.worker = SamplerWorker(ctx, self.student, self.generator)
         self._servicer = SamplerServicer(ctx, self.student, self.generator, self.worker)
 
@@ -35,6 +38,7 @@ class SamplerApp:
             await self.worker.run()
         finally:
             self.generator.abort()
+            await self.student.close()
             self._compute.close()
 
     def state(self) -> tuple[str, str]:
@@ -47,16 +51,19 @@ class SamplerApp:
 
 def build(ctx: Context) -> SamplerApp:
     """A sampler with the engine that the settings name."""
-    return SamplerApp(ctx, _engine_loader(ctx.settings))
+    compute = ComputeThread("sampler", ctx.pulse)
+    return SamplerApp(ctx, compute, _engine_loader(ctx.settings, compute))
 
 
-def _engine_loader(settings: Settings) -> LoadEngine:
+def _engine_loader(settings: Settings, compute: ComputeThread) -> LoadEngine:
     if settings.engine != "transformers":
         raise ConfigError(f"this sampler has no engine '{settings.engine}'; set STILLHOUSE_ENGINE=transformers")
     # heavy: a sampler's settings are checked before torch is imported
     from stillhouse.sampler.engines.transformers import TransformersEngine
 
-    def load(entry: ModelEntry, dtype: str) -> Engine:
-        return TransformersEngine(entry, dtype, threads=settings.threads)
+    options = {"max_sequences": settings.sampler_max_sequences, "threads": settings.threads}
+
+    async def load(entry: ModelEntry, dtype: str) -> Engine:
+        return await compute.run(partial(TransformersEngine, entry, dtype, compute, **options), patience=BULK)
 
     return load

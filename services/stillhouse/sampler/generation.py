@@ -1,26 +1,77 @@
-"""From the compute thread to the event loop: completions as they end, and the switches that end them early."""
+"""From pieces to completions, and the switches that end them early."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
 
 from stillhouse.core.failpoints import failpoint
 from stillhouse.core.telemetry import SAMPLED_TOKENS
-from stillhouse.core.worker import ComputeThread
-from stillhouse.sampler.engines.base import Completion, Engine, SampleRequest, failed
+from stillhouse.sampler.engines.base import Engine, EngineDeadError, Piece, SampleRequest
+from stillhouse.v1 import weights_pb2
 
-ENGINE_ERRORS = (RuntimeError, ValueError, IndexError, MemoryError, ArithmeticError)
-"""What an engine raises about its input or its memory; anything else is a bug and ends the process."""
+NamesWeights = Callable[[int], weights_pb2.WeightsRef | None]
+"""Policy tag of a piece -> the weights it names; None = a frozen model's."""
+
+
+@dataclass(slots=True, eq=False)
+class Completion:
+    """A completion as it grows. It has ended once there is a `finish_reason`."""
+
+    request: SampleRequest
+    completion_ids: list[int] = field(default_factory=list)
+    """[T], the stop token included."""
+    rollout_logprobs: list[float] = field(default_factory=list)
+    """[T] nats, log-softmax(logits / temperature) without truncation."""
+    spans: list[tuple[int, weights_pb2.WeightsRef]] = field(default_factory=list)
+    """(index of the first token, weights that wrote it and what follows), in order; none of a frozen model."""
+    sample_s: float = 0.0
+    """Share of the computing time, seconds."""
+    finish_reason: str = ""
+    """"stop", "length", "abort" or "failed" (then `reason` and `message` say why)."""
+    reason: str = ""
+    message: str = ""
+    _target_ids: list[np.ndarray[Any, Any]] = field(default_factory=list)
+    _entropies: list[np.ndarray[Any, Any]] = field(default_factory=list)
+
+    @property
+    def key(self) -> str:
+        return self.request.key
+
+    @property
+    def target_ids(self) -> np.ndarray[Any, Any] | None:
+        """[T, K] int32, the `record_top_k` likeliest tokens at each position, likeliest first."""
+        return np.concatenate(self._target_ids) if self._target_ids else None
+
+    @property
+    def entropies(self) -> np.ndarray[Any, Any] | None:
+        """[T] float32 nats."""
+        return np.concatenate(self._entropies) if self._entropies else None
+
+    def add(self, piece: Piece, weights: weights_pb2.WeightsRef | None) -> None:
+        """Take in what it gained, from these weights."""
+        if piece.ids and weights is not None and (not self.spans or self.spans[-1][1] != weights):
+            self.spans.append((len(self.completion_ids), weights))
+        self.completion_ids += piece.ids
+        self.rollout_logprobs += piece.logprobs
+        if piece.target_ids is not None and piece.ids:
+            self._target_ids.append(piece.target_ids)
+        if piece.entropies is not None and piece.ids:
+            self._entropies.append(piece.entropies)
+        self.sample_s += piece.sample_s
+        self.finish_reason, self.reason, self.message = piece.finish_reason, piece.reason, piece.message
 
 
 class Generator:
-    """Runs engines on the one compute thread. Batches of the worker and of callers take turns."""
+    """Runs completions on engines and knows which ones run."""
 
-    def __init__(self, compute: ComputeThread) -> None:
-        self._compute = compute
-        self._running: set[str] = set()
-        self._aborted: set[str] = set()
+    def __init__(self) -> None:
+        self._running: dict[str, Engine] = {}
+        """By key."""
         self.sampled_tokens = 0
 
     @property
@@ -30,62 +81,41 @@ class Generator:
 
     def abort(self, keys: Iterable[str] = ()) -> int:
         """End running completions after their next token (none named = all); returns how many."""
-        wanted = set(keys)
-        found = self._running & wanted if wanted else set(self._running)
-        self._aborted |= found
-        return len(found)
+        by_engine: dict[int, tuple[Engine, list[str]]] = {}
+        for key in list(keys) or list(self._running):
+            if (engine := self._running.get(key)) is not None:
+                by_engine.setdefault(id(engine), (engine, []))[1].append(key)
+        return sum(engine.abort(named) for engine, named in by_engine.values())
 
     async def generate(
-        self, engine: Engine, requests: Sequence[SampleRequest], is_halted: Callable[[], bool] = lambda: False
+        self,
+        engine: Engine,
+        completions: Sequence[Completion],
+        weights_of: NamesWeights = lambda tag: None,
+        *,
+        alone: bool = False,
     ) -> AsyncGenerator[Completion, None]:
-        """Each completion as it ends, exactly one per request; once `is_halted()`, all end as "abort".
+        """Write on at the completions; each is handed out as it ends.
 
-        If the engine raises, the requests that are left are tried one by one: one of them must not take others along.
+        Raises:
+            EngineDeadError: the engine is gone.
         """
-        requests = list(requests)
-        self._running |= {request.key for request in requests}
+        left = {completion.key: completion for completion in completions}
+        self._running |= dict.fromkeys(left, engine)
         try:
-            left = {request.key: request for request in requests}
-            try:
-                async for completion in self._batch(engine, requests, is_halted):
-                    left.pop(completion.key)
-                    yield completion
-            except ENGINE_ERRORS as error:
-                if len(requests) == 1:
-                    yield failed(requests[0], "engine_error", f"{type(error).__name__}: {error}")
-                    return
-                for request in list(left.values()):
-                    async for completion in self.generate(engine, [request], is_halted):
+            pieces = engine.generate([completion.request for completion in completions], alone=alone)
+            async with aclosing(pieces):
+                async for piece in pieces:
+                    failpoint("sampler.generating", piece.key)
+                    completion = left[piece.key]
+                    completion.add(piece, weights_of(piece.policy_tag))
+                    self.sampled_tokens += len(piece.ids)
+                    SAMPLED_TOKENS.inc(len(piece.ids))
+                    if completion.finish_reason:
+                        del left[piece.key], self._running[piece.key]
                         yield completion
+            if left:
+                raise EngineDeadError(f"the engine ended before {len(left)} of its completions did")
         finally:
-            self._running -= {request.key for request in requests}
-            self._aborted -= {request.key for request in requests}
-
-    async def _batch(
-        self, engine: Engine, requests: Sequence[SampleRequest], is_halted: Callable[[], bool]
-    ) -> AsyncGenerator[Completion, None]:
-        loop = asyncio.get_running_loop()
-        ended: asyncio.Queue[Completion | None] = asyncio.Queue()
-        is_abandoned = False
-
-        def on_finished(completion: Completion) -> None:
-            loop.call_soon_threadsafe(ended.put_nowait, completion)
-
-        def should_abort(key: str) -> bool:
-            self._compute.pulse.beat()
-            failpoint("sampler.generating", key)
-            return is_abandoned or key in self._aborted or is_halted()
-
-        run = asyncio.ensure_future(self._compute.run(engine.generate, requests, on_finished, should_abort))
-        # the thread's callbacks are queued before its end is, so the None comes last
-        run.add_done_callback(lambda _: ended.put_nowait(None))
-        try:
-            while (completion := await ended.get()) is not None:
-                self.sampled_tokens += len(completion.completion_ids)
-                SAMPLED_TOKENS.inc(len(completion.completion_ids))
-                yield completion
-            run.result()
-        finally:
-            # the consumer went away: the thread stops after its next token
-            is_abandoned = True
-            run.cancel()
+            for key in left:
+                self._running.pop(key, None)

@@ -8,9 +8,9 @@ from typing import Final
 from stillhouse.core.queue import keys
 from stillhouse.core.queue.streams import Scope
 from stillhouse.core.tensors import floats_tensor, ids_list, ids_tensor
-from stillhouse.sampler.engines.base import Completion, SampleRequest
+from stillhouse.sampler.engines.base import SampleRequest
+from stillhouse.sampler.generation import Completion
 from stillhouse.v1 import rollout_pb2 as pb
-from stillhouse.v1 import weights_pb2
 
 SCHEMA_VERSION: Final = 1
 FINISH_REASONS: Final[dict[str, pb.FinishReason]] = {
@@ -22,12 +22,11 @@ FINISH_REASONS: Final[dict[str, pb.FinishReason]] = {
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Who made a rollout, and with what."""
+    """Who makes a rollout."""
 
     scope: Scope
     instance: str
     tokenizer_sha256: str
-    weights: weights_pb2.WeightsRef
 
 
 def make_request(key: str, prompt_ids: list[int], sampling: pb.SamplingParams, seed: int) -> SampleRequest:
@@ -63,7 +62,7 @@ def group_requests(group: pb.PromptGroup) -> dict[int, SampleRequest]:
 
 
 def make_rollout(group: pb.PromptGroup, index: int, completion: Completion, source: Source) -> pb.Rollout:
-    """A finished sample, as the teacher reads it. One batch is written with one set of weights, hence one span."""
+    """A finished sample, as the teacher reads it; a span per set of weights that wrote some of it."""
     rollout = _blank(group, index, source.scope)
     rollout.completion_ids.CopyFrom(ids_tensor(completion.completion_ids))
     rollout.rollout_logprobs.CopyFrom(floats_tensor(completion.rollout_logprobs))
@@ -72,9 +71,10 @@ def make_rollout(group: pb.PromptGroup, index: int, completion: Completion, sour
     if completion.entropies is not None:
         rollout.entropies.CopyFrom(floats_tensor(completion.entropies))
     rollout.finish_reason = FINISH_REASONS[completion.finish_reason]
-    rollout.spans.add(first_token=0, policy_version=source.weights.policy_version, epoch=source.weights.epoch)
+    for first_token, weights in completion.spans:
+        rollout.spans.add(first_token=first_token, policy_version=weights.policy_version, epoch=weights.epoch)
     rollout.tokenizer_sha256 = source.tokenizer_sha256
-    rollout.weights_sha256 = source.weights.sha256
+    rollout.weights_sha256 = completion.spans[-1][1].sha256 if completion.spans else ""
     rollout.sampler = source.instance
     rollout.sample_s = completion.sample_s
     return rollout

@@ -11,7 +11,7 @@ from stillhouse.core.errors import ConflictError, SpecError, UnimplementedError,
 from stillhouse.core.service import VERSION, Context
 from stillhouse.core.tensors import dtype_name, floats_tensor, ids_list, ids_tensor
 from stillhouse.sampler.engines.base import Engine, SampleRequest
-from stillhouse.sampler.generation import Generator
+from stillhouse.sampler.generation import Completion, Generator, NamesWeights
 from stillhouse.sampler.messages import FINISH_REASONS, make_request
 from stillhouse.sampler.student import Student
 from stillhouse.sampler.worker import SamplerWorker
@@ -77,34 +77,32 @@ class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
         ]
         if request.model:
             dtype = dtype_name(request.dtype) if request.dtype else "float32"
-            engine = await self._student.guest(request.model, dtype)
-            async for response in self._responses(engine, requests, None):
-                yield response
+            async with self._student.guest(request.model, dtype) as engine:
+                async for response in self._responses(engine, requests, lambda tag: None):
+                    yield response
             return
         await self._check_student()
-        async with self._student.swap:
-            engine, weights = self._student.engine, self._student.weights
-            if engine is None or weights is None:
-                raise ConflictError("the student is being replaced; try again")
-            async for response in self._responses(engine, requests, weights):
-                yield response
+        student = self._student.engine
+        if student is None or self._student.weights is None:
+            raise ConflictError("the student is being replaced; try again")
+        async for response in self._responses(student, requests, self._student.name_of):
+            yield response
 
     async def _responses(
-        self, engine: Engine, requests: list[SampleRequest], weights: weights_pb2.WeightsRef | None
+        self, engine: Engine, requests: list[SampleRequest], weights_of: NamesWeights
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
-        most = self._ctx.settings.sampler_max_sequences
-        for start in range(0, len(requests), most):
-            async with aclosing(self._generator.generate(engine, requests[start : start + most])) as completions:
-                async for completion in completions:
-                    if completion.finish_reason == "failed":
-                        raise WireError(f"{completion.reason}: {completion.message}")
-                    yield pb.GenerateResponse(
-                        index=int(completion.key.rpartition("/")[2]),
-                        completion_ids=ids_tensor(completion.completion_ids),
-                        rollout_logprobs=floats_tensor(completion.rollout_logprobs),
-                        finish_reason=FINISH_REASONS[completion.finish_reason],
-                        weights=weights,
-                    )
+        written = self._generator.generate(engine, [Completion(request) for request in requests], weights_of)
+        async with aclosing(written):
+            async for completion in written:
+                if completion.finish_reason == "failed":
+                    raise WireError(f"{completion.reason}: {completion.message}")
+                yield pb.GenerateResponse(
+                    index=int(completion.key.rpartition("/")[2]),
+                    completion_ids=ids_tensor(completion.completion_ids),
+                    rollout_logprobs=floats_tensor(completion.rollout_logprobs),
+                    finish_reason=FINISH_REASONS[completion.finish_reason],
+                    weights=completion.spans[0][1] if completion.spans else None,
+                )
 
     async def _check_student(self) -> None:
         """Have weights of the job that is served.

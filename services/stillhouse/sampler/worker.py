@@ -26,8 +26,8 @@ from stillhouse.core.service import Context
 from stillhouse.core.tasks import cancel_all
 from stillhouse.core.telemetry import DROPPED, SAMPLED_ROLLOUTS
 from stillhouse.core.worker import pause, run_turns, unless
-from stillhouse.sampler.engines.base import Completion, SampleRequest
-from stillhouse.sampler.generation import Generator
+from stillhouse.sampler.engines.base import SampleRequest
+from stillhouse.sampler.generation import Completion, Generator
 from stillhouse.sampler.messages import (
     Source,
     destination,
@@ -239,20 +239,28 @@ class SamplerWorker:
         halted.set()
 
     async def _write(self, scope: Scope, claims: Claims, batch: Sequence[_Work], halted: asyncio.Event) -> None:
-        engine, entry, weights = self._student.engine, self._student.entry, self._student.weights
-        if engine is None or entry is None or weights is None:
+        engine, entry = self._student.engine, self._student.entry
+        if engine is None or entry is None:
             raise AssertionError("ensure() came first")
-        source = Source(scope, self._ctx.instance, entry.tokenizer_sha256, weights)
+        source = Source(scope, self._ctx.instance, entry.tokenizer_sha256)
         where = {request.key: (work, index) for work in batch for index, request in work.requests.items()}
-        requests = [request for work in batch for request in work.requests.values()]
-        for part in _parts(requests, self._ctx.settings.sampler_max_sequences):
-            async with aclosing(self._generator.generate(engine, part, halted.is_set)) as completions:
-                async for completion in completions:
+        completions = [Completion(request) for work in batch for request in work.requests.values()]
+        written = self._generator.generate(
+            engine, completions, self._student.name_of, alone=batch[0].exact_version is not None
+        )
+        ending = asyncio.create_task(self._abort_when(halted, list(where)), name="abort")
+        try:
+            async with aclosing(written):
+                async for completion in written:
                     if halted.is_set() and completion.finish_reason == "abort":
                         continue  # cut off by us: the claim goes back and another sampler writes it
                     await self._end(claims, *where[completion.key], completion, source, halted)
-            if halted.is_set():
-                return
+        finally:
+            await cancel_all([ending])
+
+    async def _abort_when(self, halted: asyncio.Event, keys: list[str]) -> None:
+        await halted.wait()
+        self._generator.abort(keys)
 
     async def _end(
         self, claims: Claims, work: _Work, index: int, completion: Completion, source: Source, halted: asyncio.Event
@@ -316,11 +324,3 @@ def _batches(works: list[_Work]) -> Iterable[list[_Work]]:
     for work in works:
         if work.exact_version is not None:
             yield [work]
-
-
-def _parts(requests: list[SampleRequest], most: int) -> Iterable[list[SampleRequest]]:
-    """Even parts of at most `most` requests."""
-    num_parts = math.ceil(len(requests) / most)
-    size = math.ceil(len(requests) / max(num_parts, 1))
-    for start in range(0, len(requests), max(size, 1)):
-        yield requests[start : start + size]

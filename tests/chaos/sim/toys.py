@@ -6,10 +6,11 @@ were trained on the same samples in the same order.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from stillhouse.core.errors import NonFiniteError, NotFoundError
 from stillhouse.core.failpoints import failpoint
 from stillhouse.core.models import ModelEntry
 from stillhouse.core.spec import JobSpec, StageSpec
-from stillhouse.sampler.engines.base import Completion, SampleRequest
+from stillhouse.sampler.engines.base import Piece, SampleRequest
 from stillhouse.teacher.engines.base import Head, Scored, ScoreItem, Unscored
 from stillhouse.trainer.batch import TeacherHead, TrainSample
 from stillhouse.trainer.packing import plan_micro_batches
@@ -29,6 +30,8 @@ from stillhouse.v1 import rollout_pb2
 
 WIDTH = 4
 VOCABULARY = 64
+TOKEN_S = 0.004
+"""Time that a toy sampler takes for a token."""
 POISON = 13
 """One sample of so many makes the teacher's arithmetic overflow, but never the first of a group."""
 
@@ -94,28 +97,55 @@ class ToySampler:
     name = "toy"
     vocab_size = VOCABULARY
     max_sequence_length = 512
+    max_sequences = 8
 
     def __init__(self) -> None:
-        self.weights: dict[str, np.ndarray] = {}
+        self.weights: Mapping[str, np.ndarray] = {}
+        self._tag = 0
+        self._open: set[str] = set()
+        self._aborted: set[str] = set()
+        self._goes_on = asyncio.Event()
+        self._goes_on.set()
 
-    def generate(
-        self,
-        requests: Sequence[SampleRequest],
-        on_finished: Callable[[Completion], None],
-        should_abort: Callable[[str], bool],
-    ) -> None:
-        for request in requests:
-            length = 1 + request.seed % request.max_tokens
-            ids, reason = [], "length"
-            for index in range(length):
-                if should_abort(request.key):
-                    reason = "abort"
-                    break
-                ids.append((request.seed >> (index % 48)) % VOCABULARY)
-            on_finished(Completion(request.key, reason, ids, [-1.0] * len(ids), sample_s=0.001))
+    async def generate(self, requests: Sequence[SampleRequest], *, alone: bool = False) -> AsyncGenerator[Piece, None]:
+        left = {request.key: (request, len(request.written)) for request in requests}
+        self._open |= left.keys()
+        try:
+            while left:
+                await asyncio.sleep(TOKEN_S)
+                await self._goes_on.wait()
+                for request, index in list(left.values()):
+                    piece = self._piece(request, index)
+                    left[request.key] = (request, index + 1)
+                    if piece.finish_reason:
+                        del left[request.key]
+                    yield piece
+        finally:
+            self._open -= {request.key for request in requests}
+            self._aborted -= {request.key for request in requests}
 
-    def load_weights(self, arrays: dict[str, np.ndarray], dtypes: dict[str, int]) -> None:
-        self.weights = arrays
+    def _piece(self, request: SampleRequest, index: int) -> Piece:
+        token, last = (request.seed >> (index % 48)) % VOCABULARY, request.seed % request.max_tokens
+        reason = "abort" if request.key in self._aborted else "length" if index >= last else ""
+        return Piece(request.key, [token], [-1.0], self._tag, finish_reason=reason, sample_s=TOKEN_S)
+
+    def abort(self, keys: Iterable[str]) -> int:
+        found = self._open & set(keys)
+        self._aborted |= found
+        return len(found)
+
+    async def pause(self) -> None:
+        self._goes_on.clear()
+
+    async def resume(self) -> None:
+        self._goes_on.set()
+
+    async def load_weights(self, arrays: Mapping[str, np.ndarray], dtypes: Mapping[str, int], tag: int) -> None:
+        self.weights, self._tag = arrays, tag
+
+    async def close(self) -> None:
+        self._aborted |= self._open
+        self._goes_on.set()
 
 
 class ToyTeacher:

@@ -22,11 +22,13 @@ from stillhouse.core.blobs import Artifacts
 from stillhouse.core.config import Settings
 from stillhouse.core.errors import StillhouseError
 from stillhouse.core.failpoints import InjectedError
+from stillhouse.core.models import ModelEntry
 from stillhouse.core.queue import jobs as queue_jobs
 from stillhouse.core.queue.jobs import JobStore
 from stillhouse.core.queue.registry import Registry
 from stillhouse.core.queue.streams import WorkQueue
 from stillhouse.core.service import Context, heartbeat_forever, serve
+from stillhouse.core.worker import ComputeThread
 from stillhouse.gateway import jobs as gateway_jobs
 from stillhouse.gateway.sweeper import Sweeper
 from stillhouse.sampler.app import SamplerApp
@@ -164,8 +166,14 @@ class World:
     def _build(self, ctx: Context) -> Any:
         if ctx.role == "trainer":
             return TrainerApp(ctx, lambda: ToyLearnerThread(ctx.pulse, ctx.settings.hang_s))
-        load_engine: Any = lambda entry, dtype: ToySampler() if ctx.role == "sampler" else ToyTeacher()  # noqa: E731
-        return SamplerApp(ctx, load_engine) if ctx.role == "sampler" else TeacherApp(ctx, load_engine)
+        if ctx.role == "teacher":
+            load_teacher: Any = lambda entry, dtype: ToyTeacher()  # noqa: E731
+            return TeacherApp(ctx, load_teacher)
+
+        async def load_sampler(entry: ModelEntry, dtype: str) -> ToySampler:
+            return ToySampler()
+
+        return SamplerApp(ctx, ComputeThread("sampler", ctx.pulse), load_sampler)
 
     async def _supervise(self, slot: str, process: Process) -> None:
         assert process.main is not None
