@@ -108,23 +108,6 @@ async def test_two_stages_are_refused(gateway: Gateway) -> None:
     assert "multi-stage jobs are not supported yet" in body["detail"]
 
 
-async def test_different_tokenizers_are_refused_with_both_names_and_hashes(gateway: Gateway) -> None:
-    add_model(gateway.home, "stranger", extra_token="zz")
-    entries = gateway.ctx.models.all()
-    body = await gateway.refused(make_spec(teachers={"main": {"model": "stranger"}}))
-    assert body["param"] == "teachers.main.model"
-    for name in ("small", "stranger"):
-        assert f"'{name}' has {entries[name].tokenizer_sha256[:12]}" in body["detail"]
-    assert "pick models with the same tokenizer" in body["detail"]
-
-
-async def test_a_student_without_chat_template_is_refused(gateway: Gateway) -> None:
-    add_model(gateway.home, "base", has_template=False)
-    body = await gateway.refused(make_spec(student={"model": "base"}))
-    assert body["param"] == "student.model"
-    assert "chat template" in body["detail"]
-
-
 async def test_a_teacher_without_rows_is_refused(gateway: Gateway) -> None:
     spec = changed("stages.0.data.rows", [{"prompt": "x", "teacher": "main"}])
     spec["teachers"]["spare"] = {"model": "big"}

@@ -106,7 +106,7 @@ def test_slow_patterns_are_left_to_the_workers(monkeypatch: pytest.MonkeyPatch) 
         spec = JobSpec.model_validate(grpo(*rows))
         stage = spec.stages[0]
         assert stage.data.rows is not None
-        source = validation.Source("data", None, list(stage.data.rows), [*range(len(rows))], 10, stage)
+        source = validation.Source("data", stage.data, list(stage.data.rows), [*range(len(rows))], 10, stage)
         case = validation.Case(spec, [], None, {}, [source], None, [])
         return [finding.param for finding in validation.check_verifiers(case)]
 

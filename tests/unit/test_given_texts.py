@@ -14,7 +14,8 @@ from stillhouse.core.spec_base import NO_TEACHER
 from stillhouse.core.worker import ComputeThread
 from stillhouse.sampler.student import Student
 from stillhouse.trainer.progress import _bottleneck
-from stillhouse.trainer.prompts import Renderer, check_lengths, prepare, with_completions
+from stillhouse.trainer.prompts import check_lengths, prepare, with_completions
+from stillhouse.trainer.templates import Renderer
 from stillhouse.trainer.texts import cut
 from stillhouse.v1 import rollout_pb2 as pb
 from tests.chaos.sim.toys import ToySampler

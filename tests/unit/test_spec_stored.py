@@ -20,6 +20,11 @@ STAGES: dict[str, dict[str, Any]] = {
     "top-k of both": {"loss": {**TOP_K, "support": "union"}},
     "policy gradient": {"loss": {"objective": "policy_gradient", "ratio_gate": "tis", "baseline": "top_k"}},
     "grpo": {"loss": {"objective": "policy_gradient", "teacher_weight": 0, "reward": {}}, "schedule": GROUP},
+    "how to read and write": {
+        "loss": FULL,
+        "data": {**ROWS, "chat_template_kwargs": {"enable_thinking": False, "effort": "high", "turns": 2, "x": None}},
+        "sampling": {"min_p": 0.1, "stop": ["\n\n", "</s>"]},
+    },
     "part of the tokens": {"loss": FULL, "tokens": {"select": {"by": "kl", "fraction": 0.5}, "drop_truncated": True}},
 }
 
@@ -37,7 +42,9 @@ def test_a_stored_job_reads_as_it_was(name: str) -> None:
     assert JobSpec.model_validate_json(spec.model_dump_json()) == spec
 
 
-@pytest.mark.parametrize("idle", [{"top_p": 0.9}, {"top_k": 5}, {"stop_token_ids": [3]}])
+@pytest.mark.parametrize(
+    "idle", [{"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}, {"stop": ["."]}, {"stop_token_ids": [3]}]
+)
 def test_how_to_sample_is_refused_where_nothing_is_sampled(idle: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"nothing is sampled: leave out sampling.{next(iter(idle))}"):
         job({**STAGES["fine-tuning"], "sampling": idle})

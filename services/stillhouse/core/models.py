@@ -96,7 +96,7 @@ def inspect_model(name: str, folder: Path, *, source: str = "") -> ModelEntry:
     tokenizer = folder / "tokenizer.json"
     if not tokenizer.is_file():
         raise SpecError(f"{folder} has no tokenizer.json; save the fast tokenizer beside the model", param="path")
-    vocabulary = _vocabulary(tokenizer)
+    vocabulary = read_vocabulary(tokenizer)
     files = {path.name: sha256_file(path) for path in _identity_files(folder)}
     return ModelEntry(
         name=name,
@@ -113,7 +113,7 @@ def inspect_model(name: str, folder: Path, *, source: str = "") -> ModelEntry:
         num_layers=int(config["num_hidden_layers"]),
         num_parameters=parameters,
         size_bytes=sum(path.stat().st_size for path in weights),
-        has_chat_template=_has_chat_template(folder),
+        has_chat_template=read_chat_template(folder) is not None,
         files=files,
         source=source or str(folder),
     )
@@ -278,10 +278,14 @@ def _count_parameters(path: Path) -> int:
     return total
 
 
-def _vocabulary(path: Path) -> dict[str, int]:
+def read_vocabulary(path: Path) -> dict[str, int]:
+    """Token -> id of a tokenizer.json, added tokens included."""
     try:
         document = json.loads(path.read_bytes())
-        vocabulary = dict(document["model"]["vocab"])
+        vocabulary = document["model"]["vocab"]
+        if isinstance(vocabulary, list):  # unigram models: [[token, score], ...] by id
+            vocabulary = {token: index for index, (token, _) in enumerate(vocabulary)}
+        vocabulary = dict(vocabulary)
     except (ValueError, KeyError, TypeError) as error:
         raise SpecError(f"{path} is not a tokenizer this project can read: {error!r}", param="path") from None
     for token in document.get("added_tokens", []):
@@ -289,8 +293,13 @@ def _vocabulary(path: Path) -> dict[str, int]:
     return vocabulary
 
 
-def _has_chat_template(folder: Path) -> bool:
-    if (folder / "chat_template.jinja").is_file():
-        return True
+def read_chat_template(folder: Path) -> str | None:
+    """The chat template (Jinja) that comes with a model's tokenizer, if one does."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
     path = folder / "tokenizer_config.json"
-    return path.is_file() and "chat_template" in json.loads(path.read_bytes())
+    template = json.loads(path.read_bytes()).get("chat_template") if path.is_file() else None
+    if isinstance(template, list):  # several by name, an older form
+        template = next((one["template"] for one in template if one["name"] == "default"), None)
+    return template

@@ -11,7 +11,16 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from stillhouse.core.spec_base import Closed, Dtype, Name
-from stillhouse.core.spec_data import DataSpec, HorizonSpec, Message, Row, SamplingSpec, SelectSpec, TokensSpec
+from stillhouse.core.spec_data import (
+    DataSpec,
+    HorizonSpec,
+    Message,
+    Row,
+    SamplingSpec,
+    SelectSpec,
+    TemplateArguments,
+    TokensSpec,
+)
 from stillhouse.core.spec_loss import (
     CrossEntropyLoss,
     FullVocabularyLoss,
@@ -92,6 +101,8 @@ class TeacherSpec(Closed):
     """Element type it computes in."""
     system_prompt: str | None = Field(default=None, max_length=100_000)
     """System message that only the teacher reads: the student learns to behave as if it had it."""
+    chat_template_kwargs: TemplateArguments = Field(default_factory=dict)
+    """Arguments of the chat template where this teacher reads; they win over those of data and row."""
     weight: float = Field(default=1.0, gt=0, le=1000)
     """Weight of this teacher's samples in the loss."""
     ema_of_student: EmaSpec | None = None
@@ -165,13 +176,12 @@ class StageSpec(Closed):
     """For how long."""
 
     @model_validator(mode="after")
-    def _ratios_are_of_one_distribution(self) -> StageSpec:
-        truncates = self.sampling.top_p < 1 or self.sampling.top_k > 0
-        if isinstance(self.loss, PolicyGradientLoss) and self.loss.ratio_gate != "none" and truncates:
-            raise ValueError(
-                f"ratio_gate '{self.loss.ratio_gate}' compares with the policy that sampled, but top_p "
-                f"{self.sampling.top_p:g} and top_k {self.sampling.top_k} sample from another; set top_p: 1, top_k: 0"
-            )
+    def _draws_suit_the_loss(self) -> StageSpec:
+        """What holds on average over the whole distribution only is refused where samples come from part of it."""
+        filters = self.sampling.filters()
+        reason = self.loss.needs_whole_distribution() if isinstance(self.loss, PolicyGradientLoss) else ""
+        if filters and reason:
+            raise ValueError(f"{reason}, but {filters} samples from another; set top_p: 1, top_k: 0, min_p: 0")
         return self
 
     @model_validator(mode="after")
@@ -235,7 +245,7 @@ class StageSpec(Closed):
             )
         if self.on_policy_fraction == 0 and self.off_policy_source == "data":
             default = SamplingSpec()  # by value: a stored job has all fields set
-            knobs = ("top_p", "top_k", "stop_token_ids")
+            knobs = ("top_p", "top_k", "min_p", "stop", "stop_token_ids")
             idle = [name for name in knobs if getattr(self.sampling, name) != getattr(default, name)]
             if idle:
                 raise ValueError(f"nothing is sampled: leave out sampling.{idle[0]}, all texts are the data's")

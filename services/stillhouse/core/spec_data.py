@@ -2,11 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from stillhouse.core.spec_base import Closed, Name
+
+OUR_ARGUMENTS: Final = frozenset(
+    (
+        *("conversation", "conversations", "messages", "tools", "documents", "chat_template"),
+        *("add_generation_prompt", "continue_final_message", "tokenize", "padding", "truncation"),
+        *("max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
+        *("tokenizer_kwargs", "processor_kwargs"),
+    )
+)
+"""What we, or the code that applies a template, pass or mean ourselves."""
+
+
+def _are_theirs(arguments: dict[str, Any]) -> dict[str, Any]:
+    if ours := sorted(arguments.keys() & OUR_ARGUMENTS):
+        raise ValueError(f"'{ours[0]}' is not the template's: leave it out")
+    return arguments
+
+
+TemplateArguments = Annotated[
+    dict[
+        Annotated[str, Field(pattern=r"^[a-zA-Z_][a-zA-Z0-9_]{0,63}$")],
+        bool | int | float | Annotated[str, Field(max_length=1000)] | None,
+    ],
+    Field(max_length=16),
+    AfterValidator(_are_theirs),
+]
+"""Arguments of a chat template by name."""
 
 
 class Message(Closed):
@@ -37,6 +64,8 @@ class Row(Closed):
     """Weight of the row in the loss."""
     completion: str | None = None
     """Completion for off-policy training."""
+    chat_template_kwargs: TemplateArguments = Field(default_factory=dict)
+    """Arguments of the chat template for this row; they win over those of the data."""
 
     @model_validator(mode="after")
     def _one_prompt(self) -> Row:
@@ -73,6 +102,8 @@ class DataSpec(Closed):
     """The prompts themselves."""
     shuffle: bool = True
     """New order in every pass over the data, drawn from the job's seed."""
+    chat_template_kwargs: TemplateArguments = Field(default_factory=dict)
+    """Arguments of the chat template for all rows, for example `{enable_thinking: false}`."""
 
     @model_validator(mode="after")
     def _one_source(self) -> DataSpec:
@@ -87,15 +118,42 @@ class SamplingSpec(Closed):
     """How the student writes. Student, teacher and sampler log-probabilities are all taken at this temperature."""
 
     temperature: float = Field(default=1.0, ge=0.05, le=10)
-    """Sampling temperature."""
+    """Sampling temperature. Greedy texts (0) are written by the held-out evaluation only."""
     max_tokens: int = Field(default=256, ge=1, le=32_768)
     """Longest completion, tokens."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Nucleus sampling; below 1 samples no longer come from the policy whose log-probabilities are recorded."""
     top_k: int = Field(default=0, ge=0, le=1_000_000)
     """Sample among the k likeliest tokens only; 0 = off."""
+    min_p: float = Field(default=0.0, ge=0, lt=1)
+    """Sample only tokens at least this many times as likely as the likeliest; 0 = off."""
+    stop: tuple[Annotated[str, Field(min_length=1, max_length=256)], ...] = Field(default=(), max_length=16)
+    """Texts that end a completion: it ends with the token that completes one. Special tokens count as text."""
     stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(), max_length=64)
     """Token ids that end a completion, besides the model's own end-of-sequence tokens."""
+
+    @field_validator("temperature", mode="before")
+    @classmethod
+    def _is_no_point(cls, value: Any) -> Any:
+        if value == 0:
+            raise ValueError(
+                "0 is greedy: there is no distribution to take a divergence of, and every completion of a prompt would "
+                "be the same; use 0.05 or more (held-out evaluation writes greedy texts, too)"
+            )
+        return value
+
+    @field_validator("stop")
+    @classmethod
+    def _are_texts(cls, stop: tuple[str, ...]) -> tuple[str, ...]:
+        for text in stop:
+            if "\ufffd" in text:
+                raise ValueError(f"{text!r} has the character that stands for bytes that are no text; leave it out")
+        return stop
+
+    def filters(self) -> str:
+        """What keeps tokens from being drawn, in words; "" = samples come from the whole distribution."""
+        values = {"top_p": (self.top_p, 1), "top_k": (self.top_k, 0), "min_p": (self.min_p, 0)}
+        return ", ".join(f"{name} {value:g}" for name, (value, off) in values.items() if value != off)
 
 
 class SelectSpec(Closed):

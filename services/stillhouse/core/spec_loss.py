@@ -126,6 +126,16 @@ class PolicyGradientLoss(Reduced):
         low, high = (0.999, 1.002) if self.ratio_gate == "seq_mask" else (0.5, 2.0)
         return low if self.gate_low is None else self.gate_low, high if self.gate_high is None else self.gate_high
 
+    def needs_whole_distribution(self) -> str:
+        """Why samples drawn with top_p, top_k or min_p would train something else; "" = they would not."""
+        if self.ratio_gate != "none":
+            return f"ratio_gate '{self.ratio_gate}' compares with the policy that sampled"
+        if self.baseline != "none":
+            return f"baseline '{self.baseline}' changes no mean over samples of the whole distribution, and only of it"
+        if self.reward is not None:
+            return "an outcome reward weighs the gradient of log p, and p must be what sampled"
+        return ""
+
     @field_validator("estimator", mode="before")
     @classmethod
     def _is_a_loss(cls, value: Any) -> Any:

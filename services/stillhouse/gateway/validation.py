@@ -10,18 +10,22 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Final
-
-from tokenizers import Tokenizer
 
 from stillhouse.core.blobs import Artifacts
 from stillhouse.core.explain import MAX_FINDINGS, Finding
 from stillhouse.core.models import ModelEntry, ModelRegistry
 from stillhouse.core.spec import DataSpec, JobSpec, PolicyGradientLoss, Row, StageSpec
 from stillhouse.core.verifiers import problem_of, verifiers
+from stillhouse.core.vocabulary import tokenizer_of
 from stillhouse.gateway.problems import InvalidError
+from stillhouse.gateway.reading import (
+    check_chat_template,
+    check_stop_ids,
+    check_template_arguments,
+    check_tokenizers,
+)
 
 BYTES_PER_TOKEN: Final = 16
 """Of a rollout in the queue: id, sampled log-probability, teacher's answer and one more word, 4 bytes each."""
@@ -40,7 +44,7 @@ class Source:
 
     param: str
     """Path of the data source in the spec."""
-    file: str | None
+    data: DataSpec
     rows: list[Row]
     lines: list[int]
     """Line of each row in the file; position for inline rows."""
@@ -59,6 +63,10 @@ class Source:
     def queue_tokens(self) -> int:
         """Longest rollout that a queue entry carries, prompt and completion, tokens."""
         return max(0, MAX_ROLLOUT_BYTES - self.max_tokens * self.recorded_bytes()) // BYTES_PER_TOKEN
+
+    @property
+    def file(self) -> str | None:
+        return self.data.file
 
     def where(self, index: int) -> str:
         """Path of a row; a row of a file has none of its own."""
@@ -118,14 +126,14 @@ def look_up(spec: JobSpec, models: ModelRegistry, artifacts: Artifacts) -> Case:
 
     def source(param: str, data: DataSpec, max_tokens: int, stage: StageSpec | None = None) -> Source:
         if data.rows is not None:
-            return Source(param, None, list(data.rows), list(range(len(data.rows))), max_tokens, stage)
+            return Source(param, data, list(data.rows), list(range(len(data.rows))), max_tokens, stage)
         assert data.file is not None, "a data source has rows or a file"
         path = artifacts.file(data.file)
         if not path.is_file():
             missing.append((f"{param}.file", data.file))
-            return Source(param, data.file, [], [], max_tokens, stage)
+            return Source(param, data, [], [], max_tokens, stage)
         lines, rows = zip(*read_rows(path), strict=True)
-        return Source(param, data.file, list(rows), list(lines), max_tokens, stage)
+        return Source(param, data, list(rows), list(lines), max_tokens, stage)
 
     training = [
         source(f"stages.{index}.data", stage.data, stage.sampling.max_tokens, stage)
@@ -176,29 +184,6 @@ def check_models_exist(case: Case) -> Iterator[Finding]:
                 f"unknown model '{name}'; registered: {known}",
                 f"use one of these, or have it added with `stillhouse models add {name} PATH`",
             )
-
-
-def check_tokenizers(case: Case) -> Iterator[Finding]:
-    """Student and teachers speak the same tokens: with different ones every score would be nonsense, silently."""
-    student = case.student
-    for name, teacher in case.teachers.items():
-        if student and teacher and student.tokenizer_sha256 != teacher.tokenizer_sha256:
-            yield Finding(
-                f"teachers.{name}.model",
-                f"its tokenizer differs from the student's: '{teacher.name}' has {teacher.tokenizer_sha256[:12]}, "
-                f"'{student.name}' has {student.tokenizer_sha256[:12]}",
-                "pick models with the same tokenizer",
-            )
-
-
-def check_chat_template(case: Case) -> Iterator[Finding]:
-    """Prompts are rendered by the student's chat template, for the teacher too."""
-    if case.student and not case.student.has_chat_template:
-        yield Finding(
-            "student.model",
-            f"'{case.student.name}' has no chat template",
-            "add chat_template.jinja to its folder and register it again, or pick an instruction-tuned model",
-        )
 
 
 def check_files(case: Case) -> Iterator[Finding]:
@@ -332,20 +317,6 @@ def _count(case: Case, readers: list[_Reader]) -> list[int]:
     return [len(encoding) for encoding in tokenizer.encode_batch([r.text for r in readers], add_special_tokens=False)]
 
 
-def tokenizer_of(entry: ModelEntry) -> Tokenizer:
-    """The tokenizer of a model, whole texts: what its file says about cutting and padding is for training."""
-    return _tokenizer(str(Path(entry.path) / "tokenizer.json"), entry.tokenizer_sha256)
-
-
-@lru_cache(maxsize=8)
-def _tokenizer(path: str, sha256: str) -> Tokenizer:
-    """`sha256` makes a tokenizer that was registered again a new one."""
-    tokenizer = Tokenizer.from_file(path)
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
-
-
 def check_held_out(case: Case) -> Iterator[Finding]:
     """Held-out prompts are not trained on: the result would mean nothing."""
     if case.evaluation is None:
@@ -384,6 +355,8 @@ CHECKS: Final[tuple[Check, ...]] = (
     check_models_exist,
     check_tokenizers,
     check_chat_template,
+    check_template_arguments,
+    check_stop_ids,
     check_files,
     check_routes,
     check_teachers_used,

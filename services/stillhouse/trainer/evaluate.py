@@ -19,9 +19,10 @@ from stillhouse.core.tensors import DTYPE_NAMES, ids_list, ids_tensor
 from stillhouse.trainer.asks import held_out_score
 from stillhouse.trainer.batch import TeacherHead
 from stillhouse.trainer.exchange import ScoredGroup, ScoredSample
-from stillhouse.trainer.prompts import Prompt, Renderer
+from stillhouse.trainer.prompts import Prompt
 from stillhouse.trainer.samplers import SamplerPool
 from stillhouse.trainer.space import Space
+from stillhouse.trainer.templates import Renderer
 from stillhouse.trainer.train import LearnerThread, to_sample
 from stillhouse.v1 import rollout_pb2, sampler_pb2
 
@@ -53,6 +54,7 @@ class HeldOut:
         teachers: Mapping[str, TeacherSpec],
         samplers: SamplerPool,
         renderer: Renderer,
+        stop: Sequence[str],
         stop_ids: Sequence[int],
         artifacts: JobArtifacts,
     ) -> None:
@@ -69,6 +71,8 @@ class HeldOut:
         self._teachers = teachers
         self._samplers = samplers
         self._renderer = renderer
+        self._stop = stop
+        """Where the stage's completions end, these do, as with `stop_ids`."""
         self._stop_ids = stop_ids
         self._artifacts = artifacts
 
@@ -116,9 +120,7 @@ class HeldOut:
         self, step: int, kind: str, temperature: float, score_kind: rollout_pb2.ScoreKind
     ) -> list[asyncio.Future[ScoredGroup]]:
         """Plan one completion of every prompt."""
-        sampling = rollout_pb2.SamplingParams(
-            temperature=temperature, top_p=1.0, max_tokens=self._spec.max_tokens, stop_token_ids=self._stop_ids
-        )
+        sampling = self._sampling(temperature)
         score = held_out_score(score_kind)
         return [
             await self._plan(
@@ -135,6 +137,15 @@ class HeldOut:
             )
             for index, prompt in enumerate(self._prompts)
         ]
+
+    def _sampling(self, temperature: float) -> rollout_pb2.SamplingParams:
+        return rollout_pb2.SamplingParams(
+            temperature=temperature,
+            top_p=1.0,
+            max_tokens=self._spec.max_tokens,
+            stop=self._stop,
+            stop_token_ids=self._stop_ids,
+        )
 
     async def _collect(self, step: int, futures: Sequence[asyncio.Future[ScoredGroup]]) -> list[ScoredSample]:
         """The scored samples of the groups."""
@@ -155,31 +166,28 @@ class HeldOut:
     async def _texts(self, greedy: Sequence[ScoredSample]) -> list[dict[str, str]]:
         by_row = {sample.score.rollout.row: ids_list(sample.score.rollout.completion_ids) for sample in greedy}
         shown = []
-        for prompt in self._prompts[: self._spec.show]:
+        for index, prompt in enumerate(self._prompts[: self._spec.show]):
             shown.append(
                 {
                     "prompt": prompt.text,
                     "student": self._renderer.text(by_row.get(prompt.row, [])),
-                    "teacher": await self._teacher_text(prompt),
+                    "teacher": await self._teacher_text(index),
                 }
             )
         return shown
 
-    async def _teacher_text(self, prompt: Prompt) -> str:
-        """The teacher's own greedy completion; it is frozen, so the one of step 0 is kept."""
+    async def _teacher_text(self, index: int) -> str:
+        """The teacher's own greedy completion of a prompt; it is frozen, so the one of step 0 is kept."""
         first = self._artifacts.evaluations / f"{0:08d}.json"
         if first.is_file():
-            for sample in read_json(first)["samples"]:
-                if sample["prompt"] == prompt.text:
-                    return sample["teacher"]
+            return read_json(first)["samples"][index]["teacher"]
+        prompt = self._prompts[index]
         teacher = self._teachers[prompt.teacher]
         request = sampler_pb2.GenerateRequest(
             model=teacher.model,
             dtype=DTYPE_NAMES[teacher.dtype],
             prompt_ids=ids_tensor(prompt.teacher_prompt_ids or prompt.prompt_ids),
-            sampling=rollout_pb2.SamplingParams(
-                temperature=0.0, top_p=1.0, max_tokens=self._spec.max_tokens, stop_token_ids=self._stop_ids
-            ),
+            sampling=self._sampling(0.0),
             seeds=[0],
         )
         try:

@@ -1,7 +1,7 @@
 """From rows to prompt groups: templates applied, routed to teachers, in a seeded order, with seeds for every sample.
 
 Both prompts are made here, the student's and the teacher's, so that sampler and teacher only ever see token ids.
-Needs the tokenizer, hence transformers; loaded by the trainer when it leads a job.
+Templates are applied by templates.py.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import hashlib
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from stillhouse.core.errors import PreflightError, SpecError
 from stillhouse.core.spec import DataSpec, Row, TeacherSpec
 from stillhouse.core.spec_base import NO_TEACHER
 from stillhouse.core.tensors import ids_tensor
+from stillhouse.trainer.templates import Conversation, Renderer, naming
 from stillhouse.v1 import rollout_pb2
 
 
@@ -61,60 +62,63 @@ def load_rows(data: DataSpec, file_path: Path | None) -> list[Row]:
     return rows
 
 
-class Renderer:
-    """Applies the chat template of the student's tokenizer."""
+def prepare(
+    rows: Sequence[Row],
+    teachers: Mapping[str, TeacherSpec],
+    renderer: Renderer,
+    *,
+    for_teachers: Mapping[str, Renderer] | None = None,
+    arguments: Mapping[str, Any] | None = None,
+) -> list[Prompt]:
+    """Render every row for student and teacher; `arguments` are the template's, of all rows.
 
-    def __init__(self, model_dir: Path) -> None:
-        from transformers import AutoTokenizer
+    Raises:
+        PreflightError: names the row and whose template refuses it.
+    """
+    render = _Render(renderer, for_teachers or {}, arguments or {})
+    return [render(row, index, _route(row, index, teachers), teachers) for index, row in enumerate(rows)]
 
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
 
-    def ids(self, conversation: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
-        """[P] token ids of a conversation, up to where the assistant speaks."""
-        encoded = self._tokenizer.apply_chat_template(
-            [dict(message) for message in conversation], add_generation_prompt=True, tokenize=True, return_dict=True
+@dataclass(frozen=True, slots=True)
+class _Render:
+    """Makes prompts of rows."""
+
+    renderer: Renderer
+    for_teachers: Mapping[str, Renderer]
+    arguments: Mapping[str, Any]
+    _checked: set[tuple[str, str]] = field(default_factory=set)
+    """(whose, arguments) for which the template ends prompts where the assistant speaks."""
+
+    def __call__(self, row: Row, index: int, name: str, teachers: Mapping[str, TeacherSpec]) -> Prompt:
+        conversation, teacher = row.conversation(), teachers.get(name)
+        arguments = {**self.arguments, **row.chat_template_kwargs}
+        prompt_ids = self._ids("the student", self.renderer, index, conversation, arguments)
+        teacher_ids = prompt_ids
+        if teacher is not None:
+            read = _teacher_conversation(row, conversation, teacher)
+            renderer = self.for_teachers.get(name, self.renderer)
+            # rendering takes longest of all here; most often both read the same
+            if renderer is not self.renderer or read is not conversation or teacher.chat_template_kwargs:
+                arguments |= teacher.chat_template_kwargs
+                teacher_ids = self._ids(f"teacher '{name}'", renderer, index, read, arguments)
+        return Prompt(
+            source=row,
+            row=index,
+            text=conversation[-1]["content"],
+            teacher=name,
+            weight=row.weight,
+            prompt_ids=prompt_ids,
+            teacher_prompt_ids=teacher_ids if teacher_ids != prompt_ids else None,
         )
-        return tuple(int(token) for token in encoded["input_ids"])
 
-    def completion(self, text: str, stop_ids: Sequence[int]) -> tuple[int, ...]:
-        """[T] a given text as the assistant's turn: its tokens, and the token that ends the turn.
-
-        It is tokenized apart from the prompt, as a model writes it; what looks like a special token in it is text.
-        """
-        ids = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        return (*(int(token) for token in ids), self._end_of_turn(stop_ids))
-
-    def _end_of_turn(self, stop_ids: Sequence[int]) -> int:
-        """The end-of-sequence token with which the chat template closes the assistant's turn, if it does with one."""
-        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        rendered = self._tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True)["input_ids"]
-        closing = [int(token) for token in rendered if token in stop_ids]
-        return closing[-1] if closing else stop_ids[0]
-
-    def text(self, ids: Sequence[int]) -> str:
-        """Completion ids as text, special tokens left out."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
-
-
-def prepare(rows: Sequence[Row], teachers: Mapping[str, TeacherSpec], renderer: Renderer) -> list[Prompt]:
-    """Render every row for student and teacher."""
-    prompts = []
-    for index, row in enumerate(rows):
-        name = _route(row, index, teachers)
-        conversation = row.conversation()
-        for_teacher = _teacher_conversation(row, conversation, teachers.get(name))
-        prompts.append(
-            Prompt(
-                source=row,
-                row=index,
-                text=conversation[-1]["content"],
-                teacher=name,
-                weight=row.weight,
-                prompt_ids=renderer.ids(conversation),
-                teacher_prompt_ids=renderer.ids(for_teacher) if for_teacher is not None else None,
-            )
-        )
-    return prompts
+    def _ids(
+        self, whose: str, renderer: Renderer, index: int, conversation: Conversation, arguments: Mapping[str, Any]
+    ) -> tuple[int, ...]:
+        with naming(f"row {index}, as {whose} reads it"):
+            if (key := (whose, repr(arguments))) not in self._checked:
+                renderer.check(arguments)
+                self._checked.add(key)
+            return renderer.ids(conversation, arguments)
 
 
 def with_completions(prompts: Sequence[Prompt], renderer: Renderer, stop_ids: Sequence[int]) -> list[Prompt]:
@@ -141,17 +145,13 @@ def _route(row: Row, index: int, teachers: Mapping[str, TeacherSpec]) -> str:
     return row.teacher
 
 
-def _teacher_conversation(
-    row: Row, conversation: list[dict[str, str]], teacher: TeacherSpec | None
-) -> list[dict[str, str]] | None:
-    if teacher is None:
-        return None
+def _teacher_conversation(row: Row, conversation: list[dict[str, str]], teacher: TeacherSpec) -> list[dict[str, str]]:
     if row.teacher_prompt is not None:
         return [message.model_dump() for message in row.teacher_prompt]
     if teacher.system_prompt is not None:
         without_system = [message for message in conversation if message["role"] != "system"]
         return [{"role": "system", "content": teacher.system_prompt}, *without_system]
-    return None
+    return conversation
 
 
 def check_lengths(prompts: Sequence[Prompt], max_tokens: int, limits: Mapping[str, int]) -> None:

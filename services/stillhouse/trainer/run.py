@@ -62,6 +62,7 @@ class Run:
     rewards: Rewards | None
     """Judges what it writes; None = the stage has no outcome reward."""
     stop_ids: Sequence[int]
+    """Token ids that end a completion: the student's own and the stage's."""
     special_ids: Sequence[int]
     """Special tokens of the student, where the stage masks them."""
     threads: int
@@ -367,8 +368,10 @@ class Run:
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
+            min_p=sampling.min_p,
             max_tokens=sampling.max_tokens,
-            stop_token_ids=[*self.stop_ids, *sampling.stop_token_ids],
+            stop=sampling.stop,
+            stop_token_ids=self.stop_ids,
             record_top_k=self.stage.loss.record_top_k(),
             record_entropies=select is not None and select.by == "entropy",
         )

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from stillhouse.core.models import ModelEntry, verify_files
 from stillhouse.core.queue.jobs import JobRecord
 from stillhouse.core.queue.streams import Scope
 from stillhouse.core.service import Context
-from stillhouse.core.spec import DataSpec, JobSpec, PolicyGradientLoss
+from stillhouse.core.spec import JobSpec, PolicyGradientLoss
 from stillhouse.trainer import manifests
 from stillhouse.trainer.asks import asks
 from stillhouse.trainer.batch import TeacherHead
@@ -26,21 +25,15 @@ from stillhouse.trainer.heads import ensure_loaded, fetch_head, make_task
 from stillhouse.trainer.ledger import Ledger
 from stillhouse.trainer.loop import Interrupt
 from stillhouse.trainer.manifests import Opening
+from stillhouse.trainer.preflight import Readers, all_stop_ids, filtered_warning, load_prompts, open_readers
 from stillhouse.trainer.progress import Progress
-from stillhouse.trainer.prompts import (
-    Prompt,
-    PromptOrder,
-    Renderer,
-    check_lengths,
-    load_rows,
-    prepare,
-    with_completions,
-)
+from stillhouse.trainer.prompts import Prompt, PromptOrder
 from stillhouse.trainer.publish import Publisher
 from stillhouse.trainer.rewards import Rewards
 from stillhouse.trainer.run import Run
 from stillhouse.trainer.samplers import SamplerPool
 from stillhouse.trainer.space import Space
+from stillhouse.trainer.templates import Renderer
 from stillhouse.trainer.texts import Texts
 from stillhouse.trainer.tokens import special_token_ids, stop_token_ids
 from stillhouse.trainer.train import LearnerThread
@@ -68,6 +61,8 @@ class Start:
     """Runs something until the claim ends; its error ends the claim."""
     exchange: Exchange | None = None
     judges: Judges | None = None
+    readers: Readers = field(init=False)
+    """Set first of all."""
 
     async def run(self, opening: Opening, set_status: Callable[[str], Awaitable[None]]) -> Run:
         """Validate the job and bring everything to the state that `opening` names."""
@@ -78,8 +73,9 @@ class Start:
         stage, student = self.spec.stages[0], self.ctx.models.get(self.spec.student.model)
         teachers = {name: self.ctx.models.get(spec.model) for name, spec in self.spec.teachers.items()}
         await asyncio.to_thread(verify_files, student)
-        renderer = await asyncio.to_thread(Renderer, Path(student.path))
-        prompts, held_out = await self._load_prompts(renderer, student, teachers)
+        self.readers = await asyncio.to_thread(open_readers, self.spec, student, teachers)
+        renderer = self.readers.renderer
+        prompts, held_out = await self._load_prompts()
         rewards = await self._load_rewards(prompts, renderer)
         self.exchange = await self._open_exchange(teachers)
         self.run_beside(self.exchange.run(), "take scores")
@@ -111,7 +107,7 @@ class Start:
             heads=heads,
             texts=texts,
             rewards=rewards,
-            stop_ids=stop_token_ids(student),
+            stop_ids=all_stop_ids(stage, student),
             special_ids=special_token_ids(student) if stage.tokens.mask_special else (),
             threads=threads,
             space=self.space,
@@ -163,36 +159,14 @@ class Start:
                     f"trainer; {info.role} '{info.instance}' has engine {found[0]} with {found[1]} threads"
                 )
 
-    async def _load_prompts(
-        self, renderer: Renderer, student: ModelEntry, teachers: dict[str, ModelEntry]
-    ) -> tuple[list[Prompt], list[Prompt]]:
-        """Training and held-out prompts, rendered and checked against the models' lengths."""
-        stage, evaluation = self.spec.stages[0], self.spec.evaluation
-        for name, entry in teachers.items():
-            if entry.tokenizer_sha256 != student.tokenizer_sha256:
-                raise PreflightError(
-                    f"teacher '{name}' ({entry.name}) and student ({student.name}) have different tokenizers; "
-                    "their tokens cannot be compared"
-                )
-        limits = {name: entry.max_sequence_length for name, entry in teachers.items()}
-
-        def load(data: DataSpec, max_tokens: int, *, is_read: bool = True) -> list[Prompt]:
-            path = self.ctx.artifacts.file(data.file) if data.file else None
-            prompts = prepare(load_rows(data, path), self.spec.teachers, renderer)
-            if not prompts:
-                raise PreflightError("no prompts: the data has no rows")
-            readers = limits if is_read else dict.fromkeys(limits, sys.maxsize)
-            check_lengths(prompts, max_tokens, {**readers, "student": student.max_sequence_length})
-            return prompts
-
-        max_tokens = stage.sampling.max_tokens
-        prompts = await asyncio.to_thread(load, stage.data, max_tokens, is_read=stage.needs_teacher())
-        if stage.reads_completions():
-            prompts = await asyncio.to_thread(with_completions, prompts, renderer, stop_token_ids(student))
-            await self._tell_cut([len(prompt.completion_ids or ()) > max_tokens for prompt in prompts])
-        held_out: list[Prompt] = []
-        if evaluation.data is not None:
-            held_out = await asyncio.to_thread(load, evaluation.data, evaluation.max_tokens)
+    async def _load_prompts(self) -> tuple[list[Prompt], list[Prompt]]:
+        """Training and held-out prompts, rendered and checked."""
+        stage = self.spec.stages[0]
+        prompts, held_out = await asyncio.to_thread(load_prompts, self.spec, self.readers, self.ctx.artifacts)
+        most = stage.sampling.max_tokens
+        await self._tell_cut([len(prompt.completion_ids or ()) > most for prompt in prompts])
+        if warning := filtered_warning(stage):
+            await self.ctx.jobs.event(self.scope.job_id, "sampling.filtered", warning, level="warning")
         return prompts, held_out
 
     async def _tell_cut(self, is_cut: Sequence[bool]) -> None:
@@ -238,9 +212,9 @@ class Start:
         """What brings off-policy groups; if teachers write them, they must end as the student does."""
         stage = self.spec.stages[0]
         writes = stage.on_policy_fraction < 1 and stage.off_policy_source == "teacher"
-        known = {*stop_token_ids(student), *stage.sampling.stop_token_ids}
+        known = all_stop_ids(stage, student)
         for name, entry in teachers.items() if writes else ():
-            if odd := sorted(set(stop_token_ids(entry)) - known):
+            if odd := sorted(set(stop_token_ids(entry)) - set(known)):
                 raise PreflightError(
                     f"teacher '{name}' ({entry.name}) ends its texts with the tokens {odd}, too, at which the student "
                     f"({student.name}) would go on; add them to sampling.stop_token_ids"
@@ -307,6 +281,7 @@ class Start:
             teachers=self.spec.teachers,
             samplers=self.samplers,
             renderer=renderer,
+            stop=run.stage.sampling.stop,
             stop_ids=run.stop_ids,
             artifacts=self.artifacts,
         )

@@ -15,15 +15,22 @@ def stop_token_ids(entry: ModelEntry) -> list[int]:
     Raises:
         PreflightError: the model names none, so completions would never end.
     """
+    if found := end_ids(entry):
+        return found
+    raise PreflightError(
+        f"model '{entry.name}' names no end-of-sequence token; add eos_token_id to its generation_config.json"
+    )
+
+
+def end_ids(entry: ModelEntry) -> list[int]:
+    """The same, of a model that need not name any."""
     for name in ("generation_config.json", "config.json"):
         path = Path(entry.path) / name
         if path.is_file():
             value = read_json(path).get("eos_token_id")
             if value is not None:
                 return sorted({int(token) for token in (value if isinstance(value, list) else [value])})
-    raise PreflightError(
-        f"model '{entry.name}' names no end-of-sequence token; add eos_token_id to its generation_config.json"
-    )
+    return []
 
 
 def special_token_ids(entry: ModelEntry) -> list[int]:

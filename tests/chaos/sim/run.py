@@ -19,9 +19,10 @@ from unittest import mock
 from stillhouse.core import blobs, failpoints, service, telemetry
 from stillhouse.gateway import jobs as gateway_jobs
 from stillhouse.trainer import app as trainer_app
+from stillhouse.trainer import preflight as trainer_preflight
 from stillhouse.trainer import publish as trainer_publish
 from stillhouse.trainer import retention
-from stillhouse.trainer import start as trainer_start
+from stillhouse.trainer import tokens as trainer_tokens
 from tests.chaos.sim.clock import Clock, SimLoop, virtual_time
 from tests.chaos.sim.judge import judge
 from tests.chaos.sim.process import PROCESS
@@ -118,8 +119,8 @@ def _in_place_of_heavy_parts(world: World) -> Iterator[None]:
     with (
         mock.patch.object(service, "Server", _server),
         mock.patch.object(telemetry, "serve_metrics", _no_address),
-        mock.patch.object(trainer_start, "Renderer", ToyRenderer),
-        mock.patch.object(trainer_start, "stop_token_ids", _stop_token_ids),
+        mock.patch.object(trainer_preflight, "Renderer", ToyRenderer),
+        mock.patch.object(trainer_tokens, "end_ids", _end_ids),
         mock.patch.object(trainer_app.gc, "collect", _nothing),
         mock.patch.object(gateway_jobs, "preflight", _nothing),
         mock.patch.object(trainer_publish.Publisher, "hold", hold),
@@ -141,7 +142,7 @@ def _no_address(settings: Any) -> str:
     return ""
 
 
-def _stop_token_ids(entry: Any) -> list[int]:
+def _end_ids(entry: Any) -> list[int]:
     return [0]
 
 

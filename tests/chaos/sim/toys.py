@@ -75,7 +75,10 @@ class ToyRenderer:
     def __init__(self, model_dir: Path) -> None:
         return
 
-    def ids(self, conversation: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
+    def check(self, arguments: Mapping[str, Any]) -> None:
+        return
+
+    def ids(self, conversation: Sequence[Mapping[str, str]], arguments: Mapping[str, Any]) -> tuple[int, ...]:
         return tuple(byte % VOCABULARY for message in conversation for byte in message["content"].encode())
 
     def completion(self, text: str, stop_ids: Sequence[int]) -> tuple[int, ...]:

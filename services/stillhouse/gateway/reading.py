@@ -1,0 +1,78 @@
+"""Checks of a job about how student and teachers read: tokenizers, chat templates and their arguments."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stillhouse.core.explain import Finding
+from stillhouse.core.models import ModelEntry, read_chat_template
+from stillhouse.core.vocabulary import difference
+
+if TYPE_CHECKING:
+    from stillhouse.gateway.validation import Case
+
+
+def check_tokenizers(case: Case) -> Iterator[Finding]:
+    """Student and teachers speak the same tokens: with different ones every score would be nonsense, silently."""
+    for name, teacher in case.teachers.items():
+        if case.student and teacher and (problem := difference(case.student, teacher)):
+            yield Finding(
+                f"teachers.{name}.model",
+                f"its tokenizer differs from the student's: {problem}",
+                "pick models with the same tokenizer",
+            )
+
+
+def check_chat_template(case: Case) -> Iterator[Finding]:
+    """Prompts are rendered by the student's chat template, for teachers without one, too."""
+    if case.student and not case.student.has_chat_template:
+        yield Finding(
+            "student.model",
+            f"'{case.student.name}' has no chat template",
+            "add chat_template.jinja to its folder and register it again, or pick an instruction-tuned model",
+        )
+
+
+def check_template_arguments(case: Case) -> Iterator[Finding]:
+    """Arguments occur in the template they are for: one with a typing mistake would change nothing, silently."""
+    if case.student is None:
+        return
+    for source in case.sources():
+        arguments = source.data.chat_template_kwargs
+        yield from _unknown(f"{source.param}.chat_template_kwargs", "", arguments, case.student)
+        for index, row in enumerate(source.rows):
+            whose = f"{source.name(index)}: "
+            yield from _unknown(source.where(index), whose, row.chat_template_kwargs, case.student)
+    for name, spec in case.spec.teachers.items():
+        entry = case.teachers[name]
+        reader = entry if entry is not None and entry.has_chat_template else case.student
+        yield from _unknown(f"teachers.{name}.chat_template_kwargs", "", spec.chat_template_kwargs, reader)
+
+
+def _unknown(param: str, whose: str, arguments: Mapping[str, Any], reader: ModelEntry) -> Iterator[Finding]:
+    for name in arguments:
+        if not re.search(rf"\b{name}\b", _template(reader.path, reader.sha256)):
+            message = f"{whose}the chat template of '{reader.name}' reads no argument '{name}'"
+            yield Finding(param, message, "correct its name, or leave it out")
+
+
+@lru_cache(maxsize=8)
+def _template(path: str, sha256: str) -> str:
+    """`sha256` makes a model that was registered again a new one."""
+    return read_chat_template(Path(path)) or ""
+
+
+def check_stop_ids(case: Case) -> Iterator[Finding]:
+    """Stop tokens exist: one that nobody can write would end nothing, silently."""
+    student = case.student
+    if student is None:
+        return
+    for index, stage in enumerate(case.spec.stages):
+        for token in stage.sampling.stop_token_ids:
+            if token >= student.tokenizer_size:
+                message = f"'{student.name}' has no token {token}, its last is {student.tokenizer_size - 1}"
+                yield Finding(f"stages.{index}.sampling.stop_token_ids", message, "use ids of its tokenizer")

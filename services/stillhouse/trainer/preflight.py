@@ -1,0 +1,112 @@
+"""What is proved of a job with its tokenizers and rows, before a model is loaded: every reader gets what it should.
+
+    vocabularies    a teacher's token ids are the student's, and texts become the same tokens
+    templates       every row renders, for the student and for its teacher; the assistant's turn is open at the end
+    ends            what a teacher ends its turns with ends the student's completions
+    lengths         prompt and completion fit, for both
+
+A completion then is, id by id, a continuation of the student's prompt and of the teacher's.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from stillhouse.core.blobs import Artifacts
+from stillhouse.core.errors import PreflightError
+from stillhouse.core.models import ModelEntry
+from stillhouse.core.spec import DataSpec, FullVocabularyLoss, JobSpec, PolicyGradientLoss, StageSpec
+from stillhouse.core.vocabulary import difference
+from stillhouse.trainer.prompts import Prompt, check_lengths, load_rows, prepare, with_completions
+from stillhouse.trainer.templates import Renderer, check_ends, naming, teacher_renderers
+from stillhouse.trainer.tokens import stop_token_ids
+
+
+@dataclass(frozen=True)
+class Readers:
+    """Who reads prompts, and how."""
+
+    student: ModelEntry
+    teachers: Mapping[str, ModelEntry]
+    renderer: Renderer
+    """The student's."""
+    for_teachers: Mapping[str, Renderer]
+    """Each teacher's."""
+
+
+def open_readers(spec: JobSpec, student: ModelEntry, teachers: Mapping[str, ModelEntry]) -> Readers:
+    """Tokenizers of the job's models, which speak the same tokens. Blocks while it reads them.
+
+    Raises:
+        PreflightError: names the first difference.
+    """
+    for name, entry in teachers.items():
+        if problem := difference(student, entry):
+            raise PreflightError(
+                f"teacher '{name}' ({entry.name}) and student ({student.name}) have different tokenizers, so that "
+                f"their tokens cannot be compared: {problem}"
+            )
+    renderer = Renderer(Path(student.path))
+    readers = Readers(student, teachers, renderer, teacher_renderers(student, teachers, renderer, Renderer))
+    if spec.asks_teachers():
+        check_ends(student, teachers, readers.for_teachers, all_stop_ids(spec.stages[0], student))
+    return readers
+
+
+def all_stop_ids(stage: StageSpec, student: ModelEntry) -> list[int]:
+    """Token ids that end a completion: the student's own, and the stage's."""
+    return [*stop_token_ids(student), *stage.sampling.stop_token_ids]
+
+
+def load_prompts(spec: JobSpec, readers: Readers, artifacts: Artifacts) -> tuple[list[Prompt], list[Prompt]]:
+    """Training and held-out prompts, rendered and checked. Blocks.
+
+    Raises:
+        PreflightError: names the row, both sides and the fix.
+    """
+    stage, evaluation = spec.stages[0], spec.evaluation
+    prompts = _load(stage.data, stage.sampling.max_tokens, spec, readers, artifacts, is_read=stage.needs_teacher())
+    if stage.reads_completions():
+        prompts = with_completions(prompts, readers.renderer, stop_token_ids(readers.student))
+    held_out: list[Prompt] = []
+    if evaluation.data is not None:
+        with naming("evaluation.data"):
+            held_out = _load(evaluation.data, evaluation.max_tokens, spec, readers, artifacts)
+    return prompts, held_out
+
+
+def _load(
+    data: DataSpec, max_tokens: int, spec: JobSpec, readers: Readers, artifacts: Artifacts, *, is_read: bool = True
+) -> list[Prompt]:
+    """The prompts of one source; `is_read` = the teachers read them, too."""
+    rows = load_rows(data, artifacts.file(data.file) if data.file else None)
+    prompts = prepare(
+        rows,
+        spec.teachers,
+        readers.renderer,
+        for_teachers=readers.for_teachers,
+        arguments=data.chat_template_kwargs,
+    )
+    if not prompts:
+        raise PreflightError("no prompts: the data has no rows")
+    limits = {name: entry.max_sequence_length if is_read else sys.maxsize for name, entry in readers.teachers.items()}
+    check_lengths(prompts, max_tokens, {**limits, "student": readers.student.max_sequence_length})
+    return prompts
+
+
+def filtered_warning(stage: StageSpec) -> str:
+    """What truncated sampling means for a loss that is taken at the sampled token; "" = nothing."""
+    filters, loss = stage.sampling.filters(), stage.loss
+    at_sampled = isinstance(loss, PolicyGradientLoss) or (
+        isinstance(loss, FullVocabularyLoss) and loss.divergence == "k2"
+    )
+    if not filters or not at_sampled:
+        return ""
+    return (
+        f"the loss is taken at sampled tokens, and {filters} keeps unlikely ones from being sampled: the student "
+        "learns the teacher's probabilities of the others, and of the rest only how much it is together; "
+        "loss/reverse_kl is measured on those tokens, too"
+    )
