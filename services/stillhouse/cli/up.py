@@ -16,13 +16,13 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
 from stillhouse.cli import valkey
-from stillhouse.cli.console import EXIT_RUNNING, EXIT_USAGE, INSTALL_FIX, CliError, say
+from stillhouse.cli.console import EXIT_RUNNING, EXIT_USAGE, INSTALL_FIX, VLLM_FIX, CliError, say
 from stillhouse.cli.deployment import DEFAULT_HOME, PRIVATE_FILE, Deployment
 from stillhouse.cli.down import remove_leftovers
 from stillhouse.cli.liveness import HANG_S, Liveness, look_at
@@ -30,7 +30,7 @@ from stillhouse.cli.process import ProcessSpec
 from stillhouse.cli.registry import live_services
 from stillhouse.cli.supervisor import Supervisor
 from stillhouse.core.blobs import read_json, write_json
-from stillhouse.core.config import Settings, load_settings
+from stillhouse.core.config import ENGINES, Settings, load_settings
 from stillhouse.core.errors import NotFoundError, StillhouseError
 from stillhouse.core.keys import create_key, hash_key, load_keys, remove_key
 from stillhouse.core.models import ModelRegistry
@@ -39,7 +39,6 @@ READY_TIMEOUT_S: Final = 180.0
 """Services import torch, which takes 5 s warm and may take a minute from a cold disk on two busy cores."""
 NEEDED_PACKAGES: Final = ("fastapi", "uvicorn", "torch", "transformers", "safetensors")
 """What the services import; checked here, since a service that cannot import only leaves a traceback in its log."""
-
 _DIRECT: Final = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 """Asks our own gateway, whatever http_proxy says."""
 KEY_NAME: Final = "local"
@@ -60,6 +59,10 @@ class UpOptions:
     """Processes of each trainer, which split its student between them; 0 = the setting trainer_ranks."""
     threads: int = 0
     """Compute threads per process; 0 = the cores shared out evenly."""
+    sampler_engine: str = ""
+    """Engine of the samplers; "" = the setting engine."""
+    teacher_engine: str = ""
+    """Engine of the teachers; "" = the setting engine."""
     hang: float = HANG_S
     """A process without a sign of life for so many seconds is killed and started again; 0 = never."""
 
@@ -87,12 +90,29 @@ def _check(deployment: Deployment, options: UpOptions) -> Settings:
             fix=INSTALL_FIX,
             exit_code=EXIT_USAGE,
         )
+    _check_engines(_engines(settings, options))
     valkey.find_binary()
     if "STILLHOUSE_REDIS_URL" in os.environ:
         _report("STILLHOUSE_REDIS_URL is set and not used: `stillhouse up` runs a queue server of its own")
     if options.port:
         _check_port(settings.host, options.port)
     return settings
+
+
+def _engines(settings: Settings, options: UpOptions) -> dict[str, str]:
+    """By role."""
+    return {
+        "sampler": options.sampler_engine or settings.engine,
+        "teacher": options.teacher_engine or settings.engine,
+    }
+
+
+def _check_engines(engines: dict[str, str]) -> None:
+    for role, engine in engines.items():
+        if engine not in ENGINES:
+            raise CliError(f"no engine '{engine}' for a {role}; there are {', '.join(ENGINES)}", exit_code=EXIT_USAGE)
+    if "vllm" in engines.values() and find_spec("vllm") is None:
+        raise CliError("the engine vllm is not installed", fix=VLLM_FIX, exit_code=EXIT_USAGE)
 
 
 def _check_port(host: str, port: int) -> None:
@@ -111,8 +131,8 @@ def _check_port(host: str, port: int) -> None:
 
 def _run_detached(deployment: Deployment, options: UpOptions) -> None:
     command = [sys.executable, "-m", "stillhouse.cli.main", "up", "--home", str(deployment.home)]
-    for name in ("port", "samplers", "teachers", "trainers", "trainer_ranks", "threads", "hang"):
-        command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
+    for name, value in asdict(options).items():
+        command += [f"--{name.replace('_', '-')}", str(value)]
     log = deployment.open_log("supervisor")
     try:
         process = subprocess.Popen(
@@ -224,6 +244,7 @@ def plan(
         "OMP_NUM_THREADS": threads,
     }
     inside = {"STILLHOUSE_HOST": "127.0.0.1", "STILLHOUSE_ADVERTISE_HOST": "127.0.0.1", "STILLHOUSE_PORT": "0"}
+    engines = _engines(settings, options)
     names = [("gateway", "gateway-0")]
     names += [("sampler", f"sampler-{index}") for index in range(options.samplers)]
     names += [("teacher", f"teacher-{index}") for index in range(options.teachers)]
@@ -236,6 +257,7 @@ def plan(
             env={
                 **shared,
                 **({"STILLHOUSE_PORT": str(port)} if role == "gateway" else inside),
+                **({"STILLHOUSE_ENGINE": engines[role]} if role in engines else {}),
                 "STILLHOUSE_INSTANCE": name,
             },
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 from urllib.parse import quote
 
 import yaml
@@ -18,6 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from stillhouse.core.errors import ConfigError
 
 PREFIX = "STILLHOUSE_"
+Engine = Literal["transformers", "vllm"]
+ENGINES = get_args(Engine)
 
 
 class Settings(BaseModel):
@@ -57,8 +59,8 @@ class Settings(BaseModel):
     """Least important level that is logged."""
     log_format: Literal["auto", "json", "text"] = "auto"
     """auto = coloured text on a terminal, JSON elsewhere."""
-    engine: Literal["transformers", "vllm"] = "transformers"
-    """Engine of sampler and teacher."""
+    engine: Engine = "transformers"
+    """Engine of sampler and teacher (`stillhouse up --sampler-engine`, `--teacher-engine`)."""
     vllm_tensor_parallel: int = Field(default=1, ge=1, le=64)
     """vLLM: devices that a model is split over."""
     vllm_memory_fraction: float = Field(default=0.9, gt=0, le=1)
