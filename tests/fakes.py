@@ -33,6 +33,7 @@ class MemoryQueue:
         self._streams: dict[str, _Stream] = {}
         self._marks: dict[tuple[str, int], set[str]] = {}
         self._of_epoch: dict[tuple[str, int], set[str]] = {}
+        self._partials: dict[tuple[str, str], list[bytes]] = {}
 
     def set_epoch(self, job_id: str, epoch: int) -> None:
         """What a claim of the job does to its record."""
@@ -84,7 +85,7 @@ class MemoryQueue:
             if len(found) < count and time.monotonic() - claim.since >= min_idle_s:
                 claim.consumer, claim.since, claim.deliveries = consumer, time.monotonic(), claim.deliveries + 1
                 assert held is not None
-                found.append(Entry(stream, group, str(number), held.entries[number], claim.deliveries))
+                found.append(Entry(stream, group, str(number), held.entries[number], claim.deliveries, was_held=True))
         return found
 
     async def renew(self, entries: Iterable[Entry], consumer: str) -> list[Entry]:
@@ -115,9 +116,27 @@ class MemoryQueue:
             letters = self._streams.setdefault(keys.dead(scope.job_id, scope.epoch), _Stream())
             letters.entries[letters.next_id] = dead
             letters.next_id += 1
-        if last:
-            await self.ack_delete([source])
+        if last and await self.ack_delete([source]):
+            self._partials.pop((source.stream, source.id), None)
         return outcome
+
+    async def append_partial(self, scope: Scope, source: Entry, consumer: str, num_parts: int, part: bytes) -> Outcome:
+        if self._is_closed(scope) or source.stream not in self._of_epoch.get((scope.job_id, scope.epoch), ()):
+            return Outcome.CLOSED
+        claim = self._claim(source)
+        if claim is None or claim.consumer != consumer:
+            return Outcome.LOST
+        parts = self._partials.setdefault((source.stream, source.id), [])
+        if len(parts) == num_parts + 1 and parts[-1] == part:
+            return Outcome.DONE
+        if len(parts) != num_parts:
+            return Outcome.LOST
+        parts.append(part)
+        claim.since, claim.deliveries = time.monotonic(), 1
+        return Outcome.DONE
+
+    async def partials(self, source: Entry) -> list[bytes]:
+        return list(self._partials.get((source.stream, source.id), ()))
 
     async def hand_back(self, entries: Iterable[Entry], consumer: str) -> None:
         for entry in entries:
@@ -142,6 +161,7 @@ class MemoryQueue:
     async def close_epoch(self, scope: Scope) -> None:
         for stream in self._of_epoch.pop((scope.job_id, scope.epoch), set()):
             self._streams.pop(stream, None)
+            self._partials = {name: parts for name, parts in self._partials.items() if name[0] != stream}
         self._streams.pop(keys.dead(scope.job_id, scope.epoch), None)
         self._marks.pop((scope.job_id, scope.epoch), None)
 

@@ -286,6 +286,83 @@ async def test_claims_forget_what_was_taken_over(queue: QueueBackend) -> None:
     assert await queue.renew([taken], "thief") == [], "leaving the block handed nothing back"
 
 
+async def test_what_a_worker_has_so_far_is_found_by_the_next_holder(queue: QueueBackend) -> None:
+    await queue.add(JOB, PROMPTS, "plan:0", b"0")
+    entry = await claim_one(queue)
+    assert not entry.was_held
+    assert await queue.partials(entry) == []
+    assert await queue.append_partial(JOB, entry, "a", 0, b"first") is Outcome.DONE
+    assert await queue.append_partial(JOB, entry, "a", 1, b"second \x00\xff") is Outcome.DONE
+    (taken,) = await queue.reclaim(PROMPTS, keys.SAMPLERS_GROUP, "b", 0.0, 1)
+    assert taken.was_held
+    assert await queue.partials(taken) == [b"first", b"second \x00\xff"]
+    assert await queue.append_partial(JOB, taken, "b", 2, b"third") is Outcome.DONE
+    assert await queue.append_partial(JOB, entry, "a", 2, b"third of the old holder") is Outcome.LOST
+    assert len(await queue.partials(taken)) == 3
+
+
+async def test_a_part_is_appended_once_and_only_to_what_its_writer_knows(queue: QueueBackend) -> None:
+    """Two holders of one name: a process that was started again while its predecessor is frozen."""
+    await queue.add(JOB, PROMPTS, "plan:0", b"0")
+    entry = await claim_one(queue)
+    assert await queue.append_partial(JOB, entry, "a", 0, b"part") is Outcome.DONE
+    assert await queue.append_partial(JOB, entry, "a", 0, b"part") is Outcome.DONE, "the answer was lost, say"
+    assert await queue.append_partial(JOB, entry, "a", 0, b"other") is Outcome.LOST
+    assert await queue.append_partial(JOB, entry, "a", 2, b"other") is Outcome.LOST
+    assert await queue.partials(entry) == [b"part"]
+
+
+async def test_parts_leave_with_their_entry_and_with_the_epoch(queue: QueueBackend) -> None:
+    for number in range(2):
+        await queue.add(JOB, PROMPTS, f"plan:{number}", b"group of two")
+    done, left = await queue.claim([PROMPTS], keys.SAMPLERS_GROUP, "a", 2, NOW_MS)
+    for entry in (done, left):
+        await queue.append_partial(JOB, entry, "a", 0, b"part")
+    await queue.hand_over(JOB, done, ROLLOUTS, "rollout:0/0:0", b"one", last=False)
+    assert await queue.partials(done) == [b"part"], "the other sample still needs it"
+    await queue.hand_over(JOB, done, ROLLOUTS, "rollout:0/1:0", b"two")
+    assert await queue.partials(done) == []
+    assert await queue.append_partial(JOB, done, "a", 0, b"late") is Outcome.LOST
+    await queue.close_epoch(JOB)
+    assert await queue.partials(left) == []
+    assert await queue.append_partial(JOB, left, "a", 0, b"late") is Outcome.CLOSED
+    assert await queue.partials(left) == []
+
+
+async def test_a_closed_epoch_takes_no_parts(backend: tuple[QueueBackend, SetEpoch], queue: QueueBackend) -> None:
+    await queue.add(JOB, PROMPTS, "plan:0", b"0")
+    zombie = await claim_one(queue)
+    await backend[1](JOB.epoch + 1)
+    assert await queue.append_partial(JOB, zombie, "a", 0, b"late") is Outcome.CLOSED
+    assert await queue.partials(zombie) == []
+
+
+async def test_deliveries_count_anew_with_every_progress_and_only_then(queue: QueueBackend) -> None:
+    await queue.add(JOB, PROMPTS, "plan:0", b"0")
+    entry = await claim_one(queue)
+    for number in range(MAX_DELIVERIES + 3):
+        assert await queue.append_partial(JOB, entry, "a", number, b"%d" % number) is Outcome.DONE
+        (entry,) = await queue.reclaim(PROMPTS, keys.SAMPLERS_GROUP, "a", 0.0, 1)
+        assert entry.deliveries == 2
+    for _ in range(MAX_DELIVERIES - 1):
+        assert not entry.is_exhausted
+        (entry,) = await queue.reclaim(PROMPTS, keys.SAMPLERS_GROUP, "a", 0.0, 1)
+    assert entry.is_exhausted
+
+
+async def test_a_claim_that_made_progress_goes_back_as_a_fresh_one(queue: QueueBackend) -> None:
+    await queue.add(JOB, PROMPTS, "plan:0", b"0")
+    await claim_one(queue, "victim")
+    for _ in range(3):
+        await queue.reclaim(PROMPTS, keys.SAMPLERS_GROUP, "victim", 0.0, 1)
+    async with Claims(queue, "a", 0.0, structlog.get_logger()) as claims:
+        (entry,) = await claims.take_over(PROMPTS, keys.SAMPLERS_GROUP, 1)
+        assert entry.deliveries == 5
+        assert await claims.append_partial(JOB, entry, 0, b"part") is Outcome.DONE
+    (entry,) = await queue.reclaim(PROMPTS, keys.SAMPLERS_GROUP, "b", 60.0, 1)
+    assert entry.deliveries == 1
+
+
 async def test_acknowledging_counts_what_was_there(queue: QueueBackend) -> None:
     await queue.add(JOB, PROMPTS, "plan:0", b"prompt")
     entry = await claim_one(queue)

@@ -341,3 +341,31 @@ class Retokenize(_message.Message):
     student: str
     end_token_id: int
     def __init__(self, student: _Optional[str] = ..., end_token_id: _Optional[int] = ...) -> None: ...
+
+class PartialCompletion(_message.Message):
+    __slots__ = ("index", "first_token", "completion_ids", "rollout_logprobs", "spans", "target_ids", "entropies", "sample_s")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    COMPLETION_IDS_FIELD_NUMBER: _ClassVar[int]
+    ROLLOUT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    SPANS_FIELD_NUMBER: _ClassVar[int]
+    TARGET_IDS_FIELD_NUMBER: _ClassVar[int]
+    ENTROPIES_FIELD_NUMBER: _ClassVar[int]
+    SAMPLE_S_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    first_token: int
+    completion_ids: _tensor_pb2.Tensor
+    rollout_logprobs: _tensor_pb2.Tensor
+    spans: _containers.RepeatedCompositeFieldContainer[Span]
+    target_ids: _tensor_pb2.Tensor
+    entropies: _tensor_pb2.Tensor
+    sample_s: float
+    def __init__(self, index: _Optional[int] = ..., first_token: _Optional[int] = ..., completion_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., rollout_logprobs: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., spans: _Optional[_Iterable[_Union[Span, _Mapping]]] = ..., target_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., entropies: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., sample_s: _Optional[float] = ...) -> None: ...
+
+class PartialGroup(_message.Message):
+    __slots__ = ("schema_version", "completions")
+    SCHEMA_VERSION_FIELD_NUMBER: _ClassVar[int]
+    COMPLETIONS_FIELD_NUMBER: _ClassVar[int]
+    schema_version: int
+    completions: _containers.RepeatedCompositeFieldContainer[PartialCompletion]
+    def __init__(self, schema_version: _Optional[int] = ..., completions: _Optional[_Iterable[_Union[PartialCompletion, _Mapping]]] = ...) -> None: ...

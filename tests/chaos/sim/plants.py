@@ -12,7 +12,7 @@ from unittest import mock
 from redis.exceptions import ResponseError
 
 from stillhouse.core.blobs import JobArtifacts
-from stillhouse.core.queue import jobs, streams
+from stillhouse.core.queue import jobs, scripts
 from stillhouse.core.queue.streams import Entry, WorkQueue
 from stillhouse.sampler.student import Student
 from stillhouse.teacher import worker as teacher_worker
@@ -226,13 +226,13 @@ PLANTS: Final[dict[str, Plant]] = {
     "train_before_journal": replaced((Run, "write", _prepare_only), (Run, "commit_if_due", _journal_after_all)),
     "skip_fsync": _skip_fsync,
     "trim_streams": replaced(
-        (streams, "_ADD", streams._ADD.replace(_XADD, _XADD_TRIMMED)),
-        (streams, "_HAND_OVER", streams._HAND_OVER.replace(_XADD, _XADD_TRIMMED)),
+        (scripts, "ADD", scripts.ADD.replace(_XADD, _XADD_TRIMMED)),
+        (scripts, "HAND_OVER", scripts.HAND_OVER.replace(_XADD, _XADD_TRIMMED)),
     ),
     "no_fencing": replaced(
-        (streams, "_OPEN_STREAM", without(streams._OPEN_STREAM, _CHECK_CLOSED)),
-        (streams, "_ADD", without(streams._ADD, _CHECK_CLOSED)),
-        (streams, "_HAND_OVER", without(streams._HAND_OVER, _CHECK_CLOSED)),
+        (scripts, "OPEN_STREAM", without(scripts.OPEN_STREAM, _CHECK_CLOSED)),
+        (scripts, "ADD", without(scripts.ADD, _CHECK_CLOSED)),
+        (scripts, "HAND_OVER", without(scripts.HAND_OVER, _CHECK_CLOSED)),
         (jobs, "_UPDATE", without(jobs._UPDATE, _CHECK_EPOCH)),
         (jobs, "_RENEW", without(jobs._RENEW, *_CHECK_HOLDER)),
     ),
@@ -242,13 +242,13 @@ PLANTS: Final[dict[str, Plant]] = {
     "keep_nan": replaced((ToyTeacher, "hides_overflow", True), (ToyLearner, "keeps_nan", True)),
     "early_cleanup": replaced((run, "retain", _keep_only_the_newest)),
     "no_dedup": replaced(
-        (streams, "_ADD", without(streams._ADD, _MARK_ADD)),
-        (streams, "_HAND_OVER", streams._HAND_OVER.replace(_MARK, "if true then")),
+        (scripts, "ADD", without(scripts.ADD, _MARK_ADD)),
+        (scripts, "HAND_OVER", scripts.HAND_OVER.replace(_MARK, "if true then")),
         (WorkQueue, "marked", _none_marked),
         (Exchange, "_settle", _count_all),
     ),
     "group_at_dollar": replaced(
-        (streams, "_OPEN_STREAM", streams._OPEN_STREAM.replace(_CREATE_GROUP, "local ok = 1")),
+        (scripts, "OPEN_STREAM", scripts.OPEN_STREAM.replace(_CREATE_GROUP, "local ok = 1")),
         (WorkQueue, "claim", _claim_from_now_on),
     ),
     "silent_exit": replaced((Lead, "_work", _always_well)),

@@ -150,6 +150,9 @@ class SimRedis:
     async def smembers(self, key: Any) -> Any:
         return await self._do("SMEMBERS", key)
 
+    async def lrange(self, key: Any, first: int, last: int) -> Any:
+        return await self._do("LRANGE", key, first, last)
+
     async def zrem(self, key: Any, *members: Any) -> Any:
         return await self._do("ZREM", key, *members)
 

@@ -182,6 +182,30 @@ class RedisServer:
     def _sismember(self, key: bytes, member: bytes) -> int:
         return int(member in (self._find(key) or ()))
 
+    def _srem(self, key: bytes, *members: bytes) -> int:
+        held = self._find(key) or set()
+        number = len(held & set(members))
+        held -= set(members)
+        if key in self._data and not held:
+            del self._data[key]
+        return number
+
+    def _rpush(self, key: bytes, *items: bytes) -> int:
+        held = self._make(key, list)
+        held += items
+        return len(held)
+
+    def _llen(self, key: bytes) -> int:
+        return len(self._find(key) or ())
+
+    def _lindex(self, key: bytes, index: bytes) -> bytes | None:
+        held = self._find(key) or []
+        return held[int(index)] if -len(held) <= int(index) < len(held) else None
+
+    def _lrange(self, key: bytes, first: bytes, last: bytes) -> list[bytes]:
+        """To the end only."""
+        return list(self._find(key) or ())[int(first) :]
+
     def _zadd(self, key: bytes, score: bytes, member: bytes) -> int:
         held = self._make(key, ZSet)
         is_new = member not in held

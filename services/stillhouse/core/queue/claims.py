@@ -18,7 +18,7 @@ from redis.exceptions import RedisError
 
 from stillhouse.core.errors import StillhouseError
 from stillhouse.core.queue.client import BLOCK_MS
-from stillhouse.core.queue.streams import Entry, QueueBackend
+from stillhouse.core.queue.streams import Entry, Outcome, QueueBackend, Scope
 from stillhouse.core.tasks import cancel_all
 
 RENEWALS_PER_LEASE: Final = 3
@@ -62,6 +62,14 @@ class Claims:
     async def take_over(self, stream: str, group: str, count: int) -> list[Entry]:
         """Up to `count` entries that were handed back, or whose holder was silent for a lease."""
         return self._hold(await self._queue.reclaim(stream, group, self._consumer, self._lease_s, count))
+
+    async def append_partial(self, scope: Scope, entry: Entry, num_parts: int, part: bytes) -> Outcome:
+        """Keep what the work on the entry has gained: its deliveries count anew."""
+        outcome = await self._queue.append_partial(scope, entry, self._consumer, num_parts, part)
+        name = (entry.stream, entry.id)
+        if outcome is Outcome.DONE and name in self._held:
+            self._held[name] = replace(self._held[name], deliveries=1)
+        return outcome
 
     def finish(self, entry: Entry) -> None:
         """Its results are handed over: nothing to renew or hand back."""

@@ -6,8 +6,9 @@
     sh:job:{id}                          hash    the job's record
     sh:job:{id}:lease                    string  "{instance}:{epoch}" of the trainer that leads; expires
     sh:job:{id}:events  :metrics         stream  history for readers; trimmed
-    sh:job:{id}:{epoch}:streams          set     work streams of the epoch, so that closing it can delete them
+    sh:job:{id}:{epoch}:streams          set     streams and partials of the epoch, so that closing it can delete them
     sh:job:{id}:{epoch}:prompts          stream  PromptGroup, consumer group "samplers"
+    sh:job:{id}:{epoch}:prompts:partial:{entry}  list  PartialGroup: what the samples of a group have so far
     sh:job:{id}:{epoch}:rollouts:{name}  stream  Rollout, consumer group "teachers"
     sh:job:{id}:{epoch}:scored           stream  Score, consumer group "trainers"
     sh:job:{id}:{epoch}:dead             stream  what was given up, for people
@@ -70,6 +71,10 @@ def rollouts(job_id: str, epoch: int, teacher: str) -> str:
 
 def scored(job_id: str, epoch: int) -> str:
     return f"sh:job:{job_id}:{epoch}:scored"
+
+
+def partial(stream: str, entry_id: str) -> str:
+    return f"{stream}:partial:{entry_id}"
 
 
 def dead(job_id: str, epoch: int) -> str:

@@ -8,6 +8,7 @@ Life of an entry:  added -> claimed (pending) -> handed over | failed        mov
   and that this (stage, sample id, attempt) was not handed over before. So a crash leaves the source or the result.
 * A holder renews its claims (`renew`); who is silent for `lease_s` loses them to whoever asks next (`reclaim`).
   Renewing and handing back touch only what is still the holder's: who wakes up late takes nothing back.
+* What a worker has of an entry so far may lie beside it (`append_partial`): whoever holds it next goes on from there.
 * A server that is out of memory refuses a script at its first write, so that a hand-over is done or not done there too.
 * Work streams are never trimmed. Entries leave by acknowledge-and-delete only, so XLEN is the work outstanding.
 
@@ -27,7 +28,7 @@ from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
 from stillhouse.core.errors import TooLargeError
-from stillhouse.core.queue import keys
+from stillhouse.core.queue import keys, scripts
 from stillhouse.core.queue.client import BLOCK_MS, text
 
 PAYLOAD: Final = "p"
@@ -52,6 +53,8 @@ class Outcome(StrEnum):
     """It had been handed over before; nothing was added, the source is gone."""
     CLOSED = "CLOSED"
     """The epoch is closed; nothing was done. Drop the work."""
+    LOST = "LOST"
+    """The claim is another worker's by now; nothing was done. Leave the work to it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +66,9 @@ class Entry:
     id: str
     payload: bytes
     deliveries: int = 1
-    """How often it was delivered, this time included."""
+    """How often it was delivered since it last made progress, this time included."""
+    was_held: bool = False
+    """Another worker held it before: it may have begun."""
 
     @property
     def is_exhausted(self) -> bool:
@@ -82,90 +87,6 @@ class Scope:
 
     job_id: str
     epoch: int
-
-
-# KEYS record, streams set, stream; ARGV epoch, group
-_OPEN_STREAM = """
-if redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] then return 'CLOSED' end
-redis.call('SADD', KEYS[2], KEYS[3])
-local ok = redis.pcall('XGROUP', 'CREATE', KEYS[3], ARGV[2], '0', 'MKSTREAM')
-if type(ok) == 'table' and ok.err and not string.find(ok.err, 'BUSYGROUP') then return ok end
-return 'DONE'
-"""
-
-# A stream that is not in the epoch's set was closed (or never opened): adding to it would leave it behind for ever.
-# KEYS record, marks, target, streams set; ARGV epoch, mark, payload
-_ADD = """
-if redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] then return 'CLOSED' end
-if redis.call('SISMEMBER', KEYS[4], KEYS[3]) == 0 then return 'CLOSED' end
-if redis.call('HSETNX', KEYS[2], ARGV[2], 1) == 0 then return 'DUP' end
-redis.call('XADD', KEYS[3], '*', 'p', ARGV[3])
-return 'DONE'
-"""
-
-# KEYS record, marks, target, source, dead, streams set
-# ARGV epoch, mark, payload, source group, source id ('' = keep it), dead payload ('' = none)
-_HAND_OVER = """
-if redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] then return 'CLOSED' end
-if redis.call('SISMEMBER', KEYS[6], KEYS[3]) == 0 then return 'CLOSED' end
-local outcome = 'DUP'
-if redis.call('HSETNX', KEYS[2], ARGV[2], 1) == 1 then
-  redis.call('XADD', KEYS[3], '*', 'p', ARGV[3])
-  if ARGV[6] ~= '' then redis.call('XADD', KEYS[5], '*', 'p', ARGV[6]) end
-  outcome = 'DONE'
-end
-if ARGV[5] ~= '' and redis.call('XACK', KEYS[4], ARGV[4], ARGV[5]) == 1 then redis.call('XDEL', KEYS[4], ARGV[5]) end
-return outcome
-"""
-
-# KEYS stream; ARGV group, ids...
-_ACK_DELETE = """
-local n = 0
-for i = 2, #ARGV do
-  if redis.call('XACK', KEYS[1], ARGV[1], ARGV[i]) == 1 then
-    redis.call('XDEL', KEYS[1], ARGV[i])
-    n = n + 1
-  end
-end
-return n
-"""
-
-# KEYS stream; ARGV group, consumer, ids...  Answers the ids that are no longer the consumer's.
-# JUSTID leaves the delivery count alone: renewing is no new attempt.
-_RENEW = """
-local lost = {}
-for i = 3, #ARGV do
-  local own = redis.pcall('XPENDING', KEYS[1], ARGV[1], ARGV[i], ARGV[i], 1, ARGV[2])
-  if own.err and not string.find(own.err, 'NOGROUP') then return own end
-  if not own.err and #own == 1 then
-    redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, ARGV[i], 'JUSTID')
-  else
-    lost[#lost + 1] = ARGV[i]
-  end
-end
-return lost
-"""
-
-# KEYS stream; ARGV group, consumer, consumer for what is handed back, idle ms, then id and delivery count of each
-_HAND_BACK = """
-local n = 0
-for i = 5, #ARGV, 2 do
-  local own = redis.pcall('XPENDING', KEYS[1], ARGV[1], ARGV[i], ARGV[i], 1, ARGV[2])
-  if own.err and not string.find(own.err, 'NOGROUP') then return own end
-  if not own.err and #own == 1 then
-    redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[3], 0, ARGV[i], 'IDLE', ARGV[4], 'RETRYCOUNT', ARGV[i + 1], 'JUSTID')
-    n = n + 1
-  end
-end
-return n
-"""
-
-# KEYS streams set, then the epoch's own keys, then all its streams
-_CLOSE_EPOCH = """
-for _, key in ipairs(redis.call('SMEMBERS', KEYS[1])) do redis.call('UNLINK', key) end
-for i = 1, #KEYS do redis.call('UNLINK', KEYS[i]) end
-return 1
-"""
 
 
 class QueueBackend(Protocol):
@@ -207,6 +128,17 @@ class QueueBackend(Protocol):
         """Add a result and, if `last`, remove its source, in one step. `dead` also goes to the dead-letter stream."""
         ...
 
+    async def append_partial(self, scope: Scope, source: Entry, consumer: str, num_parts: int, part: bytes) -> Outcome:
+        """Keep what the work on a claimed entry has gained, beside `num_parts` parts that are there.
+
+        Its deliveries count anew. All parts are gone once the entry is handed over, or with the epoch.
+        """
+        ...
+
+    async def partials(self, source: Entry) -> list[bytes]:
+        """The parts of a claimed entry, in order."""
+        ...
+
     async def hand_back(self, entries: Iterable[Entry], consumer: str) -> None:
         """Return claims unfinished: the next reclaim finds them at once, and the delivery does not count.
 
@@ -237,13 +169,14 @@ class WorkQueue:
     def __init__(self, redis: Redis, blocking: Redis) -> None:
         self._redis = redis
         self._blocking = blocking
-        self._open_stream = redis.register_script(_OPEN_STREAM)
-        self._add = redis.register_script(_ADD)
-        self._hand_over = redis.register_script(_HAND_OVER)
-        self._renew = redis.register_script(_RENEW)
-        self._hand_back = redis.register_script(_HAND_BACK)
-        self._ack_delete = redis.register_script(_ACK_DELETE)
-        self._close_epoch = redis.register_script(_CLOSE_EPOCH)
+        self._open_stream = redis.register_script(scripts.OPEN_STREAM)
+        self._add = redis.register_script(scripts.ADD)
+        self._hand_over = redis.register_script(scripts.HAND_OVER)
+        self._append_partial = redis.register_script(scripts.APPEND_PARTIAL)
+        self._renew = redis.register_script(scripts.RENEW)
+        self._hand_back = redis.register_script(scripts.HAND_BACK)
+        self._ack_delete = redis.register_script(scripts.ACK_DELETE)
+        self._close_epoch = redis.register_script(scripts.CLOSE_EPOCH)
 
     async def open_stream(self, scope: Scope, stream: str, group: str) -> Outcome:
         record, streams = keys.job(scope.job_id), keys.streams(scope.job_id, scope.epoch)
@@ -290,7 +223,7 @@ class WorkQueue:
             for entry_id, fields in answer[1]:
                 pending: Any = await self._redis.xpending_range(stream, group, entry_id, entry_id, 1)
                 deliveries = int(pending[0]["times_delivered"]) if pending else 1
-                found.append(Entry(stream, group, text(entry_id), fields[PAYLOAD.encode()], deliveries))
+                found.append(Entry(stream, group, text(entry_id), fields[PAYLOAD.encode()], deliveries, was_held=True))
             if cursor == "0-0":
                 break
         return found
@@ -325,10 +258,26 @@ class WorkQueue:
                     source.stream,
                     keys.dead(job_id, epoch),
                     keys.streams(job_id, epoch),
+                    keys.partial(source.stream, source.id),
                 ],
                 args=[epoch, mark, payload, source.group, source.id if last else "", dead],
             )
         )
+
+    async def append_partial(self, scope: Scope, source: Entry, consumer: str, num_parts: int, part: bytes) -> Outcome:
+        partial = keys.partial(source.stream, source.id)
+        _check_size(partial, part)
+        record, streams = keys.job(scope.job_id), keys.streams(scope.job_id, scope.epoch)
+        return _outcome(
+            await self._append_partial(
+                keys=[record, streams, source.stream, partial],
+                args=[scope.epoch, source.group, source.id, consumer, num_parts, part],
+            )
+        )
+
+    async def partials(self, source: Entry) -> list[bytes]:
+        found: Any = await self._redis.lrange(keys.partial(source.stream, source.id), 0, -1)  # type: ignore[misc]
+        return list(found)
 
     async def hand_back(self, entries: Iterable[Entry], consumer: str) -> None:
         for (stream, group), held in _by_stream(entries).items():
