@@ -8,7 +8,6 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import yaml
 
@@ -64,10 +63,7 @@ def submit(command: Stillhouse, folder: Path) -> str:
 
 
 def job(command: Stillhouse, job_id: str) -> dict[str, Any]:
-    """Asked over REST: the command takes seconds to start."""
-    client = json.loads((command.home / "client.json").read_text())
-    headers = {"Authorization": f"Bearer {client['api_key']}"}
-    return httpx.get(f"{client['url']}/v1/jobs/{job_id}", headers=headers, timeout=25, trust_env=False).json()
+    return command.get(f"/v1/jobs/{job_id}")
 
 
 def restarts(command: Stillhouse) -> int:

@@ -120,9 +120,15 @@ def test_a_job_says_that_its_teacher_is_silent_and_goes_on_when_it_wakes_up(ungu
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("when", ["before the job comes", "while it runs"])
 @pytest.mark.parametrize(
-    ("victim", "reason"), [("sampler-0", "no_sampler"), ("teacher-0", "no_teacher"), ("trainer-0", "no_trainer")]
+    ("victim", "reason", "when"),
+    [
+        ("sampler-0", "no_sampler", "while it runs"),
+        ("teacher-0", "no_teacher", "while it runs"),
+        ("trainer-0", "no_trainer", "while it runs"),
+        ("sampler-0", "no_sampler", "before the job comes"),
+        ("trainer-0", "no_trainer", "before the job comes"),
+    ],
 )
 def test_a_frozen_service_stalls_the_job_and_is_restarted(made: Watched, victim: str, reason: str, when: str) -> None:
     before = made.restarts()

@@ -18,7 +18,7 @@ from tests.unit.loss_cases import DISTILLATION, EVERY_LOSS, Case, cases, diverge
 from tests.unit.loss_oracles import gate_of_rows, kl, loss_of_rows, reverse_kl_of_rows
 
 QUICK = settings(max_examples=6)
-THOROUGH = settings(max_examples=60)
+THOROUGH = settings(max_examples=30)
 
 
 @pytest.fixture(autouse=True)

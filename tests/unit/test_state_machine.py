@@ -439,4 +439,4 @@ def test_nothing_is_lost_and_nothing_counts_twice(machine: type[Machine]) -> Non
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("machine", [InMemory, OnRedis])
 def test_nothing_is_lost_in_long_histories(machine: type[Machine]) -> None:
-    run_state_machine_as_test(machine, settings=settings(max_examples=400, stateful_step_count=120, deadline=None))
+    run_state_machine_as_test(machine, settings=settings(max_examples=200, stateful_step_count=120, deadline=None))
