@@ -1,4 +1,7 @@
-"""Zombie trainers: frozen past the lease, woken when another one leads. Nothing that they still write is accepted."""
+"""Zombie trainers: frozen past the lease, woken when another one leads. Nothing that they still write is accepted.
+
+A late checkpoint does not stay: retention deletes what is on no lineage. So the control looks at once, not at the end.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +23,14 @@ POINTS = (
     ("trainer.stepped", {}),
     ("trainer.published", {}),
     ("trainer.committing", {}),
-    ("disk.synced", {"match": "-", "role": "trainer"}),  # the last moment before a checkpoint's rename
+    ("disk.synced", {"match": ".journal", "role": "trainer"}),  # the last moment before a journal's rename
+    ("disk.synced", {"match": "-", "role": "trainer"}),  # and before a checkpoint's
     ("trainer.exported", {}),
     ("trainer.ended", {}),
 )
-TRIES = 24
-"""Twenty-one lose their job to another trainer; those at trainer.ended have nothing left to lose."""
+RENAMES = "disk.synced"
+"""Whoever freezes here writes as soon as it is woken: the test's control, without which a clean run says little."""
+TRIES = int(os.environ.get("CHAOS_ZOMBIES", str(len(POINTS))))
 
 
 @dataclass
@@ -44,26 +49,18 @@ class Zombie:
 def test_no_commit_of_a_zombie_is_accepted(chaos: Chaos, chaos_seed: int) -> None:
     draw = random.Random(f"{chaos_seed}/zombies")
     accepted: list[str] = []
-    late = overtaken = 0
+    late: list[str] = []
     for number in range(TRIES):
         point, order = POINTS[number % len(POINTS)]
-        # while the other one works, or when it is done; a checkpoint is renamed only in the first case
-        wakes_early = draw.random() < 0.5 or point == "disk.synced"
-        found, late_files = run_one(chaos, f"zombie-{chaos_seed}-{number}", point, order, draw, wakes_early)
+        found, late_files = run_one(chaos, f"zombie-{chaos_seed}-{number}", point, order, draw)
         accepted += [f"{point}: {message}" for message in found]
-        late += bool(late_files)
-        overtaken += point != "trainer.ended"
-    print(f"seed {chaos_seed}: {TRIES} zombies, {overtaken} overtaken, {late} wrote journals or checkpoints after that")
+        late += [f"{point}: {path.parent.name}/{path.name}" for path in late_files]
+    print(f"seed {chaos_seed}: {TRIES} zombies wrote late: {late}")
     assert not accepted, f"seed {chaos_seed}: {accepted}"
-    assert overtaken >= 20
-    # Not asserted for now: those at disk.synced seem not to write any more, and why is not known (a stop sent to the
-    # process instead of the thread changes nothing). That nothing of theirs counts is asserted above.
-    if not late:
-        print("no zombie wrote anything late")
 
 
 def run_one(
-    chaos: Chaos, name: str, point: str, order: dict[str, Any], draw: random.Random, wakes_early: bool
+    chaos: Chaos, name: str, point: str, order: dict[str, Any], draw: random.Random
 ) -> tuple[list[str], set[Path]]:
     """(stale work that was accepted, files that the zombie wrote after it had lost the job)."""
     chaos.wait_ready(trainer=2)
@@ -71,28 +68,45 @@ def run_one(
         order = {**order, "skip": draw.randint(0, 2)}
     chaos.arm(point, "stop", **order)
     objective = draw.choice(("full_vocabulary", "policy_gradient"))
-    job_id = chaos.submit(job(name, objective=objective, steps=10))
+    job_id = chaos.submit(job(name, objective=objective, steps=8))
+    late: set[Path] = set()
     with chaos.watched(lambda: job_id) as timeline:
         taken = until(lambda: chaos.taken(point), f"a trainer to come to {point}")
         until(lambda: process_state(taken["pid"]) == "T", "it to freeze")
         zombie = freeze_frame(chaos, job_id, taken["pid"])
-        if point == "trainer.ended":
+        if point == "trainer.ended":  # it has nothing left to lose
             until(clock(2 * chaos.lease_s), "two leases", 60)
         else:
             opened = chaos.job(job_id).epoch(zombie.epoch + 1) / "opened.json"
             until(opened.is_file, "another trainer to take over")
-            if not wakes_early:
+            if point == RENAMES:
+                late = wake_before_another_claim(chaos, job_id, zombie)
+            elif draw.random() < 0.5:  # woken when the other one is done; else while it works
                 until(lambda: (record := chaos.record(job_id)) and record.is_terminal, "the job to end")
-        os.kill(zombie.pid, signal.SIGCONT)
+        if not late:
+            os.kill(zombie.pid, signal.SIGCONT)
         record = chaos.ended(job_id)
         until(lambda: is_back(chaos, zombie), f"{zombie.name} to let go")
     found = timeline.backwards()
     if record.status != "succeeded":
         found.append(f"ended '{record.status}': {record.error}")
-    late = files_of(chaos, job_id, zombie.epoch) - zombie.files
     if point != "trainer.ended":
         found += stale(chaos, job_id, zombie, record)
-    return found + chaos.violations(job_id), late
+    return found + chaos.violations(job_id), late | late_files(chaos, job_id, zombie)
+
+
+def wake_before_another_claim(chaos: Chaos, job_id: str, zombie: Zombie) -> set[Path]:
+    """What a zombie renames into place when it wakes: there for certain when a third claim decides what to open from.
+
+    The second one stands still meanwhile and then dies, since its next checkpoint would have the late one deleted.
+    """
+    heir = unsealed(chaos.job(job_id).epoch(zombie.epoch + 1) / "opened.json")["trainer"]
+    chaos.kill(heir, signal.SIGSTOP)
+    try:
+        os.kill(zombie.pid, signal.SIGCONT)
+        return until(lambda: late_files(chaos, job_id, zombie), f"{zombie.name} to write what it had lost")
+    finally:
+        chaos.kill(heir, signal.SIGKILL)
 
 
 def freeze_frame(chaos: Chaos, job_id: str, pid: int) -> Zombie:
@@ -106,6 +120,11 @@ def files_of(chaos: Chaos, job_id: str, epoch: int) -> set[Path]:
     """Journals and checkpoints of an epoch, as they count: under their final names."""
     folder = chaos.job(job_id).epoch(epoch)
     return set(folder.glob("steps/*.journal")) | set(folder.glob("manifests/0*/manifest.json"))
+
+
+def late_files(chaos: Chaos, job_id: str, zombie: Zombie) -> set[Path]:
+    """What it wrote after it had lost the job, and retention has not deleted yet."""
+    return files_of(chaos, job_id, zombie.epoch) - zombie.files
 
 
 def is_back(chaos: Chaos, zombie: Zombie) -> bool:
