@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 SPECIAL_TOKENS = ("<|end|>", "<|turn|>")
 END_ID = 0
@@ -16,6 +17,11 @@ TEXTS = (
     "日本語の文章と中文的句子。 한국어 문장입니다. Привет, мир! Γειά σου Κόσμε. שלום עולם.",
     "def f(x):\n\tif x == 1:\n        return [x, y]\n\n    # 1234567890 -- ok  😀 👩‍👩‍👧 🇩🇪",
 )
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|turn|>{{ message['role'] }}: {{ message['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|turn|>assistant: {% endif %}"
+)
+"""Of the models with these tokenizers: another than that of tests/tiny.py."""
 OTHER_TEXTS = (
     "the then them these those other others another mother brother the the quick quickly",
     "return returns returned x == y  if  for  while \n\n\n    \t\t the end. The End. 😀😀 été ete\u0301 日本 本日",
@@ -61,3 +67,15 @@ def sentencepiece(path: Path, texts: tuple[str, ...] = TEXTS, size: int = 300, p
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     tokenizer.save(str(path))
     return path
+
+
+def as_pretrained(path: Path) -> PreTrainedTokenizerFast:
+    """A tokenizer for `tests.tiny.make_tiny_model`."""
+    return PreTrainedTokenizerFast(
+        tokenizer_file=str(path),
+        eos_token=SPECIAL_TOKENS[END_ID],
+        pad_token=SPECIAL_TOKENS[END_ID],
+        additional_special_tokens=[SPECIAL_TOKENS[1]],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )

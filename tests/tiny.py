@@ -36,13 +36,15 @@ def make_tiny_model(
     max_position_embeddings: int = 256,
     tie: bool = True,
     vocab_pad: int = 0,
+    tokenizer: PreTrainedTokenizerFast | None = None,
 ) -> Path:
     """Save a random float32 Llama and its tokenizer to `folder`, as `save_pretrained` does; gives `folder`.
 
-    The embedding has `TOKENIZER_SIZE + vocab_pad` rows; equal arguments give equal bytes.
+    The embedding has `vocab_pad` rows more than the tokenizer has tokens; equal arguments give equal bytes.
     """
+    tokenizer = make_tokenizer(max_position_embeddings) if tokenizer is None else tokenizer
     config = LlamaConfig(
-        vocab_size=TOKENIZER_SIZE + vocab_pad,
+        vocab_size=len(tokenizer) + vocab_pad,
         hidden_size=hidden_size,
         intermediate_size=2 * hidden_size,
         num_hidden_layers=num_layers,
@@ -52,15 +54,15 @@ def make_tiny_model(
         initializer_range=INIT_STD,
         tie_word_embeddings=tie,
         bos_token_id=None,
-        eos_token_id=EOS_ID,
-        pad_token_id=PAD_ID,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config).float()
-    model.generation_config = GenerationConfig(eos_token_id=EOS_ID, pad_token_id=PAD_ID)
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     model.save_pretrained(folder)
-    make_tokenizer(max_position_embeddings).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from stillhouse.core.errors import WireError
 from stillhouse.core.tensors import from_tensor
-from stillhouse.trainer.batch import MIN_LOG_Q
+from stillhouse.trainer.batch import MIN_LOG_Q, TrainSample
 from stillhouse.v1 import rollout_pb2
 
 
@@ -37,6 +37,15 @@ def span_arrays(score: rollout_pb2.Score, num_tokens: int) -> dict[str, np.ndarr
         spans[: student[-1]] = np.repeat(np.arange(len(student)), counts)
         of_tokens[: student[-1]] = np.repeat(of_spans, counts)
     return {"spans": spans, "teacher_logprobs": of_tokens}
+
+
+def sums(sample: TrainSample) -> tuple[float, float, int]:
+    """(log p, log q, tokens) of all spans of a completion, nats: log p is that of the weights which sampled it."""
+    assert sample.spans is not None, "a score of spans came first"
+    is_in = sample.spans >= 0
+    is_first = is_in & (np.diff(sample.spans, prepend=-1) != 0)
+    log_p = sample.rollout_logprobs[is_in].sum(dtype=np.float64)
+    return float(log_p), float(sample.teacher_logprobs[is_first].sum(dtype=np.float64)), int(is_in.sum())
 
 
 def _check(sample_id: str, whose: str, ends: np.ndarray, length: int) -> None:
