@@ -17,14 +17,18 @@ if TYPE_CHECKING:
 
 
 def check_tokenizers(case: Case) -> Iterator[Finding]:
-    """Student and teachers speak the same tokens: with different ones every score would be nonsense, silently."""
+    """Student and teachers speak the same tokens, or the loss compares texts: else every score would be nonsense."""
+    crosses = all(stage.loss.crosses_tokenizers() for stage in case.spec.stages)
     for name, teacher in case.teachers.items():
-        if case.student and teacher and (problem := difference(case.student, teacher)):
-            yield Finding(
-                f"teachers.{name}.model",
-                f"its tokenizer differs from the student's: {problem}",
-                "pick models with the same tokenizer",
-            )
+        if not (case.student and teacher and (problem := difference(case.student, teacher))):
+            continue
+        param = f"teachers.{name}.model"
+        if not crosses:
+            fix = "pick models with the same tokenizer, or take objective policy_gradient with cross_tokenizer: true"
+            yield Finding(param, f"its tokenizer differs from the student's: {problem}", fix)
+        elif not teacher.has_chat_template:
+            message = f"'{teacher.name}' has no chat template, and the student's would be other tokens to it"
+            yield Finding(param, message, "add chat_template.jinja to its folder and register it again")
 
 
 def check_chat_template(case: Case) -> Iterator[Finding]:

@@ -54,11 +54,12 @@ class Source:
     """Stage that trains on it; None = held-out."""
 
     def recorded_bytes(self) -> int:
-        """What the sampler records of a completion token beside the usual: likeliest tokens, entropy."""
+        """Of a completion token beside the usual: likeliest tokens, entropy; the teacher's tokens and spans of text."""
         if self.stage is None:
             return 0
         select = self.stage.tokens.select
-        return 4 * self.stage.loss.record_top_k() + 4 * (select is not None and select.by == "entropy")
+        spans = 12 * (self.stage.loss.payload() == "spans")
+        return 4 * self.stage.loss.record_top_k() + 4 * (select is not None and select.by == "entropy") + spans
 
     def queue_tokens(self) -> int:
         """Longest rollout that a queue entry carries, prompt and completion, tokens."""
@@ -258,7 +259,9 @@ def check_lengths(case: Case) -> Iterator[Finding]:
     is refused here certainly does not fit."""
     for source in case.sources():
         readers = list(_readers(case, source))
-        fix = "shorten the prompt or lower max_tokens" + (" or loss.k" if source.recorded_bytes() > 4 else "")
+        fix = "shorten the prompt or lower max_tokens" + (
+            " or loss.k" if source.stage and source.stage.loss.record_top_k() else ""
+        )
         # a token is at least a byte of text in practically every tokenizer: short texts need no counting
         long = [reader for reader in readers if len(reader.text.encode()) + source.max_tokens > reader.limit]
         for start in range(0, len(long), COUNT_BATCH):

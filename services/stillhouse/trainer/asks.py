@@ -34,6 +34,13 @@ def train_score(stage: StageSpec) -> rollout_pb2.ScoreSpec:
     return spec
 
 
+def held_out_kinds(*, by_spans: bool) -> tuple[rollout_pb2.ScoreKind, rollout_pb2.ScoreKind]:
+    """For sampled and for greedy held-out completions; `by_spans` where teachers may have other tokenizers."""
+    if by_spans:
+        return rollout_pb2.SCORE_KIND_SPANS, rollout_pb2.SCORE_KIND_SPANS
+    return rollout_pb2.SCORE_KIND_HIDDEN, rollout_pb2.SCORE_KIND_SAMPLED
+
+
 def held_out_score(kind: rollout_pb2.ScoreKind) -> rollout_pb2.ScoreSpec:
     """What held-out measurements need."""
     return rollout_pb2.ScoreSpec(kind=kind, temperature=1.0, dtype=DTYPE_NAMES["float32"])
@@ -43,5 +50,6 @@ def asks(spec: JobSpec) -> list[rollout_pb2.ScoreSpec]:
     """Every kind of score that a rollout of the job may ask a teacher for."""
     found = [train_score(stage) for stage in spec.stages]
     if spec.evaluation.data is not None:
-        found += [held_out_score(kind) for kind in (rollout_pb2.SCORE_KIND_HIDDEN, rollout_pb2.SCORE_KIND_SAMPLED)]
+        kinds = held_out_kinds(by_spans=spec.stages[0].loss.crosses_tokenizers())
+        found += [held_out_score(kind) for kind in kinds]
     return [score for score in found if score.kind != rollout_pb2.SCORE_KIND_NONE]

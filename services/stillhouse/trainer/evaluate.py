@@ -2,7 +2,9 @@
 
 The student writes two completions of every held-out prompt: one sampled at temperature 1 with a fixed seed, scored with
 float32 hidden states for the exact KL(student || teacher); one greedy, whose teacher log-likelihood and repetition say
-whether the text got better. Both go over the same queue as training, so a dying sampler only delays them.
+whether the text got better. Teachers with other tokenizers judge spans of text: then the KL is the one-sample estimate
+log p(text) - log q(text), per token of the student. Both go over the same queue as training, so a dying sampler only
+delays them.
 """
 
 from __future__ import annotations
@@ -16,13 +18,14 @@ from stillhouse.core.blobs import JobArtifacts, read_json, write_json
 from stillhouse.core.errors import JobFailedError, StillhouseError
 from stillhouse.core.spec import EvaluationSpec, TeacherSpec
 from stillhouse.core.tensors import DTYPE_NAMES, ids_list, ids_tensor
-from stillhouse.trainer.asks import held_out_score
-from stillhouse.trainer.batch import TeacherHead
+from stillhouse.trainer.asks import held_out_kinds, held_out_score
+from stillhouse.trainer.batch import TeacherHead, TrainSample
 from stillhouse.trainer.exchange import ScoredGroup, ScoredSample
+from stillhouse.trainer.preflight import Readers
 from stillhouse.trainer.prompts import Prompt
 from stillhouse.trainer.samplers import SamplerPool
 from stillhouse.trainer.space import Space
-from stillhouse.trainer.templates import Renderer
+from stillhouse.trainer.spans import sums
 from stillhouse.trainer.train import LearnerThread, to_sample
 from stillhouse.v1 import rollout_pb2, sampler_pb2
 
@@ -53,7 +56,8 @@ class HeldOut:
         heads: Mapping[str, TeacherHead],
         teachers: Mapping[str, TeacherSpec],
         samplers: SamplerPool,
-        renderer: Renderer,
+        readers: Readers,
+        by_spans: bool,
         stop: Sequence[str],
         stop_ids: Sequence[int],
         artifacts: JobArtifacts,
@@ -70,7 +74,9 @@ class HeldOut:
         self._heads = heads
         self._teachers = teachers
         self._samplers = samplers
-        self._renderer = renderer
+        self._readers = readers
+        self._by_spans = by_spans
+        """Teachers may have other tokenizers than the student."""
         self._stop = stop
         """Where the stage's completions end, these do, as with `stop_ids`."""
         self._stop_ids = stop_ids
@@ -87,20 +93,20 @@ class HeldOut:
         """Measure the weights of `step` steps, or their moving average; the result is also written to the artifacts."""
         start = time.monotonic()
         # both are planned before either is awaited: the teacher scores the first while the sampler writes the second
-        sampled_futures = await self._start(step, "sampled", 1.0, rollout_pb2.SCORE_KIND_HIDDEN)
-        greedy_futures = await self._start(step, "greedy", 0.0, rollout_pb2.SCORE_KIND_SAMPLED)
+        for_sampled, for_greedy = held_out_kinds(by_spans=self._by_spans)
+        sampled_futures = await self._start(step, "sampled", 1.0, for_sampled)
+        greedy_futures = await self._start(step, "greedy", 0.0, for_greedy)
         sampled = await self._collect(step, sampled_futures)
         greedy = await self._collect(step, greedy_futures)
-        rows = await self._learner.evaluate([to_sample(sample, 1.0) for sample in sampled], self._heads)
-        num_tokens = sum(row["num_tokens"] for row in rows)
+        reverse_kl, num_tokens = await self._reverse_kl([to_sample(sample, 1.0) for sample in sampled])
         greedy_ids = {sample.sample_id: ids_list(sample.score.rollout.completion_ids) for sample in greedy}
         result: dict[str, Any] = {
             "step": step,
             "averaged": is_averaged,
-            "reverse_kl": sum(row["reverse_kl_sum"] for row in rows) / max(num_tokens, 1),
+            "reverse_kl": reverse_kl,
             "num_prompts": len(sampled),
             "num_tokens": num_tokens,
-            "teacher_nll_greedy": _mean_nll([to_sample(sample, 1.0).teacher_logprobs for sample in greedy]),
+            "teacher_nll_greedy": _mean_nll([to_sample(sample, 1.0) for sample in greedy]),
             "repeated_4grams": _mean([repeated_ngrams(self._text_ids(ids)) for ids in greedy_ids.values()]),
             "completion_length_mean": _mean([float(len(ids)) for ids in greedy_ids.values()]),
             "samples": await self._texts(greedy),
@@ -112,6 +118,16 @@ class HeldOut:
         await self._space.insist("an evaluation", lambda: asyncio.to_thread(write_json, path, result))
         return result
 
+    async def _reverse_kl(self, samples: Sequence[TrainSample]) -> tuple[float, int]:
+        """(KL(student || teacher) per token, nats; tokens)."""
+        if self._by_spans:
+            found = [sums(sample) for sample in samples]
+            total, num_tokens = sum(log_p - log_q for log_p, log_q, _ in found), sum(number for *_, number in found)
+        else:
+            rows = await self._learner.evaluate(samples, self._heads)
+            total, num_tokens = sum(row["reverse_kl_sum"] for row in rows), sum(row["num_tokens"] for row in rows)
+        return total / max(num_tokens, 1), num_tokens
+
     def read(self, step: int) -> dict[str, Any]:
         """An earlier result."""
         return read_json(self._artifacts.evaluations / f"{step:08d}.json")
@@ -120,7 +136,7 @@ class HeldOut:
         self, step: int, kind: str, temperature: float, score_kind: rollout_pb2.ScoreKind
     ) -> list[asyncio.Future[ScoredGroup]]:
         """Plan one completion of every prompt."""
-        sampling = self._sampling(temperature)
+        sampling = self._sampling(temperature, self._stop_ids)
         score = held_out_score(score_kind)
         return [
             await self._plan(
@@ -138,13 +154,13 @@ class HeldOut:
             for index, prompt in enumerate(self._prompts)
         ]
 
-    def _sampling(self, temperature: float) -> rollout_pb2.SamplingParams:
+    def _sampling(self, temperature: float, stop_ids: Sequence[int]) -> rollout_pb2.SamplingParams:
         return rollout_pb2.SamplingParams(
             temperature=temperature,
             top_p=1.0,
             max_tokens=self._spec.max_tokens,
             stop=self._stop,
-            stop_token_ids=self._stop_ids,
+            stop_token_ids=stop_ids,
         )
 
     async def _collect(self, step: int, futures: Sequence[asyncio.Future[ScoredGroup]]) -> list[ScoredSample]:
@@ -170,7 +186,7 @@ class HeldOut:
             shown.append(
                 {
                     "prompt": prompt.text,
-                    "student": self._renderer.text(by_row.get(prompt.row, [])),
+                    "student": self._readers.renderer.text(by_row.get(prompt.row, [])),
                     "teacher": await self._teacher_text(index),
                 }
             )
@@ -187,21 +203,23 @@ class HeldOut:
             model=teacher.model,
             dtype=DTYPE_NAMES[teacher.dtype],
             prompt_ids=ids_tensor(prompt.teacher_prompt_ids or prompt.prompt_ids),
-            sampling=self._sampling(0.0),
+            sampling=self._sampling(0.0, self._readers.crossing.get(prompt.teacher, self._stop_ids)),
             seeds=[0],
         )
         try:
             written = await self._race(self._samplers.generate(request))
         except StillhouseError:
             return ""  # only people read this text; a job never fails for it
-        return self._renderer.text(ids_list(written.answers[0].completion_ids))
+        return self._readers.for_teachers[prompt.teacher].text(ids_list(written.answers[0].completion_ids))
 
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-def _mean_nll(logprobs: Sequence[Any]) -> float:
-    """Mean over all tokens of -log q, nats."""
-    num_tokens = sum(len(row) for row in logprobs)
-    return -sum(float(row.sum()) for row in logprobs) / max(num_tokens, 1)
+def _mean_nll(samples: Sequence[TrainSample]) -> float:
+    """Mean over all tokens of -log q, nats; of spans over those of the student."""
+    found = [
+        (float(s.teacher_logprobs.sum()), len(s.teacher_logprobs)) if s.spans is None else sums(s)[1:] for s in samples
+    ]
+    return -sum(log_q for log_q, _ in found) / max(sum(number for _, number in found), 1)

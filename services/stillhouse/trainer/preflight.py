@@ -11,18 +11,19 @@ A completion then is, id by id, a continuation of the student's prompt and of th
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from stillhouse.core.blobs import Artifacts
-from stillhouse.core.errors import PreflightError
+from stillhouse.core.errors import PreflightError, SpecError
 from stillhouse.core.models import ModelEntry
 from stillhouse.core.spec import DataSpec, FullVocabularyLoss, JobSpec, PolicyGradientLoss, StageSpec
-from stillhouse.core.vocabulary import difference
+from stillhouse.core.spelling import Spelling
+from stillhouse.core.vocabulary import TOKENIZER_FILE, difference
 from stillhouse.trainer.prompts import Prompt, check_lengths, load_rows, prepare, with_completions
 from stillhouse.trainer.templates import Renderer, check_ends, naming, teacher_renderers
-from stillhouse.trainer.tokens import stop_token_ids
+from stillhouse.trainer.tokens import special_token_ids, stop_token_ids
 
 
 @dataclass(frozen=True)
@@ -35,25 +36,61 @@ class Readers:
     """The student's."""
     for_teachers: Mapping[str, Renderer]
     """Each teacher's."""
+    crossing: Mapping[str, Sequence[int]]
+    """Teachers with another tokenizer, which read completions as texts -> the tokens with which they end texts."""
 
 
 def open_readers(spec: JobSpec, student: ModelEntry, teachers: Mapping[str, ModelEntry]) -> Readers:
-    """Tokenizers of the job's models, which speak the same tokens. Blocks while it reads them.
+    """Tokenizers of the job's models, which speak the same tokens, or else write the same texts and the loss compares
+    those. Blocks while it reads them.
 
     Raises:
         PreflightError: names the first difference.
     """
+    crossing: dict[str, Sequence[int]] = {}
     for name, entry in teachers.items():
-        if problem := difference(student, entry):
+        problem = difference(student, entry)
+        if problem and not spec.stages[0].loss.crosses_tokenizers():
             raise PreflightError(
                 f"teacher '{name}' ({entry.name}) and student ({student.name}) have different tokenizers, so that "
-                f"their tokens cannot be compared: {problem}"
+                f"their tokens cannot be compared: {problem}. policy_gradient with cross_tokenizer compares texts"
             )
+        if problem:
+            check_texts(student, entry)
+            crossing[name] = stop_token_ids(entry)
     renderer = Renderer(Path(student.path))
-    readers = Readers(student, teachers, renderer, teacher_renderers(student, teachers, renderer, Renderer))
+    for_teachers = teacher_renderers(student, teachers, renderer, Renderer)
+    readers = Readers(student, teachers, renderer, for_teachers, crossing)
     if spec.asks_teachers():
-        check_ends(student, teachers, readers.for_teachers, all_stop_ids(spec.stages[0], student))
+        same = {name: entry for name, entry in teachers.items() if name not in crossing}
+        check_ends(student, same, readers.for_teachers, all_stop_ids(spec.stages[0], student))
     return readers
+
+
+def check_texts(student: ModelEntry, teacher: ModelEntry) -> None:
+    """Refuse models that have no text in common: see core/spelling.py.
+
+    Raises:
+        PreflightError: names the model and what is wrong with it.
+    """
+    if not teacher.has_chat_template:
+        raise PreflightError(
+            f"the teacher's model '{teacher.name}' has no chat template, and the student's is made of other tokens; "
+            "add chat_template.jinja to its folder and register it again"
+        )
+    for entry in (student, teacher):
+        with naming(f"model '{entry.name}'"):
+            try:
+                problem = Spelling(Path(entry.path) / TOKENIZER_FILE).rewrites()
+            except SpecError as error:
+                raise PreflightError(error.message) from None
+            if problem:
+                raise PreflightError(f"its tokenizer changes texts, which cannot be compared then: {problem}")
+    if plain := set(stop_token_ids(student)) - set(special_token_ids(student)):
+        raise PreflightError(
+            f"the student '{student.name}' ends with {sorted(plain)}, which tokenizer.json does not mark as special: "
+            "a teacher with another tokenizer would read it as text"
+        )
 
 
 def all_stop_ids(stage: StageSpec, student: ModelEntry) -> list[int]:

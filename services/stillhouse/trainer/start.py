@@ -38,7 +38,7 @@ from stillhouse.trainer.texts import Texts
 from stillhouse.trainer.tokens import special_token_ids, stop_token_ids
 from stillhouse.trainer.train import LearnerThread
 from stillhouse.trainer.verify.judges import Judges, VerifierError
-from stillhouse.v1.rollout_pb2 import TeacherTask
+from stillhouse.v1.rollout_pb2 import Retokenize, TeacherTask
 
 
 @dataclass
@@ -115,7 +115,7 @@ class Start:
             step_done=first_step,
             ledger=ledger,
         )
-        run.held_out = self._held_out(run, held_out, renderer)
+        run.held_out = self._held_out(run, held_out)
         if opening.replay:
             await self.progress.show(f"replaying {len(opening.replay)} steps")
             await self.interrupt.race(run.replay())
@@ -200,7 +200,11 @@ class Start:
         """How the teachers that score do it, by name."""
         asked = self.spec.teachers if self.spec.asks_teachers() else {}
         wanted = asks(self.spec)
-        return {name: make_task(self.scope, name, spec, teachers[name], wanted) for name, spec in asked.items()}
+        tasks = {name: make_task(self.scope, name, spec, teachers[name], wanted) for name, spec in asked.items()}
+        for name, ends in self.readers.crossing.items():
+            end_token_id = self.readers.for_teachers[name].end_of_turn(ends)
+            tasks[name].retokenize.CopyFrom(Retokenize(student=self.spec.student.model, end_token_id=end_token_id))
+        return tasks
 
     def _followed(self) -> Followed | None:
         ema = self.spec.ema_of_student()
@@ -256,7 +260,8 @@ class Start:
         self, teachers: dict[str, ModelEntry], held_out: Sequence[Prompt]
     ) -> dict[str, TeacherHead]:
         """Every teacher loaded somewhere; the heads of those whose hidden states come to the learner."""
-        needs_heads = self.spec.stages[0].loss.payload() == "hidden" or bool(held_out)
+        loss = self.spec.stages[0].loss
+        needs_heads = loss.payload() == "hidden" or (bool(held_out) and not loss.crosses_tokenizers())
         heads: dict[str, TeacherHead] = {}
         for name, task in self._tasks(teachers).items():
             if needs_heads:
@@ -265,7 +270,7 @@ class Start:
                 await ensure_loaded(self.ctx.registry, self.ctx.peers, task)
         return heads
 
-    def _held_out(self, run: Run, prompts: Sequence[Prompt], renderer: Renderer) -> HeldOut | None:
+    def _held_out(self, run: Run, prompts: Sequence[Prompt]) -> HeldOut | None:
         if not prompts:
             return None
         return HeldOut(
@@ -280,7 +285,8 @@ class Start:
             heads=run.heads,
             teachers=self.spec.teachers,
             samplers=self.samplers,
-            renderer=renderer,
+            readers=self.readers,
+            by_spans=run.stage.loss.crosses_tokenizers(),
             stop=run.stage.sampling.stop,
             stop_ids=run.stop_ids,
             artifacts=self.artifacts,

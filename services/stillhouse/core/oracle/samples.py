@@ -136,8 +136,12 @@ class SampleCheck:
                 num_ids, num_logprobs = result.teacher_topk_ids.shape, result.teacher_topk_logprobs.shape
                 if list(num_ids) != list(num_logprobs) or list(num_ids[:1]) != [len(ids)]:
                     raise WireError(f"top k ids {list(num_ids)} and {list(num_logprobs)} for {len(ids)} tokens")
+            lengths = {}
             if isinstance(result, rollout_pb2.NoScore):
                 pass
+            elif isinstance(result, rollout_pb2.SpansScore):
+                arrays["teacher_logprobs"] = from_tensor(result.teacher_logprobs)
+                lengths["teacher_logprobs"] = _check_ends(result, len(ids))
             elif result.HasField("teacher_logprobs") or score.WhichOneof("result") in ("sampled", "hidden"):
                 arrays["teacher_logprobs"] = from_tensor(result.teacher_logprobs)
             elif not result.blob.key:
@@ -157,8 +161,8 @@ class SampleCheck:
         if rollout.finish_reason == rollout_pb2.FINISH_REASON_ABORT:
             problems.append("the completion was aborted: training on it would favour short ones")
         for name, array in arrays.items():
-            if len(array) != len(ids):
-                problems.append(f"{len(array)} {name} for {len(ids)} tokens")
+            if len(array) != lengths.get(name, len(ids)):
+                problems.append(f"{len(array)} {name} for {lengths.get(name, len(ids))} tokens")
             elif (odd := _odd(name, array)) is not None:
                 problems.append(f"{name} holds {odd}")
             elif len(array) and array.max() > EPSILON:
@@ -224,6 +228,22 @@ def origin_of(job_seed: int, group: int, stage: StageSpec) -> int:
     if int.from_bytes(digest[:8], "big") // 2**11 < stage.on_policy_fraction * 2**53:
         return rollout_pb2.ORIGIN_STUDENT
     return rollout_pb2.ORIGIN_TEACHER if stage.off_policy_source == "teacher" else rollout_pb2.ORIGIN_DATA
+
+
+def _check_ends(score: rollout_pb2.SpansScore, num_tokens: int) -> int:
+    """The teacher's own tokens, after a look at the spans: none empty, all within both texts.
+
+    Raises:
+        WireError: they are not.
+    """
+    num_read = len(from_tensor(score.teacher_ids))
+    ends = [from_tensor(tensor).astype(np.int64) for tensor in (score.student_ends, score.teacher_ends)]
+    if len(ends[0]) != len(ends[1]):
+        raise WireError(f"{len(ends[0])} spans of the student, {len(ends[1])} of the teacher")
+    for numbers, length in zip(ends, (num_tokens, num_read), strict=True):
+        if (np.diff(numbers, prepend=0) <= 0).any() or (len(numbers) and numbers[-1] > length):
+            raise WireError(f"spans end at {numbers[:8].tolist()} of {length} tokens")
+    return num_read
 
 
 def _odd(name: str, array: np.ndarray) -> Any:
