@@ -24,12 +24,14 @@ from stillhouse.core.queue.registry import ServiceInfo
 from stillhouse.core.queue.streams import Entry, Outcome, Scope
 from stillhouse.core.rpc import Peer, Server, chunks
 from stillhouse.core.tensors import DTYPE_NAMES, from_tensor, ids_list, ids_tensor
+from stillhouse.core.vocabulary import tokenizer_of
 from stillhouse.core.weights import weights_sha256
 from stillhouse.v1 import rollout_pb2 as pb
 from stillhouse.v1 import sampler_pb2, sampler_pb2_grpc, tensor_pb2, trainer_pb2, trainer_pb2_grpc, weights_pb2
 from tests.cluster import Cluster, job_spec
 from tests.conftest import start_valkey, stop_valkey
 from tests.tiny import TOKENIZER_SIZE, make_tiny_model
+from tests.unit.test_stops import slow_end
 from tests.waiting import wait_until
 
 LEASE_S = 600.0
@@ -102,7 +104,7 @@ class Desk:
             group=group,
             group_id=str(group),
             sample_indices=range(num_samples),
-            seeds=[1000 * group + index for index in range(num_samples)],
+            seeds=fields.pop("seeds", [1000 * group + index for index in range(num_samples)]),
             prompt_ids=ids_tensor(prompt),
             teacher="main",
             sampling=pb.SamplingParams(**options),
@@ -352,7 +354,7 @@ async def test_impossible_samples_end_as_failures_and_the_others_go_on(desk: Des
     desk.publish(0)
     await desk.plan(0, num_samples=2, prompt_ids=[5] * 64)
     await desk.plan(1, num_samples=2)
-    await desk.plan(2, num_samples=1, sampling={"stop": ["\n"]})
+    await desk.plan(2, num_samples=1, sampling={"stop": [""]})
     await desk.cluster.start("sampler")
     await desk.lease("sampler-0")
     await desk.wait_for("1/0", "1/1")
@@ -508,6 +510,48 @@ async def test_generate_outside_the_queue(desk: Desk) -> None:
     )
 
 
+async def test_stop_strings_end_rollouts_and_what_callers_ask_for(desk: Desk) -> None:
+    """Both models write as without them, up to the token that completes one: with one seed the same draws."""
+    desk.publish(0)
+    await desk.plan(0, sampling={"max_tokens": 30})
+    await desk.cluster.start("sampler")
+    peer = await desk.peer("sampler-0")
+    await desk.lease("sampler-0")
+    plain = await desk.wait_for("0/0", "0/1")
+    tokenizer = tokenizer_of(desk.cluster.models.get("student"))
+
+    def stop_in(ids: list[int]) -> str:
+        return next(char for char in tokenizer.decode(ids[3:], skip_special_tokens=False) if char != "\ufffd")
+
+    whole = ids_list(plain["0/0"].completion_ids)
+    stop = stop_in(whole)
+    # group 0 with the same seeds and prompt, under other names
+    fields: dict[str, Any] = {
+        "prompt_ids": ids_list(plain["0/0"].prompt_ids),
+        "sampling": {"max_tokens": 30, "stop": [stop]},
+    }
+    for group, exact in ((1, 0), (2, 1)):
+        await desk.plan(group, seeds=[0, 1], exact_policy_version_plus_one=exact, **fields)
+    got = await desk.wait_for("1/0", "1/1", "2/0", "2/1")
+    for name in ("1/0", "2/0"):
+        assert ids_list(got[name].completion_ids) == whole[: slow_end(tokenizer, whole, [stop])]
+        assert got[name].finish_reason == pb.FINISH_REASON_STOP
+        assert list(got[name].rollout_logprobs.shape) == list(got[name].completion_ids.shape)
+
+    request = sampler_pb2.GenerateRequest(
+        model="teacher",
+        prompt_ids=ids_tensor([5, 6, 7]),
+        sampling=pb.SamplingParams(temperature=1.0, max_tokens=30),
+        seeds=[1, 2],
+    )
+    frozen = {part.index: ids_list(part.completion_ids) for part in await drain(peer, request)}
+    request.sampling.stop.extend([stop_in(frozen[0]), "never there"])
+    for part in await drain(peer, request):
+        end = slow_end(tokenizer, frozen[part.index], request.sampling.stop)
+        assert ids_list(part.completion_ids) == frozen[part.index][:end]
+        assert part.index != 0 or (end is not None and part.finish_reason == pb.FINISH_REASON_STOP)
+
+
 async def drain(peer: Peer, request: Any) -> list[Any]:
     return [part async for part in peer.stream("Generate", request, timeout_s=20)]
 
@@ -526,7 +570,7 @@ async def test_generate_refuses_what_it_cannot_do(desk: Desk) -> None:
         ({"model": "nobody"}, NotFoundError),
         ({"prompt_ids": ids_tensor([5] * 256)}, WireError),
         ({"prompt_ids": ids_tensor([TOKENIZER_SIZE])}, WireError),
-        ({"sampling": pb.SamplingParams(max_tokens=5, stop=["x"])}, UnimplementedError),
+        ({"sampling": pb.SamplingParams(max_tokens=5, stop=[""])}, WireError),
         ({"sampling": pb.SamplingParams(max_tokens=5, record_top_k=2)}, UnimplementedError),
         ({"seeds": []}, SpecError),
     ):

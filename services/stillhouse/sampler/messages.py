@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from stillhouse.core.errors import WireError
 from stillhouse.core.queue import keys
 from stillhouse.core.queue.streams import Scope
 from stillhouse.core.tensors import floats_tensor, ids_list, ids_tensor
@@ -30,7 +31,13 @@ class Source:
 
 
 def make_request(key: str, prompt_ids: list[int], sampling: pb.SamplingParams, seed: int) -> SampleRequest:
-    """A request to the engine."""
+    """A request to the engine.
+
+    Raises:
+        WireError: a stop string is empty.
+    """
+    if "" in sampling.stop:
+        raise WireError("an empty stop string would end every completion before it begins; leave it out")
     return SampleRequest(
         key=key,
         prompt_ids=prompt_ids,
@@ -42,6 +49,7 @@ def make_request(key: str, prompt_ids: list[int], sampling: pb.SamplingParams, s
         top_k=sampling.top_k,
         min_p=sampling.min_p,
         stop_token_ids=tuple(sampling.stop_token_ids),
+        stop=tuple(sampling.stop),
         record_top_k=sampling.record_top_k,
         record_entropies=sampling.record_entropies,
     )

@@ -61,10 +61,6 @@ class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
         return pb.SamplerServiceSyncWeightsResponse(weights=self._student.weights)
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncGenerator[pb.GenerateResponse, None]:
-        if request.sampling.stop:
-            raise UnimplementedError(
-                "stop strings need a tokenizer, which this engine does not have; give stop_token_ids"
-            )
         if request.sampling.record_top_k or request.sampling.record_entropies:
             raise UnimplementedError("likeliest tokens and entropies are recorded in rollouts only; leave out record_*")
         if not request.seeds:

@@ -4,14 +4,24 @@ The text of a completion is what its tokens decode to, special tokens included, 
 token may be part of a character or hold several words, hence the rule is about texts: a completion ends with the first
 token after which its text contains a stop string. Decoding everything after every token would say the same; here only
 the last few tokens are decoded, which costs microseconds. No torch.
+
+Engines know tokens only: `StoppingEngine` stands around one and cuts what comes out of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Final
+import asyncio
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any, Final
 
+import numpy as np
 from tokenizers import Tokenizer
+
+from stillhouse.core.models import ModelEntry
+from stillhouse.core.vocabulary import tokenizer_of
+from stillhouse.sampler.engines.base import Engine, Piece, SampleRequest
 
 INCOMPLETE: Final = "\ufffd"
 """What bytes that are not (yet) a character decode to."""
@@ -68,3 +78,78 @@ def _common(left: str, right: str) -> int:
     """Characters with which both begin."""
     pairs = zip(left, right, strict=False)
     return next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(left), len(right)))
+
+
+class StoppingEngine:
+    """An engine whose completions end at stop strings, too."""
+
+    def __init__(self, engine: Engine, entry: ModelEntry) -> None:
+        self._engine = engine
+        self._entry = entry
+        self.name = engine.name
+        self.vocab_size = engine.vocab_size
+        self.max_sequence_length = engine.max_sequence_length
+        self.max_sequences = engine.max_sequences
+
+    async def generate(self, requests: Sequence[SampleRequest], *, alone: bool = False) -> AsyncGenerator[Piece, None]:
+        """As the engine's. What stopped is aborted, but not with `alone`: when that would arrive depends on the clock,
+        and the last bits of the others on when it leaves their batch. There it writes on for nobody.
+        """
+        matchers = await self._matchers(requests)
+        open_keys = {request.key for request in requests}
+        async with aclosing(self._engine.generate(requests, alone=alone)) as pieces:
+            async for piece in pieces:
+                if piece.key not in open_keys:
+                    continue  # it was cut
+                number = matchers[piece.key].feed(piece.ids) if piece.key in matchers else None
+                if number is not None:
+                    if not piece.finish_reason and not alone:
+                        self._engine.abort([piece.key])
+                    piece = _cut(piece, number)
+                if piece.finish_reason:
+                    open_keys.discard(piece.key)
+                yield piece
+                if not open_keys:
+                    return
+
+    async def _matchers(self, requests: Sequence[SampleRequest]) -> dict[str, StopMatcher]:
+        """By key, of the requests that have stop strings; they have read what is written already."""
+        stopping = [request for request in requests if request.stop]
+        if not stopping:
+            return {}
+        tokenizer = await asyncio.to_thread(tokenizer_of, self._entry)
+        matchers = {request.key: StopMatcher(tokenizer, request.stop) for request in stopping}
+        for request in stopping:
+            matchers[request.key].feed(request.written)
+        return matchers
+
+    def abort(self, keys: Iterable[str]) -> int:
+        return self._engine.abort(keys)
+
+    async def pause(self) -> None:
+        await self._engine.pause()
+
+    async def resume(self) -> None:
+        await self._engine.resume()
+
+    async def load_weights(
+        self, arrays: Mapping[str, np.ndarray[Any, Any]], dtypes: Mapping[str, int], tag: int
+    ) -> None:
+        await self._engine.load_weights(arrays, dtypes, tag)
+
+    async def close(self) -> None:
+        await self._engine.close()
+
+
+def _cut(piece: Piece, number: int) -> Piece:
+    """The first `number` tokens of a piece, as an end."""
+    return replace(
+        piece,
+        ids=piece.ids[:number],
+        logprobs=piece.logprobs[:number],
+        target_ids=None if piece.target_ids is None else piece.target_ids[:number],
+        entropies=None if piece.entropies is None else piece.entropies[:number],
+        finish_reason="stop",
+        reason="",
+        message="",
+    )

@@ -26,6 +26,7 @@ from stillhouse.core.telemetry import POLICY_VERSION, WEIGHT_PULL_SECONDS, WEIGH
 from stillhouse.core.tensors import DTYPE_NAMES, itemsize
 from stillhouse.core.worker import ComputeThread
 from stillhouse.sampler.engines.base import Engine, LoadEngine
+from stillhouse.sampler.stops import StoppingEngine
 from stillhouse.v1 import trainer_pb2_grpc, weights_pb2
 
 PULL_WAIT_S: Final = 30.0
@@ -135,7 +136,7 @@ class Student:
         if entry.sha256 not in self._verified:
             await self._compute.run(verify_files, entry, patience=BULK)
             self._verified.add(entry.sha256)
-        return await self._load_engine(entry, dtype)
+        return StoppingEngine(await self._load_engine(entry, dtype), entry)
 
     def name_of(self, tag: int) -> weights_pb2.WeightsRef | None:
         """The weights that a piece of the student's engine was written by."""

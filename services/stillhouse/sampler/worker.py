@@ -179,8 +179,6 @@ class SamplerWorker:
         problem = ""
         try:
             requests = group_requests(group)
-            if group.sampling.stop:
-                problem = "stop strings need a tokenizer, which this engine does not have; give stop_token_ids"
         except (WireError, ValueError) as error:
             requests = {index: SampleRequest(sample_id(group, index), [], 0, 0) for index in group.sample_indices}
             problem = f"unusable prompt group: {error}"

@@ -36,6 +36,8 @@ class SampleRequest:
     """0 = off."""
     stop_token_ids: tuple[int, ...] = ()
     """Besides the model's own end-of-sequence tokens."""
+    stop: tuple[str, ...] = ()
+    """Texts that end it. Engines know no texts and leave this alone; see stops.py."""
     record_top_k: int = 0
     """Keep the ids of so many likeliest tokens at each position; 0 = none."""
     record_entropies: bool = False
