@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from stillhouse.core.errors import DeadlineError
-from stillhouse.sampler.engines.transformers import TransformersEngine as SamplerEngine
+from stillhouse.sampler.engines.decode import Decoder
 from stillhouse.teacher.engines.transformers import TransformersEngine as TeacherEngine
 from stillhouse.trainer import watch
 from stillhouse.trainer.learner import Learner
@@ -18,7 +18,7 @@ from tests.cluster import cluster, job_spec
 from tests.waiting import wait_until
 
 COMPUTES: dict[str, tuple[Any, str]] = {
-    "sampler": (SamplerEngine, "_slice"),
+    "sampler": (Decoder, "run"),
     "teacher": (TeacherEngine, "score"),
     "trainer": (Learner, "step"),
 }

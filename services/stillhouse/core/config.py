@@ -87,6 +87,9 @@ class Settings(BaseModel):
     """Time after SIGTERM to hand work back and commit."""
     sampler_max_sequences: int = Field(default=32, ge=1, le=4096)
     """Completions a sampler generates at once."""
+    sampler_cache_gib: float = Field(default=4.0, gt=0, le=100_000)
+    """Most memory for keys and values of a model that writes by the engine transformers; taken as it is needed. What
+    does not fit waits, and a request that can never fit is refused."""
     teacher_memory_gib: float = Field(default=8.0, gt=0, le=100_000)
     """Budget for the weights of teachers, in a teacher and in a sampler where they write; least recently used models
     leave first."""

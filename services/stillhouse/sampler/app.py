@@ -61,9 +61,15 @@ def _engine_loader(settings: Settings, compute: ComputeThread) -> LoadEngine:
     # heavy: a sampler's settings are checked before torch is imported
     from stillhouse.sampler.engines.transformers import TransformersEngine
 
-    options = {"max_sequences": settings.sampler_max_sequences, "threads": settings.threads}
+    open_engine = partial(
+        TransformersEngine,
+        compute=compute,
+        max_sequences=settings.sampler_max_sequences,
+        cache_gib=settings.sampler_cache_gib,
+        threads=settings.threads,
+    )
 
     async def load(entry: ModelEntry, dtype: str) -> Engine:
-        return await compute.run(partial(TransformersEngine, entry, dtype, compute, **options), patience=BULK)
+        return await compute.run(open_engine, entry, dtype, patience=BULK)
 
     return load

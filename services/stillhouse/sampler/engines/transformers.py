@@ -1,73 +1,33 @@
-"""Writing with Hugging Face transformers: one prefill, then batched decoding on a KV cache; CPU or GPU.
+"""Writing with Hugging Face transformers and continuous batching; CPU or GPU.
 
-Axes: B batch, P prompt (padded), V vocab. No continuous batching: a batch is as old as its longest completion, but rows
-that ended are dropped and cost nothing. Batches take turns on the compute thread, some tokens each.
+From the event loop to the compute thread and back. The thread runs the decoder for about SLICE_S at a time, so that
+other engines, weights and callers take turns with it, and so that nothing but the thread ever touches the model.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from typing import Any, Final
 
 import numpy as np
 import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache
-from transformers.utils import logging
 
-from stillhouse.core.errors import WeightsError
 from stillhouse.core.models import ModelEntry
 from stillhouse.core.pulse import BULK
-from stillhouse.core.tensors import dtype_name
 from stillhouse.core.worker import ComputeThread
-from stillhouse.sampler.engines.base import Piece, SampleRequest, failed
-from stillhouse.sampler.engines.draw import draw, entropies, log_probs, uniforms
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
+from stillhouse.sampler.engines.base import EngineDeadError, Piece, SampleRequest
+from stillhouse.sampler.engines.decode import Decoder
+from stillhouse.sampler.engines.model import Model
+from stillhouse.sampler.engines.rows import Call
 
 SLICE_S: Final = 0.02
-"""So long a batch holds the compute thread: others, weights and callers wait no longer than this and one token."""
-ENGINE_ERRORS: Final = (RuntimeError, ValueError, IndexError, MemoryError, ArithmeticError)
-"""What a model raises about its input or its memory; anything else is a bug and ends the process."""
-
-
-@dataclass(slots=True, eq=False)
-class _Row:
-    """A completion being written."""
-
-    request: SampleRequest
-    uniforms: np.ndarray
-    """[max_tokens]"""
-    num_tokens: int
-    """Of the completion so far."""
-    logprob: float = 0.0
-    """Of the last one."""
-    target_ids: np.ndarray | None = None
-    """[1, K] int32 at the last one, if asked for, like `entropies`."""
-    entropies: np.ndarray | None = None
-    sample_s: float = 0.0
-    """Since the last piece."""
-
-    def piece(self, token: int, tag: int) -> Piece:
-        """The last token."""
-        sample_s, self.sample_s = self.sample_s, 0.0
-        return Piece(
-            self.request.key,
-            [token],
-            [self.logprob],
-            tag,
-            target_ids=self.target_ids,
-            entropies=self.entropies,
-            sample_s=sample_s,
-        )
+"""So long the decoder holds the compute thread, or for one token where that takes longer."""
 
 
 class TransformersEngine:
-    """`Engine` on `AutoModelForCausalLM`."""
+    """`Engine` on `AutoModelForCausalLM`. Made on the compute thread, used from the event loop."""
 
     name = "transformers"
 
@@ -78,86 +38,96 @@ class TransformersEngine:
         compute: ComputeThread,
         *,
         max_sequences: int = 32,
+        cache_gib: float = 4.0,
         threads: int = 0,
         device: str = "",
     ) -> None:
         if threads:
             torch.set_num_threads(threads)
-        logging.disable_progress_bar()  # a service's log is read by machines
-        self._compute = compute
-        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self._model: Any = AutoModelForCausalLM.from_pretrained(
-            entry.path, dtype=DTYPES[dtype], local_files_only=True, use_safetensors=True, trust_remote_code=False
-        )
-        self._model.to(self._device).eval().requires_grad_(False)
-        head_rows = self._model.get_output_embeddings().weight.shape[0]
-        # rows of the head beyond the tokenizer are padding: a token nobody can read must not be written
-        self.vocab_size = min(entry.tokenizer_size, head_rows)
-        self.max_sequence_length = entry.max_sequence_length
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model = Model(entry, dtype, place, max_sequences, cache_gib)
+        self.vocab_size, self.max_sequence_length = model.vocab_size, model.max_sequence_length
         self.max_sequences = max_sequences
-        self._end_ids = _end_of_sequence_ids(self._model)
-        self._tag = 0
-        self._open: set[str] = set()
-        self._aborted: set[str] = set()
-        self._is_closed = False
+        self._compute = compute
+        self._decoder = Decoder(model, max_sequences, compute.pulse.beat)
+        self._listeners: list[_Listener] = []
+        self._arrivals: list[Call] = []
+        """Calls that the decoder has not seen."""
+        self._door = asyncio.Lock()
+        """Calls come in through it, in order; one that has to be alone stands in it until it ends."""
+        self._one_left = asyncio.Event()
         self._goes_on = asyncio.Event()
+        """Not paused."""
         self._goes_on.set()
-        self._room = asyncio.Condition()
-        self._num_calls = 0
-        self._is_alone = False
+        self._driver: asyncio.Task[None] | None = None
+        self._is_closed = False
 
-    # -- from the event loop -----------------------------------------------------------------------------------------
+    @property
+    def prefilled_tokens(self) -> int:
+        """Prompt tokens read by forward passes so far; what samples share counts once."""
+        return self._decoder.prefilled_tokens
 
     async def generate(self, requests: Sequence[SampleRequest], *, alone: bool = False) -> AsyncGenerator[Piece, None]:
-        self._open |= {request.key for request in requests}
-        try:
-            await self._enter(alone)
+        async with AsyncExitStack() as at_the_door:
+            await at_the_door.enter_async_context(self._door)
+            if alone:
+                await self._empty()
+            else:
+                await at_the_door.aclose()
+            listener = self._open(Call(list(requests), alone))
             try:
-                for start in range(0, len(requests), self.max_sequences):
-                    async for piece in self._batch(requests[start : start + self.max_sequences]):
+                while listener.left:
+                    for piece in await listener.receive():
                         yield piece
             finally:
-                await self._leave()
-        finally:
-            self._open -= {request.key for request in requests}
-            self._aborted -= {request.key for request in requests}
+                self._leave(listener)
 
-    async def _enter(self, alone: bool) -> None:
-        async with self._room:
-            await self._room.wait_for(lambda: not self._is_alone and not (alone and self._num_calls))
-            self._num_calls += 1
-            self._is_alone = alone
+    async def _empty(self) -> None:
+        while self._listeners:
+            self._one_left.clear()
+            await self._one_left.wait()
 
-    async def _leave(self) -> None:
-        async with self._room:
-            self._num_calls -= 1
-            self._is_alone = False
-            self._room.notify_all()
+    def _open(self, call: Call) -> _Listener:
+        if self._is_closed:
+            raise EngineDeadError("the engine was closed")
+        listener = _Listener(call)
+        self._listeners.append(listener)
+        self._arrivals.append(call)
+        if self._driver is None or self._driver.done():
+            self._driver = asyncio.create_task(self._drive(), name="drive engine")
+            self._driver.add_done_callback(self._report)
+        return listener
 
-    async def _batch(self, requests: Sequence[SampleRequest]) -> AsyncGenerator[Piece, None]:
-        """If the model raises, the requests that are left go on one by one: one must not take others along."""
-        left = {request.key: request for request in requests}
-        steps = self._steps(list(requests))
-        try:
-            while left:
-                await self._goes_on.wait()
-                for piece in await self._compute.run(self._slice, steps):
-                    request = left.pop(piece.key)
-                    if not piece.finish_reason:
-                        left[piece.key] = replace(request, written=(*request.written, *piece.ids))
-                    yield piece
-        except ENGINE_ERRORS as error:
-            if len(requests) == 1:
-                yield failed(requests[0], "engine_error", f"{type(error).__name__}: {error}")
-                return
-            for request in list(left.values()):
-                async for piece in self._batch([request]):
-                    yield piece
+    def _leave(self, listener: _Listener) -> None:
+        listener.close()
+        self._listeners.remove(listener)
+        self._one_left.set()
+
+    async def _drive(self) -> None:
+        """Run the decoder until it has nothing to do."""
+        while not self._is_closed and (self._arrivals or self._decoder.is_busy):
+            await self._goes_on.wait()
+            arrivals, self._arrivals = self._arrivals, []
+            alone = [listener for listener in self._listeners if listener.call.is_alone]
+            await self._compute.run(self._decoder.run, arrivals, 0.0 if alone else SLICE_S)
+            self._deliver()
+            for listener in alone:  # in step with its reader: what is aborted, and when, must not depend on the clock
+                await listener.is_read.wait()
+
+    def _deliver(self) -> None:
+        for listener in self._listeners:
+            listener.deliver()
+
+    def _report(self, driver: asyncio.Task[None]) -> None:
+        """Give an error of the driver, which is a bug, to those that wait for pieces."""
+        error = None if driver.cancelled() else driver.exception()
+        if error is not None:
+            for listener in self._listeners:
+                listener.fail(error)
 
     def abort(self, keys: Iterable[str]) -> int:
-        found = self._open & set(keys)
-        self._aborted |= found
-        return len(found)
+        wanted = set(keys)
+        return sum(listener.abort(wanted) for listener in self._listeners)
 
     async def pause(self) -> None:
         self._goes_on.clear()
@@ -169,200 +139,64 @@ class TransformersEngine:
     async def load_weights(
         self, arrays: Mapping[str, np.ndarray[Any, Any]], dtypes: Mapping[str, int], tag: int
     ) -> None:
-        await self._compute.run(self._load_weights, arrays, dtypes, tag, patience=BULK)
+        await self._compute.run(self._decoder.load_weights, arrays, dtypes, tag, patience=BULK)
 
     async def close(self) -> None:
-        self._aborted |= self._open
+        if self._is_closed:
+            return
+        self._is_closed = True
         self._goes_on.set()
+        for listener in self._listeners:
+            listener.is_read.set()
+        if self._driver is not None:
+            await asyncio.wait([self._driver])
+        await self._compute.run(self._decoder.close, self._arrivals)
+        self._deliver()
+        del self._decoder
 
-    # -- on the compute thread ---------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
-    def _slice(self, steps: Iterator[list[Piece]]) -> list[Piece]:
-        """The next tokens, for about SLICE_S."""
-        until = time.perf_counter() + SLICE_S
-        pieces: list[Piece] = []
-        for step in steps:
-            pieces += step
-            self._compute.pulse.beat()
-            if time.perf_counter() > until:
-                break
+class _Listener:
+    """One who reads the pieces of a call."""
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+        self.left = {request.key for request in call.requests}
+        """Keys whose end has not been read."""
+        self.is_read = asyncio.Event()
+        """What arrived was dealt with."""
+        self._arrived = asyncio.Event()
+        self._pieces: list[Piece] = []
+        self._error: BaseException | None = None
+
+    async def receive(self) -> list[Piece]:
+        """What has arrived since last time; waits for something."""
+        if not self._pieces:
+            self.is_read.set()
+        await self._arrived.wait()
+        self._arrived.clear()
+        if self._error is not None:
+            raise self._error
+        pieces, self._pieces = self._pieces, []
+        self.left -= {piece.key for piece in pieces if piece.finish_reason}
         return pieces
 
-    def _steps(self, requests: Sequence[SampleRequest]) -> Iterator[list[Piece]]:
-        """A token of every completion at a time."""
-        problems = {request.key: self._problem(request) for request in requests}
-        yield [problem for problem in problems.values() if problem is not None]
-        rows = []
-        for request in requests:
-            if problems[request.key] is None:
-                max_tokens = min(request.max_tokens, self.max_sequence_length - len(request.prompt_ids))
-                rows.append(_Row(request, uniforms(request.seed, max_tokens), len(request.written)))
-        if rows:
-            yield from self._decode(rows)
+    def deliver(self) -> None:
+        """Hand over what the decoder wrote; it must not be running."""
+        pieces, self.call.pieces = self.call.pieces, []
+        if pieces:
+            self._pieces += pieces
+            self.is_read.clear()
+            self._arrived.set()
 
-    def _problem(self, request: SampleRequest) -> Piece | None:
-        length = len(request.prompt_ids)
-        if length == 0 or request.max_tokens < 1:
-            return failed(request, "empty", f"prompt of {length} tokens, at most {request.max_tokens} to write")
-        if length >= self.max_sequence_length:
-            longest = self.max_sequence_length
-            return failed(
-                request, "too_long", f"prompt of {length} tokens; the model reads {longest}, completion included"
-            )
-        if not all(0 <= token < self.vocab_size for token in request.prompt_ids):
-            worst = max(request.prompt_ids, key=abs)
-            return failed(
-                request, "bad_ids", f"token id {worst} in the prompt; the student knows {self.vocab_size} ids"
-            )
-        if request.record_top_k > self.vocab_size:
-            wanted, size = request.record_top_k, self.vocab_size
-            return failed(request, "bad_request", f"the {wanted} likeliest tokens of a vocabulary of {size}; lower k")
-        return None
+    def fail(self, error: BaseException) -> None:
+        self._error = error
+        self._arrived.set()
 
-    def _decode(self, rows: list[_Row]) -> Iterator[list[Piece]]:
-        started = time.perf_counter()
-        logits_BV, cache, mask_BL, position_B = self._prefill(rows)
-        while True:
-            ids_B = self._sample(rows, logits_BV)
-            elapsed = time.perf_counter() - started
-            for row in rows:
-                row.sample_s += elapsed / len(rows)
-            pieces = [self._piece(row, token) for row, token in zip(rows, ids_B.tolist(), strict=True)]
-            yield pieces
-            keep = [number for number, piece in enumerate(pieces) if not piece.finish_reason]
-            if not keep:
-                return
-            started = time.perf_counter()
-            if len(keep) < len(rows):
-                index = torch.tensor(keep, device=self._device)
-                cache.batch_select_indices(index)
-                ids_B, mask_BL, position_B = ids_B[index], mask_BL[index], position_B[index]
-                rows = [rows[number] for number in keep]
-            mask_BL = torch.cat([mask_BL, mask_BL.new_ones(len(rows), 1)], dim=1)
-            output = self._model(
-                input_ids=ids_B[:, None],
-                attention_mask=mask_BL,
-                position_ids=position_B[:, None],
-                past_key_values=cache,
-                use_cache=True,
-            )
-            logits_BV = output.logits[:, -1]
-            position_B = position_B + 1
+    def abort(self, keys: set[str]) -> int:
+        found = self.left & keys
+        self.call.aborted |= found
+        return len(found)
 
-    def _prefill(self, rows: list[_Row]) -> tuple[Tensor, DynamicCache, Tensor, Tensor]:
-        """([B, V] logits of the first token, cache, [B, P] mask, [B] position of the next token).
-
-        Samples of one prompt share its prefill.
-        """
-        prompts = list(dict.fromkeys(_context(row) for row in rows))
-        longest = max(map(len, prompts))
-        ids = torch.zeros(len(prompts), longest, dtype=torch.long)
-        mask = torch.zeros(len(prompts), longest, dtype=torch.long)
-        for number, prompt in enumerate(prompts):
-            # padding on the left: the next token of every row is then in the same column
-            ids[number, longest - len(prompt) :] = torch.tensor(prompt)
-            mask[number, longest - len(prompt) :] = 1
-        ids, mask = ids.to(self._device), mask.to(self._device)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        cache = DynamicCache(config=self._model.config)
-        output = self._model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        where = {prompt: number for number, prompt in enumerate(prompts)}
-        index = torch.tensor([where[_context(row)] for row in rows], device=self._device)
-        if len(prompts) < len(rows):
-            cache.batch_select_indices(index)
-        return output.logits[index, -1], cache, mask[index], positions[index, -1] + 1
-
-    def _sample(self, rows: list[_Row], logits_BV: Tensor) -> Tensor:
-        """[B] next token of each row, appended to it."""
-        uniforms_B = [float(row.uniforms[row.num_tokens]) for row in rows]
-        logits = logits_BV[:, : self.vocab_size].float().cpu()
-        requests = [row.request for row in rows]
-        logprobs_BV = log_probs(logits, requests)
-        ids_B = draw(logprobs_BV, requests, uniforms_B)
-        for row, logprob in zip(rows, logprobs_BV.gather(1, ids_B[:, None])[:, 0].tolist(), strict=True):
-            row.num_tokens += 1
-            row.logprob = logprob
-        _record(rows, logprobs_BV)
-        return ids_B.to(self._device)
-
-    def _piece(self, row: _Row, token: int) -> Piece:
-        """The last token of a row, and whether it is the last one."""
-        if not np.isfinite(row.logprob):
-            message = f"log-probability {row.logprob} at token {row.num_tokens - 1}: the weights are broken"
-            return failed(row.request, "non_finite", message)
-        piece = row.piece(token, self._tag)
-        if token in self._end_ids or token in row.request.stop_token_ids:
-            return replace(piece, finish_reason="stop")
-        if row.num_tokens >= len(row.uniforms):
-            return replace(piece, finish_reason="length")
-        return replace(piece, finish_reason="abort") if row.request.key in self._aborted else piece
-
-    @torch.inference_mode()
-    def _load_weights(self, arrays: Mapping[str, np.ndarray[Any, Any]], dtypes: Mapping[str, int], tag: int) -> None:
-        targets: dict[str, Tensor] = self._model.state_dict()
-        unknown = sorted(arrays.keys() - targets.keys())
-        if unknown:
-            raise WeightsError(f"weights for tensors the student does not have: {', '.join(unknown[:5])}")
-        # tied tensors are one memory under several names and come once
-        covered = {targets[name].data_ptr() for name in arrays}
-        missing = [name for name, target in targets.items() if target.data_ptr() not in covered]
-        if missing:
-            raise WeightsError(
-                f"{len(missing)} of {len(targets)} tensors of the student are missing, first {missing[0]}"
-            )
-        sources = {name: _as_torch(array, dtypes[name]) for name, array in arrays.items()}
-        for name, source in sources.items():
-            if source.shape != targets[name].shape:
-                raise WeightsError(
-                    f"{name}: got shape {list(source.shape)}, the student has {list(targets[name].shape)}"
-                )
-            if not bool(torch.isfinite(source).all()):
-                raise WeightsError(f"{name}: NaN or infinity in the weights")
-        for name, source in sources.items():
-            targets[name].copy_(source)
-        self._tag = tag
-
-
-def _context(row: _Row) -> tuple[int, ...]:
-    """What is read before the first token that is drawn."""
-    return (*row.request.prompt_ids, *row.request.written)
-
-
-def _record(rows: Sequence[_Row], logprobs_BV: Tensor) -> None:
-    """Add to each row what its request wants to know of the distribution that its last token was drawn from."""
-    most = max(row.request.record_top_k for row in rows)
-    if most:
-        ids_BK = logprobs_BV.topk(most).indices.int().numpy()
-        for row, ids_K in zip(rows, ids_BK, strict=True):
-            if row.request.record_top_k:
-                row.target_ids = ids_K[None, : row.request.record_top_k].copy()
-    if any(row.request.record_entropies for row in rows):
-        for row, entropy in zip(rows, entropies(logprobs_BV).tolist(), strict=True):
-            if row.request.record_entropies:
-                row.entropies = np.array([entropy], dtype=np.float32)
-
-
-def _as_torch(array: np.ndarray[Any, Any], dtype: int) -> Tensor:
-    if not array.flags.writeable:  # torch cannot express read-only memory
-        array = array.copy()
-    if dtype_name(dtype) == "bfloat16":
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
-
-
-def _end_of_sequence_ids(model: Any) -> frozenset[int]:
-    """Token ids that end a completion: generation_config's, else config's."""
-    found = getattr(model.generation_config, "eos_token_id", None)
-    if found is None:
-        found = getattr(model.config, "eos_token_id", None)
-    if found is None:
-        return frozenset()
-    return frozenset([found] if isinstance(found, int) else found)
+    def close(self) -> None:
+        self.call.is_closed = True
+        self.is_read.set()
