@@ -161,6 +161,13 @@ def test_a_score_of_spans_becomes_a_sample() -> None:
     assert sample.loss_mask.tolist() == [1, 1, 1, 0]
 
 
+def test_what_the_students_tokenizer_writes_otherwise_is_next_to_impossible() -> None:
+    """No text of the teacher becomes these tokens."""
+    made = score([1, 3], [2, 3], [-1.0, -2.0, -0.25])
+    made.spans.is_canonical.CopyFrom(to_tensor(np.array([1, 0], np.uint8)))
+    assert span_arrays(made, 4)["teacher_logprobs"][:3].tolist() == [-3.0, MIN_LOG_Q - 0.25, MIN_LOG_Q - 0.25]
+
+
 def test_a_score_without_spans_trains_nothing() -> None:
     sample = to_sample(ScoredSample(score([], [], [-1.0])), 1.0)
     assert not sample.loss_mask.any()
@@ -173,7 +180,7 @@ def test_a_score_without_spans_trains_nothing() -> None:
         ([2, 2], [1, 2], "of 4 tokens of the student"),
         ([0, 2], [1, 2], "of 4 tokens of the student"),
         ([1, 2], [1, 3], "of 2 tokens of the teacher"),
-        ([1, 2], [2], "2 ends of spans of the student and 1"),
+        ([1, 2], [2], "teacher_ends of shape"),
     ],
 )
 def test_spans_that_are_none_are_refused(student: list[int], teacher: list[int], message: str) -> None:

@@ -45,7 +45,7 @@ class Spelling:
         spell = _speller(path)
         self._bytes = {number: spell(token) for token, number in self._tokenizer.get_vocab().items()}
         self._bytes |= {number: token.content.encode() for number, token in added.items()}
-        self._adds_blank = self._joined(self.write("a")) == b" a"
+        self.adds_blank: Final = b"".join(self._bytes[number] for number in self.write("a")) == b" a"
         """Texts get a blank in front, which is none of theirs (sentencepiece's dummy prefix)."""
 
     def write(self, text: str) -> list[int]:
@@ -58,7 +58,7 @@ class Spelling:
         A special token in it is spelled out: there is no other way to say it to another model.
         """
         pieces = [self._bytes.get(number, b"") for number in ids]
-        if self._adds_blank and pieces and pieces[0].startswith(b" "):
+        if self.adds_blank and pieces and pieces[0].startswith(b" "):
             pieces[0] = pieces[0][1:]
         return pieces
 
@@ -66,9 +66,6 @@ class Spelling:
         """How it changes ordinary text, for people; empty = it does not."""
         found = b"".join(self.spell(self.write(PROBE))).decode(errors="replace")
         return "" if found == PROBE else f"it reads {PROBE!r} as {found!r}"
-
-    def _joined(self, ids: Sequence[int]) -> bytes:
-        return b"".join(self._bytes.get(number, b"") for number in ids)
 
 
 def _speller(path: Path) -> Any:

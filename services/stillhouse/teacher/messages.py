@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Final, TypeVar
 
+import numpy as np
+
 from stillhouse.core.errors import WireError
 from stillhouse.core.queue.streams import MAX_ENTRY_BYTES, Scope
 from stillhouse.core.tensors import from_tensor, ids_list, ids_tensor, to_tensor
@@ -87,6 +89,8 @@ def make_score(
         score.spans.teacher_logprobs.CopyFrom(teacher_logprobs)
         score.spans.student_ends.CopyFrom(ids_tensor(item.spans.student_ends))
         score.spans.teacher_ends.CopyFrom(ids_tensor(item.spans.teacher_ends))
+        if not all(item.spans.is_canonical):
+            score.spans.is_canonical.CopyFrom(to_tensor(np.array(item.spans.is_canonical, dtype=np.uint8)))
     elif rollout.score.kind == pb.SCORE_KIND_HIDDEN:
         assert scored.hidden is not None, "the engine gives what the kind asks for"
         hidden = to_tensor(scored.hidden)

@@ -36,18 +36,21 @@ def retokenize(
     """([U] a completion's text in the teacher's tokens, spans).
 
     `end_token_id` is the teacher's token for the special token that `ids` end with; none = they end with text. A
-    completion that was cut off loses a last character that is not whole, and its last span: where the text goes on,
-    the teacher's last token may be another.
+    completion that was cut off loses a last character that is not whole, and its last span: where the text goes on, the
+    last tokens may be others.
     """
-    text, student_ends = _text(student.spell(ids if end_token_id is None else ids[:-1]), is_cut)
+    spoken = list(ids if end_token_id is None else ids[:-1])
+    text, student_ends = _text(student.spell(spoken), is_cut)
     teacher_ids = teacher.write(text)
-    ends = _common(student_ends, _teacher_ends(teacher.spell(teacher_ids), text.encode()))
+    ends = _common(student_ends, _ends(teacher.spell(teacher_ids), text.encode()))
     if is_cut:
         ends = ends[:-1]
+    is_canonical = _canonical(spoken, student_ends, [end for end, _ in ends], text, student, is_cut)
     if end_token_id is not None:
         teacher_ids.append(end_token_id)
         ends.append((len(ids), len(teacher_ids)))
-    return teacher_ids, Spans([end for end, _ in ends], [end for _, end in ends])
+        is_canonical.append(True)
+    return teacher_ids, Spans([end for end, _ in ends], [end for _, end in ends], is_canonical)
 
 
 def _text(pieces: Sequence[bytes], is_cut: bool) -> tuple[str, list[int]]:
@@ -83,7 +86,31 @@ def _moved(ends: Sequence[int], bad: Sequence[tuple[int, int]]) -> list[int]:
     return moved
 
 
-def _teacher_ends(pieces: Sequence[bytes], text: bytes) -> list[int]:
+def _canonical(
+    ids: list[int], offsets: Sequence[int], ends: Sequence[int], text: str, student: Spelling, is_cut: bool
+) -> list[bool]:
+    """[S] whether the student's tokenizer writes the span with these tokens, too, as part of the whole text.
+
+    In doubt it does: the first token may stand with or without the blank of sentencepiece, as the prompt ends, and how
+    the last word of a completion that was cut off is written nobody knows.
+    """
+    written = student.write(text)
+    if written == ids:
+        return [True for _ in ends]
+    known = len(text[: max(0, *map(text.rfind, " \n\t"))].encode()) if is_cut else len(text.encode())
+    # of the tokens that end at an offset the last one counts, as in `_common`
+    number = {0: 0} | {end: n for n, end in enumerate(_ends(student.spell(written), text.encode()), start=1)}
+    found, first, offset = [], 0, 0
+    for last in ends:
+        start, offset = number.get(offset), offsets[last - 1]
+        stop = number.get(offset)
+        is_same = start is not None and stop is not None and written[start:stop] == ids[first:last]
+        found.append(is_same or offset > known or (first == 0 and student.adds_blank))
+        first = last
+    return found
+
+
+def _ends(pieces: Sequence[bytes], text: bytes) -> list[int]:
     """[U] offset in the text of the end of each piece. A tokenizer may rewrite it (é as one character instead of two):
     then offsets are known before the first difference and after the last, and nowhere between."""
     ends, written = _cumulated(pieces), b"".join(pieces)
@@ -149,7 +176,7 @@ class Reader:
                     f"teacher has {task.tokenizer_sha256[:12]}, and nothing says how to read it"
                 )
             each = list(range(1, len(ids) + 1))
-            return make_item(rollout, ids, Spans(each, each))
+            return make_item(rollout, ids, Spans(each, each, [True] * len(ids)))
         try:
             student = self._spelling(self._registry.get(task.retokenize.student), rollout.tokenizer_sha256)
             teacher = self._spelling(self._registry.get(task.model), task.tokenizer_sha256)

@@ -13,7 +13,8 @@ from stillhouse.v1 import rollout_pb2
 def span_arrays(score: rollout_pb2.Score, num_tokens: int) -> dict[str, np.ndarray]:
     """`spans` and `teacher_logprobs` of a `TrainSample` with T = `num_tokens`: see there.
 
-    log q(span) is the sum over the teacher's tokens, each of them at least MIN_LOG_Q.
+    log q(span) is the sum over the teacher's tokens, each of them at least MIN_LOG_Q, and MIN_LOG_Q less where the
+    student's tokenizer writes the text otherwise: no text of the teacher becomes these tokens.
 
     Raises:
         WireError: the spans are none.
@@ -23,16 +24,20 @@ def span_arrays(score: rollout_pb2.Score, num_tokens: int) -> dict[str, np.ndarr
     student, teacher = from_tensor(message.student_ends), from_tensor(message.teacher_ends)
     _check(score.rollout.sample_id, "student", student, num_tokens)
     _check(score.rollout.sample_id, "teacher", teacher, len(logprobs))
-    if len(student) != len(teacher) or list(message.teacher_ids.shape) != [len(logprobs)]:
-        raise WireError(
-            f"sample {score.rollout.sample_id}: {len(student)} ends of spans of the student and {len(teacher)} of the "
-            f"teacher; {list(message.teacher_ids.shape)} teacher_ids for {len(logprobs)} teacher_logprobs"
-        )
+    shapes = {"teacher_ids": len(logprobs), "teacher_ends": len(student), "is_canonical": len(student)}
+    for name, length in shapes.items():
+        if (shape := list(getattr(message, name).shape)) != [length] and (shape or name != "is_canonical"):
+            raise WireError(
+                f"sample {score.rollout.sample_id}: {name} of shape {shape} for {len(logprobs)} teacher_logprobs and "
+                f"{len(student)} student_ends"
+            )
     spans = np.full(num_tokens, -1, dtype=np.int32)
     of_tokens = np.full(num_tokens, np.nan, dtype=np.float32)
     if len(student):
         bounded = np.maximum(logprobs, MIN_LOG_Q).astype(np.float64)
         of_spans = np.add.reduceat(bounded[: teacher[-1]], [0, *teacher[:-1]])
+        if message.HasField("is_canonical"):
+            of_spans += MIN_LOG_Q * (from_tensor(message.is_canonical) == 0)
         counts = np.diff(student, prepend=0)
         spans[: student[-1]] = np.repeat(np.arange(len(student)), counts)
         of_tokens[: student[-1]] = np.repeat(of_spans, counts)

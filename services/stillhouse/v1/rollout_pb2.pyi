@@ -231,16 +231,18 @@ class TargetsScore(_message.Message):
     def __init__(self, target_logprobs: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., teacher_logprobs: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., blob: _Optional[_Union[_tensor_pb2.BlobRef, _Mapping]] = ...) -> None: ...
 
 class SpansScore(_message.Message):
-    __slots__ = ("teacher_ids", "teacher_logprobs", "student_ends", "teacher_ends")
+    __slots__ = ("teacher_ids", "teacher_logprobs", "student_ends", "teacher_ends", "is_canonical")
     TEACHER_IDS_FIELD_NUMBER: _ClassVar[int]
     TEACHER_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     STUDENT_ENDS_FIELD_NUMBER: _ClassVar[int]
     TEACHER_ENDS_FIELD_NUMBER: _ClassVar[int]
+    IS_CANONICAL_FIELD_NUMBER: _ClassVar[int]
     teacher_ids: _tensor_pb2.Tensor
     teacher_logprobs: _tensor_pb2.Tensor
     student_ends: _tensor_pb2.Tensor
     teacher_ends: _tensor_pb2.Tensor
-    def __init__(self, teacher_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., teacher_logprobs: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., student_ends: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., teacher_ends: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
+    is_canonical: _tensor_pb2.Tensor
+    def __init__(self, teacher_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., teacher_logprobs: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., student_ends: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., teacher_ends: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., is_canonical: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
 
 class HiddenScore(_message.Message):
     __slots__ = ("blob", "dtype", "shape", "teacher_logprobs", "head_sha256")

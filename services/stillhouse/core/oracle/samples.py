@@ -238,8 +238,9 @@ def _check_ends(score: rollout_pb2.SpansScore, num_tokens: int) -> int:
     """
     num_read = len(from_tensor(score.teacher_ids))
     ends = [from_tensor(tensor).astype(np.int64) for tensor in (score.student_ends, score.teacher_ends)]
-    if len(ends[0]) != len(ends[1]):
-        raise WireError(f"{len(ends[0])} spans of the student, {len(ends[1])} of the teacher")
+    marks = len(from_tensor(score.is_canonical)) if score.HasField("is_canonical") else len(ends[0])
+    if not len(ends[0]) == len(ends[1]) == marks:
+        raise WireError(f"{len(ends[0])} spans of the student, {len(ends[1])} of the teacher, {marks} marks of them")
     for numbers, length in zip(ends, (num_tokens, num_read), strict=True):
         if (np.diff(numbers, prepend=0) <= 0).any() or (len(numbers) and numbers[-1] > length):
             raise WireError(f"spans end at {numbers[:8].tolist()} of {length} tokens")

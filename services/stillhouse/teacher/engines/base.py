@@ -30,6 +30,8 @@ class Spans(NamedTuple):
     """[S] tokens of the student up to the end of each."""
     teacher_ends: list[int]
     """[S] tokens of the teacher."""
+    is_canonical: list[bool]
+    """[S] the student's tokens are those with which its own tokenizer writes the text."""
 
 
 @dataclass(frozen=True, slots=True)
