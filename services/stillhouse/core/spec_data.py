@@ -55,7 +55,8 @@ class Row(Closed):
     teacher: Name | None = None
     """Name of the teacher that scores this row; default: the job's only teacher."""
     teacher_prompt: tuple[Message, ...] | None = Field(default=None, min_length=1, max_length=256)
-    """The conversation as the teacher reads it, where it differs from the student's."""
+    """The whole conversation as the teacher reads it, where it differs from the student's; a `system_prompt` of the
+    teacher is not added."""
     answer: str | None = None
     """Reference answer, for verifiers."""
     verifier: Name | None = None
