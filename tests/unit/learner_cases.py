@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from stillhouse.core.spec import StageSpec, StudentSpec, TeacherSpec
+from stillhouse.core.spec import EmaSpec, StageSpec, StudentSpec, TeacherSpec
 from stillhouse.trainer.batch import TeacherHead, TrainSample
 from stillhouse.trainer.engine import Engine
 from stillhouse.trainer.learner import Learner
@@ -40,11 +40,14 @@ def learner(
     weights=None,
     seed: int = 0,
     total_steps: int = 100,
+    ema: EmaSpec | None = None,
     **student,
 ) -> Learner:
-    """`student` are fields of `StudentSpec`."""
-    specs = {name: TeacherSpec(model="m", weight=(weights or {}).get(name, 1.0)) for name in teachers}
-    engine = Engine(model, student=StudentSpec(model="m", **student), stage=spec, seed=seed)
+    """`student` are fields of `StudentSpec`; with `ema` the teachers follow it."""
+    specs = {
+        name: TeacherSpec(model="m", weight=(weights or {}).get(name, 1.0), ema_of_student=ema) for name in teachers
+    }
+    engine = Engine(model, student=StudentSpec(model="m", **student), stage=spec, seed=seed, ema=ema)
     return Learner(engine, stage=spec, teachers=specs, total_steps=total_steps)
 
 

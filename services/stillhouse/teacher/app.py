@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from stillhouse.core import vllm_env
 from stillhouse.core.config import Settings
 from stillhouse.core.errors import ConfigError
 from stillhouse.core.models import ModelEntry
@@ -11,6 +12,7 @@ from stillhouse.core.spill import dead_folders, remove_dead
 from stillhouse.core.worker import ComputeThread
 from stillhouse.teacher.blobstore import BlobStore
 from stillhouse.teacher.engines.base import TRANSFORMERS, Abilities, Engine
+from stillhouse.teacher.engines.vllm_scores import vllm_abilities
 from stillhouse.teacher.pool import LoadEngine, ModelPool
 from stillhouse.teacher.scoring import Scorer
 from stillhouse.teacher.service import TeacherServicer
@@ -50,16 +52,33 @@ class TeacherApp:
 
 def build(ctx: Context) -> TeacherApp:
     """A teacher with the engine that the settings name."""
-    return TeacherApp(ctx, _engine_loader(ctx.settings))
+    if ctx.settings.engine == "vllm":
+        return TeacherApp(ctx, _vllm(ctx), vllm_abilities())
+    return TeacherApp(ctx, _transformers(ctx.settings), TRANSFORMERS)
 
 
-def _engine_loader(settings: Settings) -> LoadEngine:
-    if settings.engine != "transformers":
-        raise ConfigError(f"this teacher has no engine '{settings.engine}'; set STILLHOUSE_ENGINE=transformers")
+def _transformers(settings: Settings) -> LoadEngine:
     # heavy: a teacher's settings are checked before torch is imported
     from stillhouse.teacher.engines.transformers import TransformersEngine
 
     def load(entry: ModelEntry, dtype: str) -> Engine:
         return TransformersEngine(entry, dtype, threads=settings.threads)
+
+    return load
+
+
+def _vllm(ctx: Context) -> LoadEngine:
+    vllm_env.prepare(ctx.settings)
+    try:
+        from stillhouse.teacher.engines import vllm
+    except ImportError as error:
+        raise ConfigError(
+            f"engine vllm needs vLLM in this environment ({error}); install it as docs/engines.md says, or set "
+            "STILLHOUSE_ENGINE=transformers",
+            param="engine",
+        ) from error
+
+    def load(entry: ModelEntry, dtype: str) -> Engine:
+        return vllm.load(entry, dtype, ctx.settings, ctx.pulse.beat)
 
     return load

@@ -49,6 +49,9 @@ def held_out_score(kind: rollout_pb2.ScoreKind) -> rollout_pb2.ScoreSpec:
 def asks(spec: JobSpec) -> list[rollout_pb2.ScoreSpec]:
     """Every kind of score that a rollout of the job may ask a teacher for."""
     found = [train_score(stage) for stage in spec.stages]
+    for stage in spec.stages:
+        if stage.loss.record_top_k() and stage.loss.payload() == "top_k":  # support union: the student's tokens, too
+            found.append(rollout_pb2.ScoreSpec(kind=rollout_pb2.SCORE_KIND_TARGETS, temperature=1.0))
     if spec.evaluation.data is not None:
         kinds = held_out_kinds(by_spans=spec.stages[0].loss.crosses_tokenizers())
         found += [held_out_score(kind) for kind in kinds]

@@ -11,6 +11,7 @@ from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 
+from stillhouse.core.errors import StillhouseError
 from stillhouse.v1 import rollout_pb2
 
 SCORE_KINDS: Final = (
@@ -145,6 +146,12 @@ class Abilities:
 
 
 TRANSFORMERS: Final = Abilities(engine="transformers")
+
+
+class EngineDeadError(StillhouseError):
+    """An engine's own process is gone or of no more use: the service has to end, to be started again."""
+
+    code = "engine_died"
 
 
 class Engine(Protocol):

@@ -22,6 +22,7 @@ from stillhouse.core.errors import ConflictError, WeightsError
 from stillhouse.core.models import ModelEntry
 from stillhouse.core.tensors import dtype_name
 from stillhouse.teacher.engines.base import Head, Scored, ScoreItem, Unscored
+from stillhouse.teacher.engines.items import problem
 from stillhouse.v1 import rollout_pb2 as pb
 
 DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -77,9 +78,9 @@ class TransformersEngine:
     def score(self, items: Sequence[ScoreItem]) -> list[Scored | Unscored]:
         results: dict[int, Scored | Unscored] = {}
         for number, item in enumerate(items):
-            problem = self._problem(item)
-            if problem is not None:
-                results[number] = problem
+            found = problem(item, self)
+            if found is not None:
+                results[number] = found
         good = [number for number in range(len(items)) if number not in results]
         if good:
             hidden_BLD = self._hidden([items[number] for number in good])
@@ -89,25 +90,6 @@ class TransformersEngine:
                 first = len(item.prompt_ids) - 1
                 results[number] = self._judge(item, hidden_BLD[row, first : first + len(item.completion_ids)])
         return [results[number] for number in range(len(items))]
-
-    def _problem(self, item: ScoreItem) -> Unscored | None:
-        if not item.prompt_ids or not item.completion_ids:
-            sizes = f"{len(item.prompt_ids)} prompt and {len(item.completion_ids)} completion tokens"
-            return Unscored(item.key, "empty", f"{sizes}; both are needed")
-        if item.length > self.max_sequence_length:
-            return Unscored(item.key, "too_long", f"{item.length} tokens; the teacher reads {self.max_sequence_length}")
-        shape = None if item.target_ids is None else list(item.target_ids.shape)
-        is_wrong = shape is not None and shape[0] != len(item.completion_ids)
-        if is_wrong or (shape is None and item.kind == pb.SCORE_KIND_TARGETS):
-            return Unscored(item.key, "bad_request", f"target_ids {shape} for {len(item.completion_ids)} tokens")
-        named = np.zeros(0, np.int64) if item.target_ids is None else item.target_ids.ravel()
-        wanted = np.concatenate([item.prompt_ids, item.completion_ids, named])
-        if wanted.min() < 0 or wanted.max() >= self.vocab_size:
-            worst = wanted[np.abs(wanted).argmax()]
-            return Unscored(item.key, "bad_ids", f"token id {worst}; the teacher knows {self.vocab_size} ids")
-        if item.kind == pb.SCORE_KIND_TOPK and not 0 < item.top_k <= self.vocab_size:
-            return Unscored(item.key, "bad_request", f"top_k {item.top_k} of a vocabulary of {self.vocab_size}")
-        return None
 
     def _hidden(self, items: Sequence[ScoreItem]) -> Tensor:
         """[B, L, D] last hidden states after the final norm."""

@@ -1,0 +1,109 @@
+"""Scoring with vLLM, in a process of its own for each model: how it is started and ended. Scores: vllm_scores.py.
+
+Meant for GPUs; really run on CPUs only (docs/engines.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
+from vllm.engine.arg_utils import EngineArgs  # pyright: ignore[reportMissingImports]
+from vllm.v1.engine.exceptions import EngineDeadError as VllmDeadError  # pyright: ignore[reportMissingImports]
+from vllm.v1.engine.llm_engine import LLMEngine  # pyright: ignore[reportMissingImports]
+
+from stillhouse.core.config import Settings
+from stillhouse.core.errors import EngineStartError
+from stillhouse.core.models import ModelEntry
+from stillhouse.core.tensors import DTYPE_NAMES, itemsize
+from stillhouse.core.vllm_child import Cause
+from stillhouse.teacher.engines.vllm_scores import Running, VllmEngine
+
+CPU_CACHE_GIB: Final = 1.0
+"""Default of vllm_cache_gib on a CPU, where vLLM would take most of the machine."""
+LOGITS_BYTES: Final = 256 << 20
+"""Logits of one step, float32: vLLM computes them for all its prompt tokens at once, and a copy for the softmax."""
+STEP_TOKENS: Final = (64, 4096)
+"""Least and most prompt tokens of a step: longer prompts are read in parts."""
+CLOSE_S: Final = 1.0
+"""Time the engine has to end by itself before it is killed; it holds nothing that anyone needs."""
+WORKER_EXTENSION: Final = "stillhouse.teacher.engines.vllm_worker.Extension"
+
+
+def load(entry: ModelEntry, dtype: str, settings: Settings, beat: Callable[[], None]) -> VllmEngine:
+    """Takes some tens of seconds. The engine's process ends with the thread that calls this.
+
+    Raises:
+        EngineStartError: vLLM does not take the model, or has no room for it.
+    """
+    cause = Cause()
+    try:
+        with cause.told():
+            llm = LLMEngine.from_engine_args(engine_args(entry, dtype, settings), enable_multiprocessing=True)
+    except Exception as error:  # vLLM has no class of its own for this
+        why = cause.read() or f"{type(error).__name__}: {error}"
+        cause.close()
+        raise EngineStartError(
+            f"vLLM does not start with model '{entry.name}': {why}; if memory is short, lower vllm_cache_gib or "
+            "vllm_max_length; the service's log has vLLM's own report"
+        ) from error
+
+    def stop() -> None:
+        llm.engine_core.shutdown(CLOSE_S)
+        cause.close()
+
+    running = Running(
+        llm=llm,
+        make_params=SamplingParams,
+        max_model_len=llm.model_config.max_model_len,
+        has_targets=llm.vllm_config.use_v2_model_runner,
+        dead_errors=(VllmDeadError,),
+        obituary=lambda: _obituary(llm, cause),
+        stop=stop,
+    )
+    size_bytes = entry.num_parameters * itemsize(DTYPE_NAMES[dtype])
+    vocab_size = min(entry.tokenizer_size, entry.vocab_size)
+    return VllmEngine(running, vocab_size=vocab_size, size_bytes=size_bytes, beat=beat)
+
+
+def engine_args(entry: ModelEntry, dtype: str, settings: Settings) -> EngineArgs:
+    """A local model, token ids in, log-probabilities of all of them out."""
+    cache_gib = settings.vllm_cache_gib or (0 if torch.cuda.is_available() else CPU_CACHE_GIB)
+    options: dict[str, Any] = {"kv_cache_memory_bytes": int(cache_gib * 2**30)} if cache_gib else {}
+    if settings.vllm_max_length:
+        options["max_model_len"] = min(settings.vllm_max_length, entry.max_sequence_length)
+    step_tokens = min(max(LOGITS_BYTES // (4 * entry.vocab_size), STEP_TOKENS[0]), STEP_TOKENS[1])
+    return EngineArgs(
+        model=entry.path,
+        dtype=dtype,
+        hf_overrides={"head_dtype": "float32"},  # log-probabilities of bfloat16 logits are off by up to 0.06 nats
+        load_format="safetensors",
+        skip_tokenizer_init=True,
+        generation_config="vllm",  # no defaults from the model's folder
+        enforce_eager=settings.vllm_eager,
+        tensor_parallel_size=settings.vllm_tensor_parallel,
+        gpu_memory_utilization=settings.vllm_memory_fraction,
+        enable_prefix_caching=False,  # what is not computed has no log-probabilities
+        enable_chunked_prefill=True,
+        max_num_batched_tokens=step_tokens,
+        max_num_seqs=STEP_TOKENS[0],
+        max_logprobs=-1,
+        logprobs_mode="raw_logprobs",
+        worker_extension_cls=WORKER_EXTENSION,
+        disable_log_stats=True,
+        **options,
+    )
+
+
+def _obituary(llm: Any, cause: Cause) -> str:
+    """How the engine's process ended."""
+    manager = llm.engine_core.resources.engine_manager
+    codes = [process.exitcode for process in manager.processes] if manager else []
+    code = codes[0] if codes else None
+    if why := cause.read():
+        return f"failed: {why}"
+    if code is None:
+        return "does not answer"
+    return f"ended with {code}" if code >= 0 else f"was killed by signal {-code}; out of memory?"
