@@ -49,7 +49,10 @@ def add(name: str, path: str, source: str) -> None:
         say("note: it has no chat template, and a student needs one: add chat_template.jinja to its folder")
     twins = [other.name for other in target.all().values() if other.tokenizer_sha256 == entry.tokenizer_sha256]
     if len(twins) == 1 and len(target.all()) > 1:
-        say("note: no other registered model has the same tokenizer; student and teachers of a job must share it")
+        say(
+            "note: no other registered model has the same tokenizer; student and teachers of a job share it, or the "
+            "loss compares texts (cross_tokenizer)"
+        )
 
 
 def show(*, as_json: bool) -> None:
