@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import pytest_asyncio
 import torch
+from tokenizers import Tokenizer
 
 from stillhouse.core.errors import WeightsError
+from stillhouse.core.models import inspect_model
 from stillhouse.core.tensors import DTYPE_NAMES
 from stillhouse.sampler.engines.base import SampleRequest
+from stillhouse.sampler.stops import StoppingEngine
 from tests.contract.sampler_engines import (
     MAX_LENGTH,
     MAX_SEQUENCES,
@@ -27,7 +31,8 @@ from tests.contract.sampler_engines import (
     p_value,
     texts,
 )
-from tests.tiny import EOS_ID, TOKENIZER_SIZE
+from tests.tiny import EOS_ID, TOKENIZER_SIZE, make_tokenizer
+from tests.unit.test_stops import slow_end
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -382,6 +387,36 @@ async def test_a_completion_that_was_written_to_its_end_just_ends(subject: Subje
     full = SampleRequest("full", [5, 6], 3, 0, written=(7, 8, 9))
     got = await texts(subject.engine, [stopped, full])
     assert [(text.ids, text.finish_reason) for text in got.values()] == [([], "stop"), ([], "length")]
+
+
+async def test_stop_strings_end_completions_at_the_token_that_completes_one(subject: Subject, tmp_path: Path) -> None:
+    """Engines know no texts: `StoppingEngine` cuts what they write, all that is recorded, and has the rest aborted."""
+    entry, tokenizer = inspect_model("student", make_tiny(tmp_path / "student", 1)), make_tokenizer().backend_tokenizer
+    recorded: dict[str, Any] = {**NO_STOP, "record_top_k": 3, "record_entropies": True, "temperature": 1.3}
+    wanted = [replace(request, max_tokens=40) for request in requests(6, **recorded)]
+    plain = await texts(subject.engine, wanted)
+    stopping = [replace(one, stop=("never there", some_text(tokenizer, plain[one.key].ids))) for one in wanted[1:]]
+    got = await texts(StoppingEngine(subject.engine, entry), [wanted[0], *stopping])
+    assert (got["0"].ids, got["0"].finish_reason) == (plain["0"].ids, plain["0"].finish_reason)
+    for request in stopping:
+        before, after = plain[request.key], got[request.key]
+        end = slow_end(tokenizer, before.ids, request.stop)
+        assert (after.ids, after.finish_reason) == (before.ids[:end], "stop")
+        np.testing.assert_allclose(after.logprobs, before.logprobs[:end], atol=1e-4)
+        np.testing.assert_allclose(after.entropies, before.entropies[:end], atol=1e-4)
+        assert np.array_equal(after.target_ids, before.target_ids[:end])
+    # each goes on from the last token but one, and from its end
+    for cut in (1, 0):
+        rest = [replace(one, written=tuple(ids[: len(ids) - cut])) for one in stopping if (ids := got[one.key].ids)]
+        went_on = await texts(StoppingEngine(subject.engine, entry), rest)
+        for key, text in went_on.items():
+            assert (text.ids, text.finish_reason) == (got[key].ids[len(got[key].ids) - cut :], "stop")
+
+
+def some_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """Two characters of the text of `ids`, not from its beginning."""
+    text = tokenizer.decode(ids, skip_special_tokens=False)
+    return next(text[i : i + 2] for i in range(3, len(text)) if "\ufffd" not in text[i : i + 2])
 
 
 async def test_calls_share_the_engine(subject: Subject) -> None:

@@ -96,8 +96,13 @@ class StoppingEngine:
         and the last bits of the others on when it leaves their batch. There it writes on for nobody.
         """
         matchers = await self._matchers(requests)
-        open_keys = {request.key for request in requests}
-        async with aclosing(self._engine.generate(requests, alone=alone)) as pieces:
+        # what others wrote may hold a stop string already: nothing is left to write
+        ended = [request for request in requests if request.stop and matchers[request.key].feed(request.written)]
+        for request in ended:
+            yield Piece(request.key, [], [], finish_reason="stop")
+        open_keys = {request.key for request in requests} - {request.key for request in ended}
+        wanted = [request for request in requests if request.key in open_keys]
+        async with aclosing(self._engine.generate(wanted, alone=alone)) as pieces:
             async for piece in pieces:
                 if piece.key not in open_keys:
                     continue  # it was cut
@@ -113,15 +118,12 @@ class StoppingEngine:
                     return
 
     async def _matchers(self, requests: Sequence[SampleRequest]) -> dict[str, StopMatcher]:
-        """By key, of the requests that have stop strings; they have read what is written already."""
+        """By key, of the requests that have stop strings."""
         stopping = [request for request in requests if request.stop]
         if not stopping:
             return {}
         tokenizer = await asyncio.to_thread(tokenizer_of, self._entry)
-        matchers = {request.key: StopMatcher(tokenizer, request.stop) for request in stopping}
-        for request in stopping:
-            matchers[request.key].feed(request.written)
-        return matchers
+        return {request.key: StopMatcher(tokenizer, request.stop) for request in stopping}
 
     def abort(self, keys: Iterable[str]) -> int:
         return self._engine.abort(keys)
