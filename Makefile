@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help install demo test test-full vllm-cpu chaos bench-loss parity-trl check fmt protos up down clean
+.PHONY: help install demo test test-full vllm-cpu chaos bench-loss parity-trl bench-sampler check fmt protos up down clean
 help:
 	@echo "make demo       distil a real model on this machine's CPU, from nothing to a report (about 10 minutes)"
 	@echo "make test       the test suite (a few minutes)"
@@ -65,6 +65,10 @@ bench-loss: $(VENV)/.created
 
 parity-trl: $(VENV)/.created
 	$(BIN)/python benchmarks/parity_trl.py
+
+# MODEL is a folder with safetensors and a chat template.
+bench-sampler: $(VENV)/.created
+	$(BIN)/python benchmarks/bench_sampler.py $(or $(MODEL),tiny) --out benchmarks/results/$(or $(NAME),sampler_here)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -2,8 +2,8 @@
 
 Both write the same requests: prompts of the quickstart, some samples of each, lengths drawn from a log-normal
 distribution (ragged, as of a model that stops by itself) or all alike. `generate` gets batches of as many rows as the
-engine has slots, in order of arrival, padded on the left; a row that has its length is done, the batch ends with its
-longest. It keeps no log-probabilities; the engine does. Tokens that were asked for count, nothing else.
+engine writes at once, in order of arrival, padded on the left; a row that has its length is done, the batch ends with
+its longest. It keeps no log-probabilities; the engine does. Tokens that were asked for count, nothing else.
 
     python benchmarks/bench_sampler.py MODEL                  # a folder; see examples/quickstart/prepare_smollm2.py
     python benchmarks/bench_sampler.py MODEL --cpu-seconds    # one thread's processor time, on a machine others use
@@ -60,11 +60,11 @@ def make_requests(folder: Path, args: argparse.Namespace, lengths: str) -> list[
 class Engine:
     """The engine as a sampler uses it, without end tokens: lengths are given."""
 
-    def __init__(self, folder: Path, slots: int, threads: int) -> None:
+    def __init__(self, folder: Path, rows: int, threads: int) -> None:
         entry = inspect_model("model", folder)
         self._compute = ComputeThread("bench")
         self._engine = TransformersEngine(
-            entry, "float32", self._compute, max_sequences=slots, threads=threads, device="cpu"
+            entry, "float32", self._compute, max_sequences=rows, threads=threads, device="cpu"
         )
         self._engine._decoder._model.end_ids = frozenset()
 
@@ -91,15 +91,15 @@ class Lengths(StoppingCriteria):
 class Generate:
     """`model.generate` on batches."""
 
-    def __init__(self, folder: Path, slots: int) -> None:
+    def __init__(self, folder: Path, rows: int) -> None:
         self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         self._model.generation_config.eos_token_id = None
-        self._slots = slots
+        self._rows = rows
 
     @torch.inference_mode()
     def __call__(self, requests: Sequence[SampleRequest]) -> int:
-        for start in range(0, len(requests), self._slots):
-            batch = requests[start : start + self._slots]
+        for start in range(0, len(requests), self._rows):
+            batch = requests[start : start + self._rows]
             longest = max(len(request.prompt_ids) for request in batch)
             padded = [[0] * (longest - len(request.prompt_ids)) + request.prompt_ids for request in batch]
             mask = [[0] * (longest - len(r.prompt_ids)) + [1] * len(r.prompt_ids) for r in batch]
@@ -145,7 +145,7 @@ def machine(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__,
         "date": datetime.date.today().isoformat(), "load": os.getloadavg()[0], "model": Path(args.model).name,
-        "slots": args.slots, "samples per prompt": args.samples,
+        "sequences": args.sequences, "samples per prompt": args.samples,
         "clock": "processor time" if args.cpu_seconds else "time",
     }  # fmt: skip
 
@@ -174,7 +174,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--samples", type=int, default=4, help="per prompt")
     parser.add_argument("--mean", type=int, default=64, help="mean length, tokens")
-    parser.add_argument("--slots", type=int, default=32)
+    parser.add_argument("--sequences", type=int, default=32, help="written at once")
     parser.add_argument("--lengths", nargs="+", choices=["ragged", "equal"], default=["ragged", "equal"])
     parser.add_argument("--threads", type=int, default=0, help="0 = torch's choice")
     parser.add_argument("--cpu-seconds", action="store_true", help="processor time of one thread instead of time")
@@ -191,7 +191,7 @@ def main() -> None:
             from tests.tiny import make_tiny_model
 
             folder = make_tiny_model(Path(temporary) / "tiny", max_position_embeddings=1024)
-        contestants = {"engine": Engine(folder, args.slots, threads), "generate": Generate(folder, args.slots)}
+        contestants = {"engine": Engine(folder, args.sequences, threads), "generate": Generate(folder, args.sequences)}
         result: dict[str, Any] = {"machine": machine(args), "cases": {}}
         for contestant in contestants.values():  # threads and libraries start
             contestant(make_requests(folder, args, "equal")[:2])

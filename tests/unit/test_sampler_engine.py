@@ -6,6 +6,7 @@ import asyncio
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from stillhouse.core.worker import ComputeThread
 from stillhouse.sampler.engines.base import EngineDeadError, SampleRequest
 from stillhouse.sampler.engines.cache import BLOCK
 from stillhouse.sampler.engines.transformers import TransformersEngine
-from tests.contract.sampler_engines import texts
+from tests.contract.sampler_engines import Text, texts
 from tests.tiny import EOS_ID, TOKENIZER_SIZE, make_tiny_model, make_tokenizer
 
 FLOAT32 = DTYPE_NAMES["float32"]
@@ -303,7 +304,7 @@ async def test_alone_gives_the_same_bits_whatever_was_before(tmp_path: Path, ope
     folder = make_tiny_model(tmp_path / "s", seed=5, hidden_size=64)
     engine = await open_engine(folder)
     expected = await bits(engine)
-    before = [replace(request, max_tokens=130, prompt_ids=request.prompt_ids * 4) for request in requests(20)]
+    before = [replace(request, max_tokens=60, prompt_ids=request.prompt_ids * 7) for request in requests(9)]
     await texts(engine, [*before, *ALONE])
     assert await bits(engine) == expected
     other = await open_engine(folder)
@@ -312,6 +313,22 @@ async def test_alone_gives_the_same_bits_whatever_was_before(tmp_path: Path, ope
     await neighbours
     mixed = await texts(engine, [*ALONE, *before])
     assert [[value.hex() for value in mixed[r.key].logprobs] for r in ALONE] != [logprobs for _, logprobs in expected]
+
+
+async def test_alone_keeps_in_step_with_its_reader(open_engine: Any) -> None:
+    """However long the reader takes: what it aborts has one token more, so the batch does not depend on the clock."""
+    engine = await open_engine()
+    found = {request.key: Text() for request in ALONE}
+    async with aclosing(engine.generate(ALONE, alone=True)) as pieces:
+        async for piece in pieces:
+            found[piece.key].add(piece)
+            assert len(piece.ids) == 1
+            for _ in range(10):  # the compute thread could have gone on
+                await engine._compute.run(lambda: None)
+            if len(found["alone3"].ids) == 5:
+                engine.abort(["alone3"])
+    assert found["alone3"].finish_reason == "abort"
+    assert len(found["alone3"].ids) == 6
 
 
 @pytest.mark.full

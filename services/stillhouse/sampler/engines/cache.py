@@ -33,8 +33,8 @@ class RowCache(Cache):
         """Per layer [rows, K, columns, D]; so are the values."""
         self._values: list[Tensor] = []
         self._rows = self._columns = 0
-        self.max_cells = 0
-        """Most rows x columns; 0 = no limit."""
+        self.max_cells: int | None = None
+        """Most rows x columns; None = no limit."""
 
     @property
     def bytes_per_token(self) -> int:
@@ -43,7 +43,7 @@ class RowCache(Cache):
 
     def fits(self, rows: int, columns: int) -> bool:
         """Whether a rectangle of this size is within the limit."""
-        return not self.max_cells or rows * columns <= self.max_cells
+        return self.max_cells is None or rows * columns <= self.max_cells
 
     def clear(self) -> None:
         """Free the memory. What is computed next does not depend, by layout or content, on what was before."""
@@ -58,8 +58,9 @@ class RowCache(Cache):
         wide = max(self._columns, -(-columns // BLOCK) * BLOCK)
         if not self.fits(tall, wide):  # no room to spare
             tall, wide = rows, -(-columns // BLOCK) * BLOCK
-        if not self.fits(tall, wide):
+        if self.max_cells is not None and not self.fits(tall, wide):
             wide = max(columns, self.max_cells // rows)
+        self._rows, self._columns = min(tall, self._rows), min(wide, self._columns)  # should there be no memory
         for tensors in (self._keys, self._values):
             for layer, old in enumerate(tensors):  # one by one: only one layer is there twice
                 tensors[layer] = old.new_zeros(tall, old.shape[1], wide, old.shape[3])
