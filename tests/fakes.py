@@ -158,6 +158,18 @@ class MemoryQueue:
         held = self._streams.get(stream)
         return len(held.entries) if held else 0
 
+    async def waiting(self, streams: Sequence[str], group: str, min_idle_s: float) -> dict[str, int]:
+        found = {}
+        for stream in streams:
+            held = self._streams.get(stream)
+            if held is not None and group in held.groups:
+                new = sum(number > held.delivered_to[group] for number in held.entries)
+                silent = [
+                    claim for claim in held.groups[group].values() if time.monotonic() - claim.since >= min_idle_s
+                ]
+                found[stream] = new + bool(silent)
+        return found
+
     async def close_epoch(self, scope: Scope) -> None:
         for stream in self._of_epoch.pop((scope.job_id, scope.epoch), set()):
             self._streams.pop(stream, None)

@@ -126,6 +126,26 @@ async def test_a_stream_that_was_closed_takes_nothing_although_the_epoch_is_the_
     assert (await queue.length(PROMPTS), await queue.length(ROLLOUTS)) == (0, 0)
 
 
+async def test_work_that_waits_is_what_could_be_had(queue: QueueBackend) -> None:
+    async def waits(min_idle_s: float = 60.0) -> dict[str, int]:
+        return await queue.waiting([PROMPTS, ROLLOUTS, "sh:gone"], "workers", min_idle_s)
+
+    assert await queue.waiting([], "workers", 1.0) == {}
+    await queue.open_stream(JOB, PROMPTS, "workers")
+    await queue.open_stream(JOB, ROLLOUTS, "workers")
+    assert await waits() == {PROMPTS: 0, ROLLOUTS: 0}
+    for number in range(3):
+        await queue.add(JOB, ROLLOUTS, f"mark {number}", b"work")
+    assert await waits() == {PROMPTS: 0, ROLLOUTS: 3}
+    entries = await queue.claim([ROLLOUTS], "workers", "a", 2, NOW_MS)
+    assert await waits() == {PROMPTS: 0, ROLLOUTS: 1}
+    await queue.ack_delete(entries[:1])
+    assert (await waits())[ROLLOUTS] == 1
+    await queue.hand_back(entries[1:], "a")
+    assert (await waits())[ROLLOUTS] == 2, "what was handed back, too"
+    assert (await waits(0.0))[ROLLOUTS] == 2
+
+
 async def test_adding_twice_under_one_mark_adds_once(queue: QueueBackend) -> None:
     assert await queue.add(JOB, PROMPTS, "plan:0", b"x") is Outcome.DONE
     assert await queue.add(JOB, PROMPTS, "plan:0", b"x") is Outcome.DUPLICATE

@@ -34,9 +34,9 @@ PEER = "teacher-0"
 class Desk:
     """A job as its trainer sees it: rollouts go in, scores come out."""
 
-    def __init__(self, cluster: Cluster, scope: Scope) -> None:
-        self.cluster, self.scope, self.queue = cluster, scope, cluster.ctx.queue
-        self.rollouts_stream = keys.rollouts(scope.job_id, scope.epoch, "main")
+    def __init__(self, cluster: Cluster, scope: Scope, teacher: str = "main") -> None:
+        self.cluster, self.scope, self.queue, self.teacher = cluster, scope, cluster.ctx.queue, teacher
+        self.rollouts_stream = keys.rollouts(scope.job_id, scope.epoch, teacher)
         self.scored_stream = keys.scored(scope.job_id, scope.epoch)
 
     async def open(self, model: str = "teacher", dtype: str = "float32", model_sha256: str = "") -> pb.TeacherTask:
@@ -46,7 +46,7 @@ class Desk:
             schema_version=1,
             job_id=self.scope.job_id,
             epoch=self.scope.epoch,
-            teacher="main",
+            teacher=self.teacher,
             model=model,
             model_sha256=model_sha256 or entry.sha256,
             dtype=DTYPE_NAMES[dtype],
@@ -72,7 +72,7 @@ class Desk:
             epoch=self.scope.epoch,
             sample_id=f"{group}/0",
             group=group,
-            teacher="main",
+            teacher=self.teacher,
             **options,
         )
 

@@ -12,15 +12,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from stillhouse.core.blobs import sha256_bytes
-from stillhouse.core.errors import ConflictError, NotFoundError, OverloadedError, SpecError
-from stillhouse.core.models import ModelRegistry, inspect_model
-from stillhouse.core.tensors import DTYPE_NAMES
-from stillhouse.core.worker import ComputeThread
+from stillhouse.core.errors import ConflictError
+from stillhouse.core.models import inspect_model
 from stillhouse.teacher.batching import plan_batches
 from stillhouse.teacher.engines.base import Scored, ScoreItem, Unscored
 from stillhouse.teacher.engines.transformers import TransformersEngine
-from stillhouse.teacher.pool import ModelPool
-from stillhouse.teacher.scoring import Scorer
 from stillhouse.v1 import rollout_pb2 as pb
 from tests.tiny import TOKENIZER_SIZE, make_tiny_model
 
@@ -250,84 +246,3 @@ def test_batches_hold_everything_once_and_keep_to_the_budget(budget: int) -> Non
     for batch in batches:
         assert len(batch) == 1 or len(batch) * max(lengths[index] for index in batch) <= budget
     assert len(batches) == 50 or budget > 1
-
-
-# --- the pool ---
-
-
-@pytest.fixture
-def registry(tmp_path: Path) -> ModelRegistry:
-    made = ModelRegistry(tmp_path / "models.yaml")
-    for number, name in enumerate("abc"):
-        made.add(inspect_model(name, make_tiny_model(tmp_path / name, seed=number)))
-    return made
-
-
-class FakeEngine:
-    """Knows its name; scores as it is told."""
-
-    vocab_size, max_sequence_length, size_bytes = 10, 10, 0
-
-    def __init__(self, poison: str = "") -> None:
-        self.poison = poison
-
-    def score(self, items: Any) -> list[Scored | Unscored]:
-        if any(item.key == self.poison for item in items):
-            raise RuntimeError("boom")
-        return [Scored(item.key, np.zeros(len(item.completion_ids), np.float32)) for item in items]
-
-    def head(self) -> Any:
-        raise NotImplementedError
-
-
-def make_pool(registry: ModelRegistry, num_models: float) -> tuple[ModelPool, list[str]]:
-    """A pool with room for so many of the tiny models, and the list of what it loaded."""
-    loads: list[str] = []
-
-    def load(entry: Any, dtype: str) -> FakeEngine:
-        loads.append(f"{entry.name}:{dtype}")
-        return FakeEngine()
-
-    return ModelPool(registry, load, int(num_models * 4 * registry.get("a").num_parameters)), loads
-
-
-def test_the_pool_keeps_what_was_used_last(registry: ModelRegistry) -> None:
-    pool, loads = make_pool(registry, 2)
-    for name in ("a", "b", "a", "c", "a", "b"):
-        pool.get(name, "", 0)
-    assert loads == ["a:float32", "b:float32", "c:float32", "b:float32"]
-    assert [resident.entry.name for resident in pool.residents()] == ["a", "b"]
-
-
-def test_the_pool_refuses_what_it_must(registry: ModelRegistry) -> None:
-    pool, loads = make_pool(registry, 0.9)
-    with pytest.raises(OverloadedError, match="TEACHER_MEMORY_GIB"):
-        pool.get("a", "", 0)
-    with pytest.raises(NotFoundError):
-        pool.get("nobody", "", 0)
-    with pytest.raises(ConflictError):
-        pool.get("a", "0" * 64, 0)
-    assert not loads
-
-
-def test_the_pool_refuses_changed_files(registry: ModelRegistry) -> None:
-    pool, loads = make_pool(registry, 3)
-    with (Path(registry.get("b").path) / "model.safetensors").open("ab") as stream:
-        stream.write(b"x")
-    with pytest.raises(SpecError, match="changed since it was registered"):
-        pool.get("b", "", DTYPE_NAMES["float32"])
-    assert not loads
-
-
-async def test_a_poisonous_sample_fails_alone(registry: ModelRegistry) -> None:
-    pool, _ = make_pool(registry, 3)
-    scorer = Scorer(ComputeThread("test"), pool)
-    resident = await scorer.model(pb.TeacherTask(model="a"))
-    engine = resident.engine
-    assert isinstance(engine, FakeEngine)
-    engine.poison = "2"
-    results, _ = await scorer.score(resident, items(pb.SCORE_KIND_SAMPLED))
-    assert [type(result).__name__ for result in results] == ["Scored", "Scored", "Unscored", "Scored"]
-    assert isinstance(results[2], Unscored)
-    assert results[2].reason == "teacher_error"
-    assert scorer.scored_tokens == 1 + 5 + 13

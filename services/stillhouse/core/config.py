@@ -95,6 +95,9 @@ class Settings(BaseModel):
     leave first."""
     teacher_batch_tokens: int = Field(default=4096, ge=16, le=10_000_000)
     """Padded tokens per teacher forward pass."""
+    score_cache_mib: int = Field(default=64, ge=0, le=10_000_000)
+    """Scores a teacher remembers, so that a sample that is scored again costs nothing; 0 = none. Not used by
+    deterministic jobs."""
     blob_memory_mib: int = Field(default=512, ge=1, le=10_000_000)
     """Score payloads a teacher keeps in memory; more spill to disk."""
     reflection: bool = True

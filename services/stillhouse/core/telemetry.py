@@ -28,6 +28,19 @@ SCORED_TOKENS = Counter("stillhouse_teacher_tokens_total", "Completion tokens sc
 SCORED_ROLLOUTS = Counter("stillhouse_teacher_rollouts_total", "Scores handed over", ["outcome"], registry=METRICS)
 SCORE_SECONDS = Histogram("stillhouse_teacher_score_seconds", "Time of a scoring batch", registry=METRICS)
 MODEL_LOADS = Counter("stillhouse_teacher_model_loads_total", "Models loaded", ["model"], registry=METRICS)
+MODEL_LOAD_SECONDS = Histogram("stillhouse_teacher_model_load_seconds", "Time of a model's load", registry=METRICS)
+JOB_LOADS = Counter("stillhouse_teacher_job_loads_total", "Models loaded for a job", ["job_id"], registry=METRICS)
+JOB_TOKENS = Counter(
+    "stillhouse_teacher_job_tokens_total",
+    "Completion tokens of a job: scored, or found in the cache",
+    ["job_id", "source"],
+    registry=METRICS,
+)
+JOB_SCORE_SECONDS = Counter(
+    "stillhouse_teacher_job_score_seconds_total", "Time of a job's forward passes", ["job_id"], registry=METRICS
+)
+CACHE_HITS = Counter("stillhouse_teacher_cache_hits_total", "Scores found in the cache", registry=METRICS)
+CACHE_BYTES = Gauge("stillhouse_teacher_cache_bytes", "Scores kept in the cache", registry=METRICS)
 BLOB_BYTES = Gauge("stillhouse_teacher_blob_bytes", "Score payloads held", registry=METRICS)
 STEP_SECONDS = Histogram("stillhouse_trainer_step_seconds", "Time of a step by phase", ["phase"], registry=METRICS)
 TRAIN_LOSS = Gauge("stillhouse_train_loss", "Loss of the last step", ["job_id"], registry=METRICS)

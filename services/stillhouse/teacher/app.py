@@ -11,6 +11,7 @@ from stillhouse.core.service import Context
 from stillhouse.core.spill import dead_folders, remove_dead
 from stillhouse.core.worker import ComputeThread
 from stillhouse.teacher.blobstore import BlobStore
+from stillhouse.teacher.cache import ScoreCache
 from stillhouse.teacher.engines.base import TRANSFORMERS, Abilities, Engine
 from stillhouse.teacher.engines.vllm_scores import vllm_abilities
 from stillhouse.teacher.pool import LoadEngine, ModelPool
@@ -31,7 +32,7 @@ class TeacherApp:
             remove_dead(folder)
         self.blobs = BlobStore(ctx.instance, settings.blob_memory_mib << 20, spill)
         pool = ModelPool(ctx.models, load_engine, int(settings.teacher_memory_gib * 2**30))
-        self.scorer = Scorer(self._compute, pool)
+        self.scorer = Scorer(self._compute, pool, ScoreCache(settings.score_cache_mib << 20))
         self.worker = TeacherWorker(ctx, self.scorer, self.blobs, abilities)
         self._servicer = TeacherServicer(ctx, self.scorer, self.blobs, abilities)
 

@@ -74,12 +74,16 @@ def make_score(
     blobs: BlobStore,
     instance: str,
     score_s: float,
+    *,
+    is_inline: bool = False,
 ) -> pb.Score:
-    """The score that goes on the queue; what is too big for it is kept in `blobs`."""
+    """The score that goes on the queue; what is too big for it is kept in `blobs`: hidden states always, lists unless
+    `is_inline`, for callers who get it over another way.
+    """
     score = pb.Score(
         schema_version=SCHEMA_VERSION,
         rollout=rollout,
-        teacher_sha256=resident.entry.sha256,
+        teacher_sha256=resident.sha256,
         teacher_instance=instance,
         score_s=score_s,
     )
@@ -111,11 +115,11 @@ def make_score(
         )
         if scored.target_logprobs is not None:
             topk.target_logprobs.CopyFrom(to_tensor(scored.target_logprobs))
-        score.topk.CopyFrom(topk if _fits(rollout, topk) else _kept(topk, scope, blobs))
+        score.topk.CopyFrom(topk if is_inline or _fits(rollout, topk) else _kept(topk, scope, blobs))
     elif rollout.score.kind == pb.SCORE_KIND_TARGETS:
         assert scored.target_logprobs is not None, "the engine gives what the kind asks for"
         targets = pb.TargetsScore(target_logprobs=to_tensor(scored.target_logprobs), teacher_logprobs=teacher_logprobs)
-        score.targets.CopyFrom(targets if _fits(rollout, targets) else _kept(targets, scope, blobs))
+        score.targets.CopyFrom(targets if is_inline or _fits(rollout, targets) else _kept(targets, scope, blobs))
     else:
         score.sampled.teacher_logprobs.CopyFrom(teacher_logprobs)
     return score
@@ -136,6 +140,13 @@ def blob_key(score: pb.Score) -> str:
     """Key of the payload a score refers to; empty = none."""
     kind = score.WhichOneof("result")
     return getattr(score, kind).blob.key if kind in ("hidden", "topk", "targets") else ""
+
+
+def score_bytes(score: pb.Score) -> int:
+    """Size of a score with its payload, without the rollout it carries."""
+    kind = score.WhichOneof("result")
+    payload = getattr(score, kind).blob.size_bytes if kind in ("hidden", "topk", "targets") else 0
+    return score.ByteSize() - score.rollout.ByteSize() + payload
 
 
 def make_failure(rollout: pb.Rollout, instance: str, reason: str, message: str, attempts: int) -> pb.Score:

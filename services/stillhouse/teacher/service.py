@@ -14,12 +14,16 @@ from stillhouse.core.tensors import DTYPE_NAMES
 from stillhouse.teacher.batching import plan_batches
 from stillhouse.teacher.blobstore import BlobStore
 from stillhouse.teacher.engines.base import Abilities, Scored, Unscored
-from stillhouse.teacher.messages import make_failure, make_score
-from stillhouse.teacher.scoring import Scorer
+from stillhouse.teacher.messages import make_failure, make_score, score_bytes
+from stillhouse.teacher.pool import Resident
+from stillhouse.teacher.scoring import Batch, Scorer
 from stillhouse.teacher.spans import Reader
 from stillhouse.v1 import rollout_pb2, teacher_pb2_grpc, tensor_pb2
 from stillhouse.v1 import teacher_pb2 as pb
 
+DIRECT_BATCHES: Final = 8
+"""Batches of a direct call before others have their turn: jobs wait no longer than that, and a model that has to leave
+for the call is loaded again once in eight batches."""
 CALLER_REASONS: Final = ("too_long", "bad_ids", "bad_request", "empty")
 """Failures that are the caller's: a direct call ends with INVALID_ARGUMENT."""
 
@@ -44,12 +48,17 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
             memory_budget_bytes=self._scorer.pool.budget_bytes,
             scored_tokens=self._scorer.scored_tokens,
             blob_bytes=self._blobs.total_bytes,
+            accounts=self._scorer.accounts.messages(),
+            loads=self._scorer.pool.loads(),
+            cache_hits=self._scorer.cache.hits,
+            cache_bytes=self._scorer.cache.size_bytes,
         )
 
     async def EnsureModel(self, request: pb.EnsureModelRequest, context: Any) -> pb.EnsureModelResponse:
         task = request.task if request.HasField("task") else _task(request)
         self._check_abilities(task)
-        resident = await self._scorer.model(task)
+        async with self._scorer.turn():
+            resident, _ = await self._scorer.model(task)
         return pb.EnsureModelResponse(model=resident.message())
 
     def _check_abilities(self, task: rollout_pb2.TeacherTask) -> None:
@@ -63,21 +72,35 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
         asked.CopyFrom(request.task)
         asked.asks.extend(rollout.score for rollout in request.rollouts)
         self._check_abilities(asked)
-        resident = await self._scorer.model(request.task)
-        if any(rollout.score.kind == rollout_pb2.SCORE_KIND_HIDDEN for rollout in request.rollouts):
-            await self._scorer.head(resident)  # hashed once, off the event loop
         items = [await self._reader.item(request.task, rollout) for rollout in request.rollouts]
-        results: dict[int, tuple[Scored | Unscored, float]] = {}
-        for batch in plan_batches([item.length for item in items], self._ctx.settings.teacher_batch_tokens):
-            scored, score_s = await self._scorer.score(resident, [items[index] for index in batch])
-            results |= {index: (result, score_s) for index, result in zip(batch, scored, strict=True)}
+        results: dict[int, tuple[Scored | Unscored, Batch, Resident]] = {}
+        budget, job_id = self._ctx.settings.teacher_batch_tokens, request.task.job_id
+        for portion in plan_batches([item.length for item in items], DIRECT_BATCHES * budget):
+            async with self._scorer.turn():
+                resident, _ = await self._scorer.model(request.task)
+                chosen = [items[index] for index in portion]
+                if any(item.kind == rollout_pb2.SCORE_KIND_HIDDEN for item in chosen):
+                    await self._scorer.head(resident)  # hashed once, off the event loop
+                async for batch in self._scorer.batches(resident, chosen, budget=budget, job_id=job_id):
+                    for index, result in zip(batch.indices, batch.results, strict=True):
+                        results[portion[index]] = (result, batch, resident)
         scope = Scope(request.task.job_id, request.task.epoch)
         for index, rollout in enumerate(request.rollouts):
-            result, score_s = results[index]
+            result, batch, resident = results[index]
             if isinstance(result, Scored):
                 score = make_score(
-                    rollout, items[index], result, resident, scope, self._blobs, self._ctx.instance, score_s
+                    rollout,
+                    items[index],
+                    result,
+                    resident,
+                    scope,
+                    self._blobs,
+                    self._ctx.instance,
+                    batch.score_s,
+                    is_inline=True,
                 )
+                score.is_cached = batch.is_cached
+                self._scorer.accounts.sent(job_id, score_bytes(score))
             elif result.reason in CALLER_REASONS:
                 raise WireError(f"sample {rollout.sample_id}: {result.message}")
             else:
@@ -94,7 +117,9 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
             self._blobs.release(request.blob.key)
 
     async def FetchHead(self, request: pb.FetchHeadRequest, context: Any) -> AsyncGenerator[pb.FetchHeadResponse, None]:
-        head = await self._scorer.head(await self._scorer.model(_task(request)))
+        async with self._scorer.turn():
+            resident, _ = await self._scorer.model(_task(request))
+            head = await self._scorer.head(resident)
         yield pb.FetchHeadResponse(
             info=pb.HeadInfo(
                 sha256=head.sha256,

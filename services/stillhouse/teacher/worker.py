@@ -1,9 +1,10 @@
-"""The teacher's work: rollouts in, scores out, for all jobs in fair turns."""
+"""The teacher's work: rollouts in, scores out, for all jobs in fair turns. Which stream is next: see schedule.py."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -18,12 +19,20 @@ from stillhouse.core.queue.streams import Entry, Outcome, Scope
 from stillhouse.core.service import Context
 from stillhouse.core.telemetry import DROPPED, SCORED_ROLLOUTS
 from stillhouse.core.worker import pause, run_turns
-from stillhouse.teacher.batching import plan_batches
+from stillhouse.teacher.ahead import ReadAhead
 from stillhouse.teacher.blobstore import BlobStore
 from stillhouse.teacher.engines.base import Abilities, Scored, ScoreItem, Unscored
-from stillhouse.teacher.messages import blob_key, make_failure, make_score, score_mark, without_tokens
+from stillhouse.teacher.messages import (
+    blob_key,
+    make_failure,
+    make_score,
+    score_bytes,
+    score_mark,
+    without_tokens,
+)
 from stillhouse.teacher.pool import Resident
-from stillhouse.teacher.scoring import Scorer
+from stillhouse.teacher.schedule import Schedule, Stream
+from stillhouse.teacher.scoring import Batch, Scorer
 from stillhouse.teacher.spans import Reader
 from stillhouse.v1 import rollout_pb2 as pb
 
@@ -46,6 +55,14 @@ class _Work:
     item: ScoreItem
 
 
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A stream of rollouts, and how they are scored."""
+
+    stream: Stream
+    task: pb.TeacherTask
+
+
 class TeacherWorker:
     """Serves every stream of rollouts that the index lists.
 
@@ -61,7 +78,8 @@ class TeacherWorker:
         self._blobs = blobs
         self._reader = Reader(ctx.models)
         self._abilities = abilities
-        self._last_stream = ""
+        self._schedule = Schedule()
+        self._ahead = ReadAhead(scorer.pool)
         self._unusable: dict[str, float] = {}
         self._deterministic: dict[Scope, bool] = {}
         self._scopes: set[Scope] = set()
@@ -73,45 +91,62 @@ class TeacherWorker:
         await run_turns(self._round, self._ctx.stop, self._ctx.log)
 
     async def _round(self) -> None:
-        """One batch of every stream that has work, or a wait for the first rollout anywhere."""
+        """About one batch of the stream whose turn it is, or a wait for the first rollout anywhere."""
         tasks = await self._tasks()
+        counts = await self._ctx.queue.waiting(list(tasks), keys.TEACHERS_GROUP, self._ctx.settings.lease_s)
+        tasks = {name: task for name, task in tasks.items() if name in counts}
         self._drop_blobs({Scope(task.job_id, task.epoch) for task in tasks.values()})
-        now = time.monotonic()
-        self._unusable = {stream: until for stream, until in self._unusable.items() if until > now}
-        tasks = {stream: task for stream, task in tasks.items() if stream not in self._unusable}
-        if not tasks:
+        sources = self._sources(tasks)
+        if not sources:
             self.activity, self.job_id = "idle", ""
             await pause(self._ctx.stop, IDLE_S)
             return
-        has_served = False
-        for stream in self._rotation(list(tasks)):
-            if self._ctx.stop.is_set():
-                return
-            has_served |= await self._turn({stream: tasks[stream]}, NO_WAIT_MS)
-        if not has_served and not self._ctx.stop.is_set():
-            self.activity = "waiting"
-            started = time.monotonic()
-            if not await self._turn(tasks, BLOCK_MS) and time.monotonic() - started < IDLE_S:
-                await pause(self._ctx.stop, IDLE_S)
+        waiting = [source.stream for name, source in sources.items() if counts[name]]
+        if waiting:
+            chosen = self._choose(sources, waiting)
+            await self._turn({chosen: sources[chosen]}, NO_WAIT_MS, waiting)
+            return
+        self.activity = "waiting"
+        self._schedule.rest()
+        started = time.monotonic()
+        if not await self._turn(sources, BLOCK_MS, []) and time.monotonic() - started < IDLE_S:
+            await pause(self._ctx.stop, IDLE_S)
 
     async def _tasks(self) -> dict[str, pb.TeacherTask]:
-        """Streams that are there and whose rollouts the engine can score, by model: neighbours share it."""
+        """The streams of the index whose rollouts the engine can score."""
         redis: Any = self._ctx.redis
         tasks: dict[str, pb.TeacherTask] = {}
         for member in sorted(await redis.smembers(keys.TEACHERS)):
             index = await redis.hgetall(keys.teacher(member.decode()))
-            for stream, task in sorted(index.items()):
-                # a stream that is gone would make a read over all of them fail
-                if await redis.exists(stream):
-                    tasks[stream.decode()] = pb.TeacherTask.FromString(task)
+            tasks |= {stream.decode(): pb.TeacherTask.FromString(task) for stream, task in sorted(index.items())}
         return {stream: task for stream, task in tasks.items() if not self._abilities.refusal(task)}
 
-    def _rotation(self, streams: list[str]) -> list[str]:
-        """The streams, starting after the one served last: whoever is first in the index has no advantage."""
-        if self._last_stream in streams:
-            start = streams.index(self._last_stream) + 1
-            return streams[start:] + streams[:start]
-        return streams
+    def _sources(self, tasks: Mapping[str, pb.TeacherTask]) -> dict[str, _Source]:
+        """Streams whose model can be used here; the others wait for a teacher that has it."""
+        now = time.monotonic()
+        self._unusable = {name: until for name, until in self._unusable.items() if until > now}
+        sources: dict[str, _Source] = {}
+        for name, task in tasks.items():
+            if name not in self._unusable:
+                try:
+                    sources[name] = _Source(self._scorer.pool.stream(name, task), task)
+                except StillhouseError as error:
+                    self._set_aside(name, task, error)
+        streams = [source.stream for source in sources.values()]
+        self._schedule.forget({stream.job_id for stream in streams}, {stream.model for stream in streams})
+        return sources
+
+    def _set_aside(self, name: str, task: pb.TeacherTask, error: StillhouseError) -> None:
+        self._ctx.log.error("model cannot be used", job_id=task.job_id, model=task.model, error=error.message)
+        self._unusable[name] = time.monotonic() + UNUSABLE_S
+
+    def _choose(self, sources: Mapping[str, _Source], waiting: Sequence[Stream]) -> str:
+        """The stream whose turn it is; the files of the model that comes after it are read meanwhile."""
+        resident = {one.key for one in self._scorer.pool.residents()}
+        chosen = self._schedule.choose(waiting, resident, self._scorer.pool.fits)
+        if upcoming := self._schedule.upcoming(waiting, resident | {chosen.model}):
+            self._ahead.start(sources[upcoming.name].task, upcoming.model)
+        return chosen.name
 
     def _drop_blobs(self, live: set[Scope]) -> None:
         """Free the payloads of epochs that are over."""
@@ -121,38 +156,57 @@ class TeacherWorker:
             self._deterministic.pop(scope, None)
         self._scopes = live | (self._scopes & self._blobs.scopes())
 
-    async def _turn(self, tasks: dict[str, pb.TeacherTask], block_ms: int) -> bool:
-        """Score about one batch of the streams; False if they were empty."""
+    async def _turn(self, sources: Mapping[str, _Source], block_ms: int, waiting: Sequence[Stream]) -> bool:
+        """Score about one batch of one of the sources; False if all were empty. `waiting`: streams that have work."""
         async with Claims(self._ctx.queue, self._ctx.instance, self._ctx.settings.lease_s, self._ctx.log) as claims:
-            works = await self._claim(claims, tasks, block_ms)
+            works = await self._claim(claims, sources, block_ms)
             if works:
                 failpoint("teacher.claimed")
-            for stream, task in tasks.items():
-                mine = [work for work in works if work.entry.stream == stream]
-                if mine and not self._ctx.stop.is_set():
-                    self._last_stream = stream
-                    self.activity, self.job_id = "scoring", task.job_id
-                    await self._score(claims, task, mine)
+            found = [source.stream for name, source in sources.items() if any(w.entry.stream == name for w in works)]
+            if found and not self._ctx.stop.is_set():
+                # work that came at once for several is handed back but for one: it has its turn like all other work
+                chosen = found[0].name if len(found) == 1 else self._choose(sources, found)
+                self.activity, self.job_id = "scoring", sources[chosen].task.job_id
+                async with self._scorer.turn():
+                    mine = [work for work in works if work.entry.stream == chosen]
+                    await self._serve(claims, sources[chosen], mine, waiting)
             return bool(works)
 
-    async def _claim(self, claims: Claims, tasks: dict[str, pb.TeacherTask], block_ms: int) -> list[_Work]:
+    async def _serve(self, claims: Claims, source: _Source, works: Sequence[_Work], waiting: Sequence[Stream]) -> None:
+        """Score rollouts of one stream with their model."""
+        stream, task = source.stream, source.task
+        resident = {one.key for one in self._scorer.pool.residents()}
+        try:
+            model, load_s = await self._scorer.model(task, self._schedule.at_work(waiting, resident))
+        except StillhouseError as error:
+            self._set_aside(stream.name, task, error)
+            return
+        if load_s:
+            self._schedule.loaded(stream.model, load_s)
+            self._ahead.loaded(stream.model)
+        started = time.monotonic()
+        await self._score(claims, task, works, model, num_loads=int(load_s > 0))
+        tokens = sum(work.item.length for work in works)
+        self._schedule.served(stream, tokens, time.monotonic() - started)
+
+    async def _claim(self, claims: Claims, sources: Mapping[str, _Source], block_ms: int) -> list[_Work]:
         """Rollouts for about one forward pass: what was abandoned first."""
         works: list[_Work] = []
-        for stream, task in tasks.items():
+        for name, source in sources.items():
             for _ in range(CLAIM_COUNT):
-                taken = await claims.take_over(stream, keys.TEACHERS_GROUP, 1)
-                works += [work for entry in taken for work in await self._open(claims, task, entry)]
+                taken = await claims.take_over(name, keys.TEACHERS_GROUP, 1)
+                works += [work for entry in taken for work in await self._open(claims, source.task, entry)]
                 if any(entry.is_suspect for entry in taken):
                     return works
                 if not taken:
                     break
         budget = self._ctx.settings.teacher_batch_tokens
-        is_single = len(tasks) == 1
+        is_single = len(sources) == 1
         count = CLAIM_COUNT if is_single else 1
         while len(works) * max((work.item.length for work in works), default=0) < budget:
-            entries = await claims.take(list(tasks), keys.TEACHERS_GROUP, count, NO_WAIT_MS if works else block_ms)
+            entries = await claims.take(list(sources), keys.TEACHERS_GROUP, count, NO_WAIT_MS if works else block_ms)
             for entry in entries:
-                works += await self._open(claims, tasks[entry.stream], entry)
+                works += await self._open(claims, sources[entry.stream].task, entry)
             if not entries or not is_single:
                 break
         return works
@@ -178,34 +232,35 @@ class TeacherWorker:
             return []
         return [_Work(entry, rollout, item)]
 
-    async def _score(self, claims: Claims, task: pb.TeacherTask, works: Sequence[_Work]) -> None:
+    async def _score(
+        self, claims: Claims, task: pb.TeacherTask, works: Sequence[_Work], resident: Resident, num_loads: int
+    ) -> None:
         """Score rollouts of one stream; what is not done when the process stops is handed back."""
-        scope = Scope(task.job_id, task.epoch)
-        try:
-            resident = await self._scorer.model(task)
-        except StillhouseError as error:
-            self._ctx.log.error("model cannot be used", job_id=task.job_id, model=task.model, error=error.message)
-            self._unusable[works[0].entry.stream] = time.monotonic() + UNUSABLE_S
-            return
-        if any(work.rollout.score.kind == pb.SCORE_KIND_HIDDEN for work in works):
+        if any(work.item.kind == pb.SCORE_KIND_HIDDEN for work in works):
             await self._scorer.head(resident)  # hashed once, off the event loop
-        lengths = [work.item.length for work in works]
-        # deterministic mode: alone, since the last bits of a row depend on what else is in its batch
-        budget = 0 if await self._is_deterministic(scope) else self._ctx.settings.teacher_batch_tokens
-        for batch in plan_batches(lengths, budget):
-            if self._ctx.stop.is_set():
-                failpoint("teacher.draining")
-                return
-            chosen = [works[index] for index in batch]
-            failpoint("teacher.scoring", " ".join(work.rollout.sample_id for work in chosen))
-            results, score_s = await self._scorer.score(resident, [work.item for work in chosen])
-            failpoint("teacher.scored")
-            for work, result in zip(chosen, results, strict=True):
-                outcome = await self._end(claims, task, work, result, resident, score_s)
-                if outcome is Outcome.CLOSED:
-                    self._ctx.log.info("epoch closed, work dropped", job_id=task.job_id, epoch=task.epoch)
-                    for dropped in works:
-                        claims.finish(dropped.entry)
+        num_ended = 0
+        batches = self._scorer.batches(
+            resident,
+            [work.item for work in works],
+            budget=self._ctx.settings.teacher_batch_tokens,
+            job_id=task.job_id,
+            is_exact=await self._is_deterministic(Scope(task.job_id, task.epoch)),
+        )
+        async with aclosing(batches):
+            async for batch in batches:
+                failpoint("teacher.scored")
+                for index, result in zip(batch.indices, batch.results, strict=True):
+                    score = self._make(task, works[index], result, resident, batch)
+                    score.model_loads, num_loads = num_loads, 0
+                    outcome = await self._end(claims, task, works[index], score)
+                    if outcome is Outcome.CLOSED:
+                        self._ctx.log.info("epoch closed, work dropped", job_id=task.job_id, epoch=task.epoch)
+                        for dropped in works:
+                            claims.finish(dropped.entry)
+                        return
+                num_ended += len(batch.indices)
+                if self._ctx.stop.is_set() and num_ended < len(works):
+                    failpoint("teacher.draining")
                     return
 
     async def _is_deterministic(self, scope: Scope) -> bool:
@@ -217,26 +272,29 @@ class TeacherWorker:
             self._deterministic[scope] = bool(spec.get("deterministic"))
         return self._deterministic[scope]
 
-    async def _end(
-        self,
-        claims: Claims,
-        task: pb.TeacherTask,
-        work: _Work,
-        result: Scored | Unscored,
-        resident: Resident,
-        score_s: float,
-    ) -> Outcome:
-        """Hand a sample over, as score or as failure."""
+    def _make(
+        self, task: pb.TeacherTask, work: _Work, result: Scored | Unscored, resident: Resident, batch: Batch
+    ) -> pb.Score:
+        """The end of a sample, as score or as failure."""
         if isinstance(result, Unscored):
-            return await self._fail(claims, task, work.entry, work.rollout, result.reason, result.message)
+            return self._failure(task, work.entry, work.rollout, result.reason, result.message)
         scope = Scope(task.job_id, task.epoch)
-        score = make_score(work.rollout, work.item, result, resident, scope, self._blobs, self._ctx.instance, score_s)
+        score = make_score(
+            work.rollout, work.item, result, resident, scope, self._blobs, self._ctx.instance, batch.score_s
+        )
+        score.is_cached = batch.is_cached
+        return score
+
+    async def _end(self, claims: Claims, task: pb.TeacherTask, work: _Work, score: pb.Score) -> Outcome:
+        """Hand a sample over; its payload is kept as long as somebody may ask for it."""
         try:
             outcome = await self._hand_over(claims, task, work.entry, score)
         except TooLargeError as error:
             self._blobs.release(blob_key(score))
             return await self._fail(claims, task, work.entry, work.rollout, "too_large", error.message)
-        if outcome is not Outcome.DONE:
+        if outcome is Outcome.DONE:
+            self._scorer.accounts.sent(task.job_id, score_bytes(score))
+        else:
             self._blobs.release(blob_key(score))  # nobody will ask for it
         return outcome
 
@@ -244,12 +302,14 @@ class TeacherWorker:
         self, claims: Claims, task: pb.TeacherTask, entry: Entry, rollout: pb.Rollout, reason: str, message: str
     ) -> Outcome:
         """End a sample without score: on `scored`, and on the dead-letter stream for people."""
+        return await self._hand_over(claims, task, entry, self._failure(task, entry, rollout, reason, message))
+
+    def _failure(self, task: pb.TeacherTask, entry: Entry, rollout: pb.Rollout, reason: str, message: str) -> pb.Score:
         self._ctx.log.warning(
             "sample failed", job_id=task.job_id, sample_id=rollout.sample_id, reason=reason, message=message
         )
         kept = without_tokens(rollout) if reason == "too_large" else rollout
-        score = make_failure(kept, self._ctx.instance, reason, message, entry.deliveries)
-        return await self._hand_over(claims, task, entry, score)
+        return make_failure(kept, self._ctx.instance, reason, message, entry.deliveries)
 
     async def _hand_over(self, claims: Claims, task: pb.TeacherTask, entry: Entry, score: pb.Score) -> Outcome:
         payload = score.SerializeToString()

@@ -71,6 +71,11 @@ class ScoredSample:
     def is_failed(self) -> bool:
         return self.score.WhichOneof("result") == "failed"
 
+    def score_bytes(self) -> int:
+        """Size of what the teacher said about the sample, payload included."""
+        hidden = 0 if self.hidden is None else self.hidden.nbytes
+        return self.score.ByteSize() - self.score.rollout.ByteSize() + hidden
+
 
 @dataclass(slots=True)
 class ScoredGroup:

@@ -34,8 +34,13 @@ class Progress:
             "score_s": 0.0,
             "train_s": 0.0,
             "failed_samples": 0,
+            "cached_tokens": 0,
+            "model_loads": 0,
+            "score_bytes": 0,
         }
-        """Totals of the job; seconds are busy time of the stage. Carried over a takeover by the manifest."""
+        """Totals of the job; seconds are busy time of the stage, `cached_tokens` those of `scored_tokens` that a
+        teacher had scored before, `model_loads` loads of teachers while scoring, `score_bytes` scores with their
+        payloads. Carried over a takeover by the manifest."""
 
     def restore(self, usage: Mapping[str, float]) -> None:
         """Continue the totals of the manifest a claim opened from."""
@@ -75,6 +80,8 @@ class Progress:
         self.usage["sample_s"] += busy["sample_s"]
         self.usage["score_s"] += busy["score_s"]
         self.usage["train_s"] += train_s
+        for name in ("cached_tokens", "model_loads", "score_bytes"):
+            self.usage[name] += busy[name]
         speeds = {
             "sample": _rate(busy["sampled_tokens"], busy["sample_s"] / max(busy["samplers"], 1)),
             "score": _rate(busy["scored_tokens"], busy["score_s"] / max(busy["teachers"], 1)),

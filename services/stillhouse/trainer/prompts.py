@@ -173,16 +173,33 @@ def check_lengths(prompts: Sequence[Prompt], max_tokens: int, limits: Mapping[st
 
 
 class PromptOrder:
-    """Which prompt is group g: a new seeded permutation in every pass over the data."""
+    """Which prompt is group g: a new seeded permutation in every pass over the data.
 
-    def __init__(self, prompts: Sequence[Prompt], seed: int, shuffle: bool) -> None:
+    Within a step, groups of one teacher follow each other, so that a teacher process with little memory loads each
+    model once a step; every other step the other way round, so that it begins with the model that is there. A step
+    trains on the same prompts as without that.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], seed: int, shuffle: bool, prompts_per_step: int = 1) -> None:
         self._prompts = prompts
         self._seed = seed
         self._shuffle = shuffle
+        self._per_step = prompts_per_step
         self._pass = -1
         self._order: list[int] = []
+        self._step = -1
+        self._of_step: list[Prompt] = []
 
     def __getitem__(self, group: int) -> Prompt:
+        step, position = divmod(group, self._per_step)
+        if step != self._step:
+            self._of_step = [self._drawn(step * self._per_step + index) for index in range(self._per_step)]
+            if self._per_step > 1:
+                self._of_step.sort(key=lambda prompt: prompt.teacher, reverse=step % 2 == 1)
+            self._step = step
+        return self._of_step[position]
+
+    def _drawn(self, group: int) -> Prompt:
         number, position = divmod(group, len(self._prompts))
         if number != self._pass:
             self._order = list(range(len(self._prompts)))

@@ -206,6 +206,9 @@ class Run:
             "score_s": sum(score.score_s for score in judged),
             "samplers": float(len({rollout.sampler for rollout in sampled})),
             "teachers": float(len({score.teacher_instance for score in judged})),
+            "cached_tokens": float(sum(score.rollout.completion_ids.shape[0] for score in judged if score.is_cached)),
+            "model_loads": float(sum(score.model_loads for score in judged)),
+            "score_bytes": float(sum(sample.score_bytes() for sample in scored)),
         }
 
     # -- Learner -----------------------------------------------------------------------------------------------------

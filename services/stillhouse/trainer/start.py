@@ -102,7 +102,7 @@ class Start:
             publisher=Publisher(self.scope, self.ctx.jobs, self.samplers, stage.schedule.max_staleness + 1),
             followed=self._followed(),
             progress=self.progress,
-            order=PromptOrder(prompts, self.spec.seed, stage.data.shuffle),
+            order=PromptOrder(prompts, self.spec.seed, stage.data.shuffle, stage.schedule.prompts_per_step),
             prompts=prompts,
             heads=heads,
             texts=texts,

@@ -287,13 +287,20 @@ class RedisServer:
             return 0
         return sum(stream.groups[name].pending.pop(parse_id(i), None) is not None for i in ids)
 
-    def _xpending(
-        self, key: bytes, name: bytes, low: bytes, high: bytes, count: bytes, consumer: bytes = b""
-    ) -> list[list[Any]]:
+    def _xpending(self, key: bytes, name: bytes, *args: bytes) -> list[Any]:
         _, group = self._group(key, name)
+        if not args:
+            return [len(group.pending)]  # and more that nobody reads
+        idle_ms = 0
+        if args[0].upper() == b"IDLE":
+            idle_ms, args = int(args[1]), args[2:]
+        low, high, count, consumer = (*args, b"")[:4]
         found = []
         for entry_id, held in sorted(group.pending.items()):
-            if parse_id(low) <= entry_id <= parse_id(high) and consumer in (b"", held.consumer):
+            if now_ms() - held.since_ms < idle_ms:
+                continue
+            is_between = (low == b"-" or parse_id(low) <= entry_id) and (high == b"+" or entry_id <= parse_id(high))
+            if is_between and consumer in (b"", held.consumer):
                 found.append([show_id(entry_id), held.consumer, now_ms() - held.since_ms, held.deliveries])
         return found[: int(count)]
 

@@ -52,37 +52,51 @@ class Sums:
 
 @dataclass
 class Rows:
-    """Which row of the data is group g, as far as the number of rows is known."""
+    """Which row of the data is group g, as far as the data is known: a permutation of all rows in every pass, and
+    within a step the rows of one teacher together, every other step the other way round.
+    """
 
-    number: int | None
+    teachers: list[str] | None
+    """Teacher of each row; None = unknown."""
     seed: int
     is_shuffled: bool
+    per_step: int = 1
     _orders: dict[int, list[int]] = field(default_factory=dict)
+
+    @property
+    def number(self) -> int:
+        """Rows of the data; 0 = unknown."""
+        return len(self.teachers or ())
 
     def row(self, group: int) -> int | None:
         """Row of a group; None = unknown."""
-        if not self.number:
+        if not self.teachers:
             return None
+        step, position = divmod(group, self.per_step)
+        drawn = [self._drawn(step * self.per_step + index) for index in range(self.per_step)]
+        return sorted(drawn, key=self.teachers.__getitem__, reverse=step % 2 == 1)[position]
+
+    def _drawn(self, group: int) -> int:
         turn, position = divmod(group, self.number)
         if turn not in self._orders:
             order = list(range(self.number))
             if self.is_shuffled:
                 random.Random(f"{self.seed}/pass/{turn}").shuffle(order)
-            self._orders = {turn: order}
+            self._orders = {known: self._orders[known] for known in self._orders if known == turn - 1} | {turn: order}
         return self._orders[turn][position]
 
 
-def count_rows(artifacts: JobArtifacts, spec: JobSpec, report: Report) -> int | None:
-    """Rows of the job's data; None if its file is gone."""
-    data = spec.stages[0].data
+def row_teachers(artifacts: JobArtifacts, spec: JobSpec, report: Report) -> list[str] | None:
+    """The teacher of each row of the job's data, "" where there is no choice; None if its file is gone."""
+    data, has_choice = spec.stages[0].data, len(spec.teachers) > 1
     if data.rows is not None:
-        return len(data.rows)
+        return [row.teacher or "" if has_choice else "" for row in data.rows]
     path = artifacts.root.parent.parent / "files" / f"{data.file}.jsonl"
     if not path.is_file():
         report.notes.append(f"the uploaded file {data.file} is gone: rows and coverage are not checked")
         return None
     with path.open("rb") as stream:
-        return sum(1 for line in stream if line.strip())
+        return [json.loads(line).get("teacher") or "" if has_choice else "" for line in stream if line.strip()]
 
 
 class StepChecks:
@@ -96,7 +110,8 @@ class StepChecks:
         self._job_id = job_id
         schedule = spec.stages[0].schedule
         self._per_step, self._size = schedule.prompts_per_step, schedule.group_size
-        self._rows = Rows(count_rows(artifacts, spec, report), spec.seed, spec.stages[0].data.shuffle)
+        teachers, is_shuffled = row_teachers(artifacts, spec, report), spec.stages[0].data.shuffle
+        self._rows = Rows(teachers, spec.seed, is_shuffled, self._per_step)
         self._seen_rows: Counter[int] = Counter()
         self._ended: set[str] = set()
         self._sample = SampleCheck(spec, lineage, report, self._rows)

@@ -103,6 +103,23 @@ end
 return n
 """
 
+# What nobody claimed, and one more if a claim was silent for too long. An entry is claimed or new: it leaves the stream
+# when it is acknowledged.  KEYS streams; ARGV group, idle ms.  Answers a number for each, -1 = not there.
+WAITING: Final = """
+local found = {}
+for i, key in ipairs(KEYS) do
+  local claimed = redis.pcall('XPENDING', key, ARGV[1])
+  if claimed.err and not string.find(claimed.err, 'NOGROUP') then return claimed end
+  if claimed.err then
+    found[i] = -1
+  else
+    local silent = redis.call('XPENDING', key, ARGV[1], 'IDLE', ARGV[2], '-', '+', 1)
+    found[i] = redis.call('XLEN', key) - claimed[1] + #silent
+  end
+end
+return found
+"""
+
 # KEYS streams set, then the epoch's own keys, then all its streams
 CLOSE_EPOCH: Final = """
 for _, key in ipairs(redis.call('SMEMBERS', KEYS[1])) do redis.call('UNLINK', key) end

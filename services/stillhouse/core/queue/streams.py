@@ -154,6 +154,12 @@ class QueueBackend(Protocol):
         """Work outstanding: entries waiting or claimed."""
         ...
 
+    async def waiting(self, streams: Sequence[str], group: str, min_idle_s: float) -> dict[str, int]:
+        """Work that a worker could claim or take over, by stream; at least 1 where there is any. Streams that are gone
+        are left out.
+        """
+        ...
+
     async def close_epoch(self, scope: Scope) -> None:
         """Delete all streams and marks of the epoch."""
         ...
@@ -177,6 +183,7 @@ class WorkQueue:
         self._hand_back = redis.register_script(scripts.HAND_BACK)
         self._ack_delete = redis.register_script(scripts.ACK_DELETE)
         self._close_epoch = redis.register_script(scripts.CLOSE_EPOCH)
+        self._waiting = redis.register_script(scripts.WAITING)
 
     async def open_stream(self, scope: Scope, stream: str, group: str) -> Outcome:
         record, streams = keys.job(scope.job_id), keys.streams(scope.job_id, scope.epoch)
@@ -293,6 +300,12 @@ class WorkQueue:
 
     async def length(self, stream: str) -> int:
         return int(await self._redis.xlen(stream))
+
+    async def waiting(self, streams: Sequence[str], group: str, min_idle_s: float) -> dict[str, int]:
+        if not streams:
+            return {}
+        answer: Any = await self._waiting(keys=list(streams), args=[group, int(min_idle_s * 1000)])
+        return {stream: int(count) for stream, count in zip(streams, answer, strict=True) if int(count) >= 0}
 
     async def close_epoch(self, scope: Scope) -> None:
         job_id, epoch = scope.job_id, scope.epoch
