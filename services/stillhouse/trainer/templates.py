@@ -99,15 +99,20 @@ def teacher_renderers(
     renderer: Renderer,
     load: Callable[[Path], Renderer],
 ) -> dict[str, Renderer]:
-    """How each teacher reads prompts: its own template; `renderer`, the student's, if it has none or is the same model.
+    """How each teacher reads prompts: its own template; `renderer`, the student's, if it has none or the same files.
 
     Blocks while it reads tokenizers.
     """
-    loaded = {student.sha256: renderer}
+    loaded = {_reading(student): renderer}
     for entry in teachers.values():
-        if entry.has_chat_template and entry.sha256 not in loaded:
-            loaded[entry.sha256] = load(Path(entry.path))
-    return {name: loaded.get(entry.sha256, renderer) for name, entry in teachers.items()}
+        if entry.has_chat_template and _reading(entry) not in loaded:
+            loaded[_reading(entry)] = load(Path(entry.path))
+    return {name: loaded.get(_reading(entry), renderer) for name, entry in teachers.items()}
+
+
+def _reading(entry: ModelEntry) -> tuple[str | None, ...]:
+    """What says how a model reads: models of one family mostly have the same files, and render the same."""
+    return tuple(entry.files.get(name) for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"))
 
 
 def check_ends(
