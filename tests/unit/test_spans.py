@@ -186,6 +186,37 @@ def test_a_cut_completion_loses_half_a_character_and_its_last_span(spellings: di
     assert list(zip(*spans[:2], strict=True)) == list(zip(*all_spans[:2], strict=True))[:-1]
 
 
+def test_no_span_ends_inside_of_bytes_that_are_no_character(spellings: dict[str, Spelling]) -> None:
+    """Two bytes that begin a character and do not end it are one U+FFFD, which the teacher may write in three bytes."""
+    student, teacher = spellings["bytes"], spellings["pieces"]
+    byte = {bytes(piece): number for number, piece in student._bytes.items()}
+    ids = [byte[b"\xf0"], byte[b"\x9f"], byte[b"z"]]
+    teacher_ids, spans = retokenize(ids, student, teacher, end_token_id=None, is_cut=False)
+    assert [teacher.spell([number])[0] for number in teacher_ids] == [b"\xef", b"\xbf", b"\xbd", b"z"]
+    assert (spans.student_ends, spans.teacher_ends) == ([2, 3], [3, 4])
+    assert spans.is_canonical == [False, True]
+
+
+def test_what_the_teachers_tokenizer_rewrites_is_one_span_among_others(spellings: dict[str, Spelling]) -> None:
+    student, teacher = spellings["bytes"], spellings["nfc"]
+    ids = student.write("the e\u0301 the fox")
+    teacher_ids, spans = retokenize(ids, student, teacher, end_token_id=None, is_cut=False)
+    mine, theirs = pieces(student, ids, spans.student_ends), pieces(teacher, teacher_ids, spans.teacher_ends)
+    assert b"".join(theirs).decode() == "the é the fox"
+    assert [a == b for a, b in zip(mine, theirs, strict=True)].count(False) == 1
+    assert mine[-1] == theirs[-1] != b"".join(mine), "spans begin again behind it"
+
+
+def test_a_text_may_begin_without_the_blank_of_sentencepiece(spellings: dict[str, Spelling]) -> None:
+    """Behind a line end of the prompt a word has none, at the beginning of a text it has; both are as usual."""
+    student = spellings["pieces with prefix"]
+    (letter,) = student.write("xt")[2:] or student.write("xt")[1:]
+    assert student.write("t then")[0] != letter
+    for ids in (student.write("t then"), [letter, *student.write("t then")[1:]]):
+        _, spans = retokenize(ids, student, spellings["bytes"], end_token_id=None, is_cut=False)
+        assert spans.is_canonical[0]
+
+
 def test_the_end_is_the_teachers_end(spellings: dict[str, Spelling]) -> None:
     teacher_ids, spans = retokenize([END_ID], spellings["bytes"], spellings["pieces"], end_token_id=1, is_cut=False)
     assert (teacher_ids, spans) == ([1], Spans([1], [1], [True]))
