@@ -26,6 +26,7 @@ def with_loss(loss: dict[str, Any], **stage: Any) -> dict[str, Any]:
 
 TOP_K: dict[str, Any] = {"objective": "top_k"}
 SAMPLED: dict[str, Any] = {"objective": "policy_gradient"}
+CROSSING: dict[str, Any] = {**SAMPLED, "cross_tokenizer": True}
 REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({**TOP_K, "correction": "none"}, "correction", "its gradient is not zero at p = q"),
     ({**TOP_K, "correction": "naive"}, "correction", "the reverse form drives mass out of the support"),
@@ -37,6 +38,13 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({**SAMPLED, "estimator": "k1"}, "estimator", "its expected gradient is zero: it trains nothing"),
     ({**SAMPLED, "estimator": "k3"}, "estimator", "its expected gradient is that of the forward KL"),
     ({**SAMPLED, "k": 8}, "", "'k' belongs to baseline top_k"),
+    ({**TOP_K, "cross_tokenizer": True}, "", "distributions over different vocabularies have no tokens in common"),
+    ({"objective": "full_vocabulary", "cross_tokenizer": True}, "", "'cross_tokenizer' belongs to policy_gradient"),
+    ({**CROSSING, "baseline": "top_k"}, "", "baseline top_k is a mean over the next token of one vocabulary"),
+    ({**CROSSING, "discount": 0.5}, "", "discount counts tokens"),
+    ({**CROSSING, "estimator": "k2"}, "", "estimator k2 is of single tokens"),
+    ({**CROSSING, "ratio_gate": "seq_mask"}, "", "ratio_gate seq_mask is a mean over single tokens"),
+    ({**CROSSING, "teacher_weight": 0, "reward": {}}, "", "teacher_weight 0 asks no teacher"),
 ]
 
 
@@ -54,6 +62,11 @@ async def test_what_is_offered_instead_is_accepted(gateway: Gateway) -> None:
     for loss in (TOP_K, {**TOP_K, "correction": "generalised", "support": "union"}, {**SAMPLED, "estimator": "k2"}):
         answer = await gateway.submit(with_loss(loss))
         assert answer.status_code == 201, answer.text
+
+
+async def test_single_tokens_cannot_be_selected_where_spans_train(gateway: Gateway) -> None:
+    body = await gateway.refused(with_loss(CROSSING, tokens={"select": {"by": "entropy", "fraction": 0.5}}))
+    assert "only whole spans of text train" in body["detail"]
 
 
 async def test_the_students_own_tokens_cannot_be_someone_elses(gateway: Gateway) -> None:

@@ -27,7 +27,18 @@ async def test_other_tokenizers_are_refused_with_the_first_difference(gateway: G
     assert body["param"] == "teachers.main.model"
     first = "token 256 is nothing for 'small' and 'zz' for 'stranger' (256 and 257 tokens; ids that differ: 1)"
     assert first in body["detail"]
-    assert "pick models with the same tokenizer" in body["detail"]
+    assert "pick models with the same tokenizer, or take objective policy_gradient with cross_tok" in body["detail"]
+
+
+async def test_a_loss_that_compares_texts_takes_any_tokenizer_with_a_template(gateway: Gateway) -> None:
+    crossing = make_spec(teachers={"main": {"model": "stranger"}})
+    crossing["stages"][0]["loss"] = {"objective": "policy_gradient", "cross_tokenizer": True}
+    add_model(gateway.home, "stranger", extra_token="zz")
+    assert (await gateway.submit(crossing)).status_code == 201
+    add_model(gateway.home, "base", extra_token="zz", has_template=False)
+    body = await gateway.refused({**crossing, "teachers": {"main": {"model": "base"}}})
+    assert body["param"] == "teachers.main.model"
+    assert "'base' has no chat template" in body["detail"]
 
 
 async def test_a_student_without_chat_template_is_refused(gateway: Gateway) -> None:
