@@ -90,6 +90,9 @@ class Settings(BaseModel):
     sampler_cache_gib: float = Field(default=4.0, gt=0, le=100_000)
     """Most memory for keys and values of a model that writes by the engine transformers; taken as it is needed. What
     does not fit waits, and a request that can never fit is refused."""
+    sampler_keep_s: float = Field(default=1.0, ge=0.01, le=3600)
+    """How often a sampler keeps what its running completions have so far, on the queue server. Another sampler goes on
+    from there if this one dies."""
     teacher_memory_gib: float = Field(default=8.0, gt=0, le=100_000)
     """Budget for the weights of teachers, in a teacher and in a sampler where they write; least recently used models
     leave first."""

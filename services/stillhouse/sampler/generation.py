@@ -54,16 +54,54 @@ class Completion:
 
     def add(self, piece: Piece, weights: weights_pb2.WeightsRef | None) -> None:
         """Take in what it gained, from these weights."""
-        if piece.ids and weights is not None and (not self.spans or self.spans[-1][1] != weights):
-            self.spans.append((len(self.completion_ids), weights))
-        self.completion_ids += piece.ids
-        self.rollout_logprobs += piece.logprobs
-        if piece.target_ids is not None and piece.ids:
-            self._target_ids.append(piece.target_ids)
-        if piece.entropies is not None and piece.ids:
-            self._entropies.append(piece.entropies)
+        if piece.ids:
+            if weights is not None:
+                self.write_with(weights, len(self.completion_ids))
+            self.take(piece.ids, piece.logprobs, piece.target_ids, piece.entropies)
         self.sample_s += piece.sample_s
         self.finish_reason, self.reason, self.message = piece.finish_reason, piece.reason, piece.message
+
+    def write_with(self, weights: weights_pb2.WeightsRef, first_token: int) -> None:
+        """From `first_token` on it is written by these weights."""
+        if self.spans and _order(self.spans[-1][1]) == _order(weights):
+            self.spans[-1] = (self.spans[-1][0], weights)
+        else:
+            self.spans.append((first_token, weights))
+
+    def take(
+        self,
+        ids: Sequence[int],
+        logprobs: Sequence[float],
+        target_ids: np.ndarray[Any, Any] | None,
+        entropies: np.ndarray[Any, Any] | None,
+    ) -> None:
+        """Append tokens and what is recorded of them."""
+        self.completion_ids += ids
+        self.rollout_logprobs += logprobs
+        if target_ids is not None:
+            self._target_ids.append(target_ids)
+        if entropies is not None:
+            self._entropies.append(entropies)
+
+    def recorded(self, start: int, end: int) -> tuple[np.ndarray[Any, Any] | None, np.ndarray[Any, Any] | None]:
+        """(target_ids, entropies) of the tokens start .. end - 1."""
+        return _rows(self._target_ids, start, end), _rows(self._entropies, start, end)
+
+
+def _rows(chunks: list[np.ndarray[Any, Any]], start: int, end: int) -> np.ndarray[Any, Any] | None:
+    """Rows start .. end - 1 of arrays that follow each other; from the end, since that is where parts are taken."""
+    first = sum(map(len, chunks))
+    picked = []
+    for chunk in reversed(chunks):
+        first -= len(chunk)
+        picked.append(chunk)
+        if first <= start:
+            return np.concatenate(picked[::-1])[start - first : end - first]
+    return None
+
+
+def _order(weights: weights_pb2.WeightsRef) -> tuple[int, int]:
+    return weights.epoch, weights.policy_version
 
 
 class Generator:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Final
 
 from stillhouse.core.errors import WireError
 from stillhouse.core.queue import keys
 from stillhouse.core.queue.streams import Scope
-from stillhouse.core.tensors import floats_tensor, ids_list, ids_tensor
+from stillhouse.core.tensors import floats_tensor, from_tensor, ids_list, ids_tensor
 from stillhouse.sampler.engines.base import SampleRequest
 from stillhouse.sampler.generation import Completion
 from stillhouse.v1 import rollout_pb2 as pb
+from stillhouse.v1 import weights_pb2
 
 SCHEMA_VERSION: Final = 1
 FINISH_REASONS: Final[dict[str, pb.FinishReason]] = {
@@ -86,6 +88,53 @@ def make_rollout(group: pb.PromptGroup, index: int, completion: Completion, sour
     rollout.sampler = source.instance
     rollout.sample_s = completion.sample_s
     return rollout
+
+
+def make_partial(index: int, completion: Completion, start: int, end: int) -> pb.PartialCompletion:
+    """The tokens start .. end - 1 of a completion that is being written."""
+    partial = pb.PartialCompletion(
+        index=index,
+        first_token=start,
+        completion_ids=ids_tensor(completion.completion_ids[start:end]),
+        rollout_logprobs=floats_tensor(completion.rollout_logprobs[start:end]),
+        sample_s=completion.sample_s,
+    )
+    target_ids, entropies = completion.recorded(start, end)
+    if target_ids is not None:
+        partial.target_ids.CopyFrom(ids_tensor(target_ids))
+    if entropies is not None:
+        partial.entropies.CopyFrom(floats_tensor(entropies))
+    ends = [first for first, _ in completion.spans[1:]] + [end]
+    for (first, weights), after in zip(completion.spans, ends, strict=True):
+        if max(first, start) < min(after, end):
+            version = {"policy_version": weights.policy_version, "epoch": weights.epoch}
+            partial.spans.add(first_token=max(first, start), **version)
+    return partial
+
+
+def resumed(request: SampleRequest, partials: Iterable[pb.PartialCompletion]) -> Completion:
+    """A completion that another sampler has begun, to be written on.
+
+    Raises:
+        WireError: the parts do not follow each other.
+    """
+    completion = Completion(request)
+    for partial in partials:
+        if partial.first_token != len(completion.completion_ids):
+            have = len(completion.completion_ids)
+            raise WireError(f"{request.key}: a part begins at token {partial.first_token}, after {have} tokens")
+        for span in partial.spans:
+            weights = weights_pb2.WeightsRef(epoch=span.epoch, policy_version=span.policy_version)
+            completion.write_with(weights, span.first_token)
+        completion.take(
+            ids_list(partial.completion_ids),
+            from_tensor(partial.rollout_logprobs).tolist(),
+            from_tensor(partial.target_ids) if partial.HasField("target_ids") else None,
+            from_tensor(partial.entropies) if partial.HasField("entropies") else None,
+        )
+        completion.sample_s = partial.sample_s
+    completion.request = replace(request, written=tuple(completion.completion_ids))
+    return completion
 
 
 def make_failure(

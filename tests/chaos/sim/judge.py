@@ -11,6 +11,9 @@ from stillhouse.core.oracle.lineage import lineage_of, working_epochs
 from stillhouse.core.oracle.read import read_epochs, read_journal
 from stillhouse.core.oracle.verify import verify_job
 from stillhouse.core.queue.jobs import _record
+from stillhouse.core.tensors import ids_list
+from stillhouse.v1 import rollout_pb2
+from tests.chaos.sim.toys import toy_completion
 from tests.chaos.sim.world import World
 
 
@@ -63,6 +66,7 @@ def _check_truth(world: World, record: Any) -> None:
             expected += [[step, score.rollout.sample_id] for score in scored]
             for score in scored:
                 _check_weights(world, record.id, score.rollout)
+                _check_tokens(world, score.rollout)
     for checkpoint in lineage.checkpoints[-1:]:
         with suppress(OSError, ValueError):
             state = json.loads((checkpoint.folder / "state.json").read_text())
@@ -81,6 +85,15 @@ def _check_weights(world: World, job_id: str, rollout: Any) -> None:
             f"truth: sample {rollout.sample_id} says weights {span.epoch}/{span.policy_version} are "
             f"{rollout.weights_sha256[:8]}, published were {str(published)[:8]}"
         )
+
+
+def _check_tokens(world: World, rollout: Any) -> None:
+    """Whoever wrote a part of it, a completion of the student is what its seed says, whole and without repeats."""
+    if rollout.origin not in (rollout_pb2.ORIGIN_UNSPECIFIED, rollout_pb2.ORIGIN_STUDENT):
+        return
+    expected, found = toy_completion(rollout.seed, rollout.sampling.max_tokens), ids_list(rollout.completion_ids)
+    if found != expected:
+        world.violate(f"truth: sample {rollout.sample_id} is {found}, its seed says {expected}")
 
 
 def _check_leftovers(world: World, job_id: str) -> None:

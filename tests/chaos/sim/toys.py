@@ -31,7 +31,7 @@ from stillhouse.v1 import rollout_pb2
 WIDTH = 4
 VOCABULARY = 64
 TOKEN_S = 0.004
-"""Time that a toy sampler takes for a token."""
+"""Time that a toy sampler takes for a token, unless a run has slow ones."""
 POISON = 13
 """One sample of so many makes the teacher's arithmetic overflow, but never the first of a group."""
 
@@ -94,6 +94,11 @@ def digest(*parts: Any) -> np.ndarray:
     return (np.frombuffer(raw, dtype="<u4") / 2**32).astype(np.float32)
 
 
+def toy_completion(seed: int, max_tokens: int) -> list[int]:
+    """What a toy sampler writes."""
+    return [(seed >> (index % 48)) % VOCABULARY for index in range(1 + seed % max_tokens)]
+
+
 class ToySampler:
     """`sampler.engines.base.Engine`: tokens follow from the seed."""
 
@@ -102,8 +107,9 @@ class ToySampler:
     max_sequence_length = 512
     max_sequences = 8
 
-    def __init__(self) -> None:
+    def __init__(self, token_s: float = TOKEN_S) -> None:
         self.weights: Mapping[str, np.ndarray] = {}
+        self._token_s = token_s
         self._tag = 0
         self._open: set[str] = set()
         self._aborted: set[str] = set()
@@ -115,7 +121,7 @@ class ToySampler:
         self._open |= left.keys()
         try:
             while left:
-                await asyncio.sleep(TOKEN_S)
+                await asyncio.sleep(self._token_s)
                 await self._goes_on.wait()
                 for request, index in list(left.values()):
                     piece = self._piece(request, index)
@@ -128,9 +134,10 @@ class ToySampler:
             self._aborted -= {request.key for request in requests}
 
     def _piece(self, request: SampleRequest, index: int) -> Piece:
-        token, last = (request.seed >> (index % 48)) % VOCABULARY, request.seed % request.max_tokens
-        reason = "abort" if request.key in self._aborted else "length" if index >= last else ""
-        return Piece(request.key, [token], [-1.0], self._tag, finish_reason=reason, sample_s=TOKEN_S)
+        whole = toy_completion(request.seed, request.max_tokens)
+        is_last = index == len(whole) - 1
+        reason = "abort" if request.key in self._aborted else "length" if is_last else ""
+        return Piece(request.key, [whole[index]], [-1.0], self._tag, finish_reason=reason, sample_s=self._token_s)
 
     def abort(self, keys: Iterable[str]) -> int:
         found = self._open & set(keys)

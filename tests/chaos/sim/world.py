@@ -43,7 +43,7 @@ from tests.chaos.sim.process import Process, current
 from tests.chaos.sim.redis_client import Line, SimRedis
 from tests.chaos.sim.redis_server import RedisServer
 from tests.chaos.sim.rpc import Network, SimPeers
-from tests.chaos.sim.toys import ToyLearnerThread, ToyModels, ToySampler, ToyTeacher
+from tests.chaos.sim.toys import TOKEN_S, ToyLearnerThread, ToyModels, ToySampler, ToyTeacher
 
 FAULTY_S: Final = 20.0
 """Virtual time in which faults may happen; then everything heals."""
@@ -67,6 +67,7 @@ class World:
         self.num_teachers = plan.choice((1, 2))
         self.faults = draw_faults(plan, cancels=plan.random() < 0.08)
         self.keeps_names = plan.random() < 0.5
+        self.token_s = random.Random(f"tokens {seed}").choice((TOKEN_S, TOKEN_S, 0.1, 0.5))
         self._hash = hashlib.sha256()
         self.lines: list[str] = []
         """The log, for -v."""
@@ -80,6 +81,7 @@ class World:
             lease_s=LEASE_S,
             threads=1,
             sampler_max_sequences=8,
+            sampler_keep_s=0.2,
             teacher_batch_tokens=64,
         ).resolved()
         self.artifacts = Artifacts(self.settings.artifacts_dir())
@@ -171,7 +173,7 @@ class World:
             return TeacherApp(ctx, load_teacher)
 
         async def load_sampler(entry: ModelEntry, dtype: str) -> ToySampler:
-            return ToySampler()
+            return ToySampler(self.token_s)
 
         return SamplerApp(ctx, ComputeThread("sampler", ctx.pulse), load_sampler)
 

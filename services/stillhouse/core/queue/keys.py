@@ -6,7 +6,8 @@
     sh:job:{id}                          hash    the job's record
     sh:job:{id}:lease                    string  "{instance}:{epoch}" of the trainer that leads; expires
     sh:job:{id}:events  :metrics         stream  history for readers; trimmed
-    sh:job:{id}:{epoch}:streams          set     streams and partials of the epoch, so that closing it can delete them
+    sh:job:{id}:{epoch}:streams          set     work streams of the epoch, so that closing it can delete them
+    sh:job:{id}:{epoch}:partials         set     and the lists of partial completions
     sh:job:{id}:{epoch}:prompts          stream  PromptGroup, consumer group "samplers"
     sh:job:{id}:{epoch}:prompts:partial:{entry}  list  PartialGroup: what the samples of a group have so far
     sh:job:{id}:{epoch}:rollouts:{name}  stream  Rollout, consumer group "teachers"
@@ -71,6 +72,10 @@ def rollouts(job_id: str, epoch: int, teacher: str) -> str:
 
 def scored(job_id: str, epoch: int) -> str:
     return f"sh:job:{job_id}:{epoch}:scored"
+
+
+def partials(job_id: str, epoch: int) -> str:
+    return f"sh:job:{job_id}:{epoch}:partials"
 
 
 def partial(stream: str, entry_id: str) -> str:

@@ -25,7 +25,7 @@ redis.call('XADD', KEYS[3], '*', 'p', ARGV[3])
 return 'DONE'
 """
 
-# KEYS record, marks, target, source, dead, streams set, partial
+# KEYS record, marks, target, source, dead, streams set, partial, partials set
 # ARGV epoch, mark, payload, source group, source id ('' = keep it), dead payload ('' = none)
 HAND_OVER: Final = """
 if redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] then return 'CLOSED' end
@@ -38,14 +38,15 @@ if redis.call('HSETNX', KEYS[2], ARGV[2], 1) == 1 then
 end
 if ARGV[5] ~= '' and redis.call('XACK', KEYS[4], ARGV[4], ARGV[5]) == 1 then
   redis.call('XDEL', KEYS[4], ARGV[5])
-  if redis.call('SREM', KEYS[6], KEYS[7]) == 1 then redis.call('UNLINK', KEYS[7]) end
+  if redis.call('SREM', KEYS[8], KEYS[7]) == 1 then redis.call('UNLINK', KEYS[7]) end
 end
 return outcome
 """
 
 # The number of parts that the holder knows of fences two holders of one name. A part that is there already was appended
 # by the call whose answer was lost. Progress: deliveries count anew.
-# KEYS record, streams set, source, partial; ARGV epoch, source group, source id, consumer, number of parts, part
+# KEYS record, streams set, source, partial, partials set
+# ARGV epoch, source group, source id, consumer, number of parts, part
 APPEND_PARTIAL: Final = """
 if redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] then return 'CLOSED' end
 if redis.call('SISMEMBER', KEYS[2], KEYS[3]) == 0 then return 'CLOSED' end
@@ -55,7 +56,7 @@ if own.err or #own == 0 then return 'LOST' end
 local there = redis.call('LLEN', KEYS[4])
 if there == ARGV[5] + 1 and redis.call('LINDEX', KEYS[4], -1) == ARGV[6] then return 'DONE' end
 if there ~= ARGV[5] + 0 then return 'LOST' end
-redis.call('SADD', KEYS[2], KEYS[4])
+redis.call('SADD', KEYS[5], KEYS[4])
 redis.call('RPUSH', KEYS[4], ARGV[6])
 redis.call('XCLAIM', KEYS[3], ARGV[2], ARGV[4], 0, ARGV[3], 'RETRYCOUNT', 1, 'JUSTID')
 return 'DONE'
@@ -120,9 +121,11 @@ end
 return found
 """
 
-# KEYS streams set, then the epoch's own keys, then all its streams
+# KEYS streams set, partials set, then the epoch's other keys
 CLOSE_EPOCH: Final = """
-for _, key in ipairs(redis.call('SMEMBERS', KEYS[1])) do redis.call('UNLINK', key) end
+for set = 1, 2 do
+  for _, key in ipairs(redis.call('SMEMBERS', KEYS[set])) do redis.call('UNLINK', key) end
+end
 for i = 1, #KEYS do redis.call('UNLINK', KEYS[i]) end
 return 1
 """

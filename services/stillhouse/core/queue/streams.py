@@ -266,6 +266,7 @@ class WorkQueue:
                     keys.dead(job_id, epoch),
                     keys.streams(job_id, epoch),
                     keys.partial(source.stream, source.id),
+                    keys.partials(job_id, epoch),
                 ],
                 args=[epoch, mark, payload, source.group, source.id if last else "", dead],
             )
@@ -277,7 +278,7 @@ class WorkQueue:
         record, streams = keys.job(scope.job_id), keys.streams(scope.job_id, scope.epoch)
         return _outcome(
             await self._append_partial(
-                keys=[record, streams, source.stream, partial],
+                keys=[record, streams, source.stream, partial, keys.partials(scope.job_id, scope.epoch)],
                 args=[scope.epoch, source.group, source.id, consumer, num_parts, part],
             )
         )
@@ -309,7 +310,8 @@ class WorkQueue:
 
     async def close_epoch(self, scope: Scope) -> None:
         job_id, epoch = scope.job_id, scope.epoch
-        await self._close_epoch(keys=[keys.streams(job_id, epoch), keys.marks(job_id, epoch), keys.dead(job_id, epoch)])
+        sets = [keys.streams(job_id, epoch), keys.partials(job_id, epoch)]
+        await self._close_epoch(keys=[*sets, keys.marks(job_id, epoch), keys.dead(job_id, epoch)])
 
     async def marked(self, scope: Scope, marks: Sequence[str]) -> set[str]:
         """Those of `marks` under which something was handed over."""
