@@ -274,6 +274,10 @@ class Shift:
         if completion.finish_reason == "failed":
             await self._fail(work, index, completion.reason, completion.message)
             return
+        if completion.finish_reason == "abort":  # training on what is left would favour short ones
+            message = f"aborted by a caller after {len(completion.completion_ids)} tokens"
+            await self._fail(work, index, "aborted", message)
+            return
         target, mark, payload = destination(make_rollout(work.group, index, completion, source), self._scope)
         is_last = len(work.completions) == 1
         try:

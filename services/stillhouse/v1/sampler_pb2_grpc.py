@@ -81,7 +81,8 @@ class SamplerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def SyncWeights(self, request, context):
-        """Hint that newer weights can be pulled. The sampler pulls before its next batch; the bound on staleness does not rest on it.
+        """Hint that newer weights can be pulled. The sampler pulls at once, also while it writes; the bound on staleness does not
+        rest on it.
         Idempotent. FAILED_PRECONDITION: the sampler serves another job or a newer epoch.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -97,7 +98,7 @@ class SamplerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Pause(self, request, context):
-        """Stops after the current batch and claims nothing until Resume. Idempotent.
+        """Claims nothing until Resume; groups that run are finished. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -111,7 +112,8 @@ class SamplerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Abort(self, request, context):
-        """Aborts running completions: they end with FINISH_REASON_ABORT. Idempotent.
+        """Aborts running completions: those of Generate end with FINISH_REASON_ABORT, samples of a job as failed ("aborted").
+        Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
