@@ -508,6 +508,16 @@ def test_samplers_and_teachers_have_engines_of_their_own(tmp_path: Path, monkeyp
             up.up(Deployment(tmp_path / "home"), up.UpOptions(sampler_engine=engine), detach=False)
 
 
+def test_a_server_for_scores_has_neither_samplers_nor_trainers(tmp_path: Path) -> None:
+    options = up.UpOptions(teachers=2, only="teacher")
+    specs = up.plan(Deployment(tmp_path), Settings(trainer_ranks=3), options, 8470, 6400)
+    assert [spec.name for spec in specs] == ["gateway-0", "teacher-0", "teacher-1"]
+    cores = len(os.sched_getaffinity(0))
+    assert specs[1].env["STILLHOUSE_THREADS"] == str(max(1, cores // 2)), "cores are shared by what runs"
+    with pytest.raises(CliError, match="--only teacher"):
+        up.up(Deployment(tmp_path / "home"), up.UpOptions(only="trainer"), detach=False)
+
+
 def test_overlong_logs_are_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from stillhouse.cli import deployment as module
 

@@ -50,6 +50,9 @@ def up(
     teacher_engine: Annotated[
         str, typer.Option(help="transformers or vllm.  [default: the setting engine]", show_default=False)
     ] = "",
+    only: Annotated[
+        str, typer.Option(help="teacher = neither samplers nor trainers: a server for scores.", show_default=False)
+    ] = "",
     hang: Annotated[
         float, typer.Option(min=0.0, hidden=True, help="Restart what is silent for so many seconds; 0 = never.")
     ] = 15.0,
@@ -59,12 +62,12 @@ def up(
 
     Ctrl-C stops them; with --detach, `stillhouse down` does. What dies or freezes is started again. Logs: HOME/logs.
 
-    Example:  stillhouse up --detach --samplers 2
+    Examples:  stillhouse up --detach --samplers 2;  stillhouse up --only teacher
     """
     from stillhouse.cli import up as implementation
 
     options = implementation.UpOptions(
-        port, samplers, teachers, trainers, trainer_ranks, threads, sampler_engine, teacher_engine, hang
+        port, samplers, teachers, trainers, trainer_ranks, threads, sampler_engine, teacher_engine, only, hang
     )
     implementation.up(_deployment(home), options, detach=detach)
 

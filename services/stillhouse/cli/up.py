@@ -63,8 +63,15 @@ class UpOptions:
     """Engine of the samplers; "" = the setting engine."""
     teacher_engine: str = ""
     """Engine of the teachers; "" = the setting engine."""
+    only: str = ""
+    """"teacher": no samplers and no trainers, a server for scores."""
     hang: float = HANG_S
     """A process without a sign of life for so many seconds is killed and started again; 0 = never."""
+
+    def workers(self) -> dict[str, int]:
+        """Processes by role, the gateway and the queue server left out."""
+        numbers = {"sampler": self.samplers, "teacher": self.teachers, "trainer": self.trainers}
+        return {role: number for role, number in numbers.items() if self.only in ("", role)}
 
 
 def up(deployment: Deployment, options: UpOptions, *, detach: bool) -> None:
@@ -90,6 +97,8 @@ def _check(deployment: Deployment, options: UpOptions) -> Settings:
             fix=INSTALL_FIX,
             exit_code=EXIT_USAGE,
         )
+    if options.only not in ("", "teacher"):
+        raise CliError(f"--only {options.only}: there is `--only teacher`, for scores", exit_code=EXIT_USAGE)
     _check_engines(_engines(settings, options))
     valkey.find_binary()
     if "STILLHOUSE_REDIS_URL" in os.environ:
@@ -193,6 +202,7 @@ def _run(deployment: Deployment, settings: Settings, options: UpOptions) -> None
                 "home": str(deployment.home),
                 "valkey_port": valkey_port,
                 "drain_s": settings.drain_s,
+                "only": options.only,
                 "started_at": round(time.time(), 3),
             },
         )
@@ -246,9 +256,7 @@ def plan(
     inside = {"STILLHOUSE_HOST": "127.0.0.1", "STILLHOUSE_ADVERTISE_HOST": "127.0.0.1", "STILLHOUSE_PORT": "0"}
     engines = _engines(settings, options)
     names = [("gateway", "gateway-0")]
-    names += [("sampler", f"sampler-{index}") for index in range(options.samplers)]
-    names += [("teacher", f"teacher-{index}") for index in range(options.teachers)]
-    names += [("trainer", f"trainer-{index}") for index in range(options.trainers)]
+    names += [(role, f"{role}-{index}") for role, number in options.workers().items() for index in range(number)]
     return [
         ProcessSpec(
             name=name,
@@ -307,7 +315,8 @@ def summary(deployment: Deployment, state: dict[str, Any], *, stop: str) -> str:
     """What a user needs to know next, in a few lines."""
     settings = load_settings({**os.environ, "STILLHOUSE_HOME": str(deployment.home)})
     models = sorted(ModelRegistry(settings.models_path()).all())
-    following = "stillhouse submit job.yaml --watch" if models else "stillhouse models add NAME PATH"
+    use = "score MODEL --text TEXT" if state.get("only") else "submit job.yaml --watch"
+    following = f"stillhouse {use}" if models else "stillhouse models add NAME PATH"
     lines = [
         f"Stillhouse is up: {state['url']}",
         f"  home    {deployment.home}",
@@ -323,7 +332,8 @@ def summary(deployment: Deployment, state: dict[str, Any], *, stop: str) -> str:
 def _fair_threads(options: UpOptions, ranks: int) -> int:
     """Cores shared out evenly: threads of several processes on one core only spin against each other."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // (options.samplers + options.teachers + options.trainers * ranks))
+    workers = options.workers()
+    return max(1, cores // (sum(workers.values()) + workers.get("trainer", 0) * (ranks - 1)))
 
 
 def _free_port(host: str) -> int:
