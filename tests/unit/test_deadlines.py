@@ -38,6 +38,12 @@ UNBOUNDED: Final = {
     "trainer/train.py LearnerThread.call: run_in_executor": "the pulse",
     "sampler/generation.py Generator._batch: ended.get()": "its end is queued when the compute thread's call ends",
     "gateway/jobs.py submit: run_in_executor": "a DeadlineRoute answers after 20 s",
+    # vLLM's engine process: the pulse ends ours when it owes tokens and gives none; if it dies, each of these is told
+    "sampler/engines/vllm.py VllmEngine._outputs: reports.get()": "the pulse",
+    "sampler/engines/vllm.py VllmEngine._outputs: self._entering": "entering takes no time, loading has the pulse",
+    "sampler/engines/vllm.py VllmEngine.generate: pieces.get()": "writers put an end, whatever becomes of them",
+    "sampler/engines/vllm.py VllmEngine.load_weights: self._entering": "as above",
+    "sampler/engines/vllm_start.py EngineProcess._run: run_in_executor": "the pulse",
     # trainer/watch.py says within seconds that nothing arrives, and why
     "trainer/samplers.py SamplerPool._wait_for: self._changed.wait()": "no_sampler; interrupted from outside",
     "trainer/texts.py Texts.run: self._ordered.get()": "the loop's plan; cancelled with the claim",
