@@ -231,10 +231,13 @@ async def test_each_is_handed_out_when_it_ends_and_others_take_its_place(subject
     """As many long ones as fit, but one; the short ones pass through the place that is left."""
     long = [SampleRequest(f"long{n}", [9, n], 100, n, temperature=0.0) for n in range(10, 9 + MAX_SEQUENCES)]
     short = [SampleRequest(f"short{n}", [9, n], 2, n) for n in range(10, 30)]
-    ends = [piece.key async for piece in subject.engine.generate([*long, *short]) if piece.finish_reason]
-    stay = [request for request in long if len((await texts(subject.engine, [request]))[request.key].ids) > 60]
+    found, ends = {request.key: Text() for request in [*long, *short]}, []
+    async for piece in subject.engine.generate([*long, *short]):
+        found[piece.key].add(piece)
+        ends += [piece.key] if piece.finish_reason else []
+    stay = {request.key for request in long if len(found[request.key].ids) > 60}
     assert len(stay) > 1, "the case needs long texts"
-    assert set(ends[-len(stay) :]) == {request.key for request in stay}
+    assert set(ends[-len(stay) :]) == stay
 
 
 async def test_abort_ends_one_and_leaves_the_others(subject: Subject) -> None:

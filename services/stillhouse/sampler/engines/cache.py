@@ -74,7 +74,7 @@ class RowCache(Cache):
         self.reserve(end, longest)
         self._span, self._length, self._positions = slice(first_row, end), longest, positions_BQ
         self._index = torch.arange(first_row, end, device=positions_BQ.device)[:, None]
-        self._masks: dict[tuple[int | None, int], Tensor] = {}
+        self._masks: dict[int | None, Tensor] = {}
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -88,20 +88,18 @@ class RowCache(Cache):
         values[self._index, :, self._positions] = value_states.transpose(1, 2)
         return keys[self._span, :, : self._length], values[self._span, :, : self._length]
 
-    def mask(self, window: int | None, groups: int, dtype: torch.dtype) -> Tensor:
-        """[B, 1, groups * Q, L] added to scores: 0 where a query may look, else -inf. `window`: columns it looks back,
-        its own included."""
-        if (window, groups) not in self._masks:
+    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        """[B, 1, Q, L] added to scores: 0 where a query may look, else -inf. `window`: columns it looks back, its own
+        included."""
+        if window not in self._masks:
             own_BQ1 = self._positions[:, :, None]
             columns_L = torch.arange(self._length, device=own_BQ1.device)
             seen_BQL = columns_L <= own_BQ1
             if window is not None:
                 seen_BQL &= columns_L > own_BQ1 - window
             mask_BQL = torch.zeros_like(seen_BQL, dtype=dtype).masked_fill_(~seen_BQL, -torch.inf)
-            # one query per row broadcasts over its group; several stand one after the other
-            repeats = groups if self._positions.shape[1] > 1 else 1
-            self._masks[window, groups] = mask_BQL[:, None].repeat(1, 1, repeats, 1)
-        return self._masks[window, groups]
+            self._masks[window] = mask_BQL[:, None]
+        return self._masks[window]
 
     def snapshot(self, row: int, length: int) -> list[Tensor]:
         """Copies of the first `length` columns of a row, [K, length, D]: keys of all layers, then values."""
@@ -137,21 +135,31 @@ def attend(
 ) -> tuple[Tensor, None]:
     """Attention of [B, H, Q, D] queries to a `RowCache`; gives [B, Q, H, D].
 
-    The G queries that share a key head are treated as G queries of one head: no key is copied G times.
+    No key is copied for each of the G query heads that share it: with one query per row, the G heads are G queries of
+    one head; with more, they take turns.
     """
     if row_cache is None or kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
         raise ConfigError(f"{type(module).__name__} attends in a way that this engine does not know; use vllm")
-    rows, heads, queries, _ = query.shape
-    groups = heads // key.shape[1]
-    grouped = query.reshape(rows, key.shape[1], groups * queries, query.shape[3])
-    mask = row_cache.mask(sliding_window, groups, query.dtype)
-    if softcap is None:
-        output = functional.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
+    rows, heads, queries, size = query.shape
+    grouped = query.reshape(rows, key.shape[1], heads // key.shape[1], queries, size)
+    mask = row_cache.mask(sliding_window, query.dtype)
+    if queries == 1:
+        output = _attend(grouped[:, :, :, 0], key, value, mask, scaling, softcap)
     else:
-        scale = query.shape[3] ** -0.5 if scaling is None else scaling
-        scores = softcap * torch.tanh(grouped @ key.transpose(2, 3) * (scale / softcap)) + mask
-        output = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype) @ value
+        turns = [_attend(each, key, value, mask, scaling, softcap) for each in grouped.unbind(2)]
+        output = torch.stack(turns, dim=2)
     return output.reshape(rows, heads, queries, -1).transpose(1, 2).contiguous(), None
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None, softcap: float | None
+) -> Tensor:
+    """[B, K, N, D] for N queries per key head, scores capped to +-softcap (Gemma 2) before the mask."""
+    if softcap is None:
+        return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    scores = softcap * torch.tanh(query @ key.transpose(2, 3) * (scale / softcap)) + mask
+    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype) @ value
 
 
 AttentionInterface.register(ATTENTION, attend)

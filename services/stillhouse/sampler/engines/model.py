@@ -84,7 +84,7 @@ class Model:
         positions = torch.tensor(positions_BQ, device=self.device)
         self.cache.open(first_row, positions, 1 + max(map(max, positions_BQ)))
         if self._masks_itself:
-            options: dict[str, Any] = {"attention_mask": self.cache.mask(None, 1, self.module.dtype)}
+            options: dict[str, Any] = {"attention_mask": self.cache.mask(None, self.module.dtype)}
         else:
             options = {"row_cache": self.cache}
         output = self.module(
