@@ -45,16 +45,16 @@ async def test_a_job_makes_a_better_student(deployment: Cluster, loss: dict[str,
     job_id = await deployment.submit(
         job_spec(
             stages__0__loss=loss,
-            stages__0__schedule={"steps": 20, "prompts_per_step": 5, "group_size": group_size, "max_staleness": 0},
+            stages__0__schedule={"steps": 10, "prompts_per_step": 5, "group_size": group_size, "max_staleness": 0},
             stages__0__optimizer__lr=lr,
             evaluation={"data": {"rows": held_out}, "num_prompts": 4, "max_tokens": 12, "show": 2},
         )
     )
     record = await deployment.ended(job_id)
-    assert (record.status, record.step, record.committed_step) == ("succeeded", 20, 20), record.error
+    assert (record.status, record.step, record.committed_step) == ("succeeded", 10, 10), record.error
     assert record.result is not None
     kl = record.result["evaluation"]["reverse_kl"]
-    assert kl["after"] < 0.8 * kl["before"]
+    assert kl["after"] < 0.9 * kl["before"]
     artifacts = deployment.ctx.artifacts.job(job_id)
     assert AutoModelForCausalLM.from_pretrained(artifacts.export(record.epoch)).num_parameters() > 0
     assert "Held-out KL" in (artifacts.export(record.epoch) / "README.md").read_text()
