@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from stillhouse.core.errors import WireError
-from stillhouse.core.queue.streams import Entry, Scope
+from stillhouse.core.queue.streams import Entry
 from stillhouse.core.tensors import ids_tensor
 from stillhouse.sampler import work as work_module
 from stillhouse.sampler.engines.base import Piece
@@ -100,7 +100,7 @@ def test_a_continued_rollout_is_that_of_one_sampler_with_its_spans(
     for work in (whole, second):
         for index, count in ((0, 6), (1, 3)):
             write(work, index, count, version=6, finish_reason="stop")
-    source = Source(Scope("job_partials", 2), "sampler-1", "tokenizer")
+    source = Source("sampler-1", "tokenizer")
     for index in (0, 1):
         expected = make_rollout(message, index, whole.completions[index], source)
         got = make_rollout(message, index, second.completions[index], source)

@@ -9,13 +9,13 @@ from typing import Final
 from stillhouse.core.errors import WireError
 from stillhouse.core.queue import keys
 from stillhouse.core.queue.streams import Scope
+from stillhouse.core.rollouts import SCHEMA_VERSION, blank_rollout, sample_id
 from stillhouse.core.tensors import floats_tensor, from_tensor, ids_list, ids_tensor
 from stillhouse.sampler.engines.base import SampleRequest
 from stillhouse.sampler.generation import Completion
 from stillhouse.v1 import rollout_pb2 as pb
 from stillhouse.v1 import weights_pb2
 
-SCHEMA_VERSION: Final = 1
 FINISH_REASONS: Final[dict[str, pb.FinishReason]] = {
     "stop": pb.FINISH_REASON_STOP,
     "length": pb.FINISH_REASON_LENGTH,
@@ -27,7 +27,6 @@ FINISH_REASONS: Final[dict[str, pb.FinishReason]] = {
 class Source:
     """Who makes a rollout."""
 
-    scope: Scope
     instance: str
     tokenizer_sha256: str
 
@@ -57,11 +56,6 @@ def make_request(key: str, prompt_ids: list[int], sampling: pb.SamplingParams, s
     )
 
 
-def sample_id(group: pb.PromptGroup, index: int) -> str:
-    """Name of a sample: "group/i"."""
-    return f"{group.group_id}/{index}"
-
-
 def group_requests(group: pb.PromptGroup) -> dict[int, SampleRequest]:
     """One request per sample of the group, by index."""
     prompt_ids = ids_list(group.prompt_ids)
@@ -73,7 +67,7 @@ def group_requests(group: pb.PromptGroup) -> dict[int, SampleRequest]:
 
 def make_rollout(group: pb.PromptGroup, index: int, completion: Completion, source: Source) -> pb.Rollout:
     """A finished sample, as the teacher reads it; a span per set of weights that wrote some of it."""
-    rollout = _blank(group, index, source.scope)
+    rollout = blank_rollout(group, index)
     rollout.completion_ids.CopyFrom(ids_tensor(completion.completion_ids))
     rollout.rollout_logprobs.CopyFrom(floats_tensor(completion.rollout_logprobs))
     if completion.target_ids is not None:
@@ -138,36 +132,13 @@ def resumed(request: SampleRequest, partials: Iterable[pb.PartialCompletion]) ->
 
 
 def make_failure(
-    group: pb.PromptGroup, index: int, scope: Scope, instance: str, reason: str, message: str, attempts: int
+    group: pb.PromptGroup, index: int, instance: str, reason: str, message: str, attempts: int
 ) -> pb.Score:
     """The end of a sample that could not be written: it goes straight to `scored`."""
-    rollout = _blank(group, index, scope)
+    rollout = blank_rollout(group, index)
     rollout.sampler = instance
     failure = pb.Failure(reason=reason, message=message, service="sampler", attempts=attempts)
     return pb.Score(schema_version=SCHEMA_VERSION, rollout=rollout, failed=failure)
-
-
-def _blank(group: pb.PromptGroup, index: int, scope: Scope) -> pb.Rollout:
-    rollout = pb.Rollout(
-        schema_version=SCHEMA_VERSION,
-        job_id=scope.job_id,
-        epoch=scope.epoch,
-        sample_id=sample_id(group, index),
-        purpose=group.purpose,
-        group=group.group,
-        index=index,
-        attempt=0,
-        teacher=group.teacher,
-        prompt_ids=group.prompt_ids,
-        sampling=group.sampling,
-        score=group.score,
-        seed=dict(zip(group.sample_indices, group.seeds, strict=False)).get(index, 0),
-        row=group.row,
-        traceparent=group.traceparent,
-    )
-    if group.HasField("teacher_prompt_ids"):
-        rollout.teacher_prompt_ids.CopyFrom(group.teacher_prompt_ids)
-    return rollout
 
 
 def destination(rollout: pb.Rollout, scope: Scope) -> tuple[str, str, bytes]:

@@ -22,6 +22,7 @@ from stillhouse.core.queue import keys
 from stillhouse.core.queue.claims import QUEUE_ERRORS, Claims
 from stillhouse.core.queue.client import BLOCK_MS
 from stillhouse.core.queue.streams import Entry, Outcome, Scope
+from stillhouse.core.rollouts import sample_id
 from stillhouse.core.service import Context
 from stillhouse.core.tasks import cancel_all
 from stillhouse.core.telemetry import DROPPED, SAMPLED_ROLLOUTS
@@ -35,7 +36,6 @@ from stillhouse.sampler.messages import (
     make_failure,
     make_rollout,
     rollout_mark,
-    sample_id,
     score_mark,
 )
 from stillhouse.sampler.student import Student
@@ -259,7 +259,7 @@ class Shift:
         engine, entry = self._student.engine, self._student.entry
         if engine is None or entry is None:
             raise AssertionError("ensure() came first")
-        source = Source(self._scope, self._ctx.instance, entry.tokenizer_sha256)
+        source = Source(self._ctx.instance, entry.tokenizer_sha256)
         indices = {completion.key: index for index, completion in work.completions.items()}
         is_exact = work.exact_version is not None
         completions = list(work.completions.values())
@@ -292,7 +292,7 @@ class Shift:
         """End a sample without rollout: on `scored`, and on the dead-letter stream for people."""
         scope, name = self._scope, sample_id(work.group, index)
         attempts = work.entry.deliveries
-        score = make_failure(work.group, index, scope, self._ctx.instance, reason, message, attempts)
+        score = make_failure(work.group, index, self._ctx.instance, reason, message, attempts)
         payload = score.SerializeToString()
         target, is_last = keys.scored(scope.job_id, scope.epoch), len(work.completions) == 1
         self._ctx.log.warning("sample failed", job_id=scope.job_id, sample_id=name, reason=reason, message=message)

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from stillhouse.core.queue.streams import Entry
+from stillhouse.core.rollouts import SCHEMA_VERSION
 from stillhouse.sampler.generation import Completion
-from stillhouse.sampler.messages import SCHEMA_VERSION, make_partial, resumed
+from stillhouse.sampler.messages import make_partial, resumed
 from stillhouse.v1 import rollout_pb2 as pb
 
 PART_BYTES: Final = 1 << 19

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from stillhouse.core.errors import StillhouseError
+from stillhouse.core.rollouts import blank_rollout
 from stillhouse.core.spec import TeacherSpec
 from stillhouse.core.tensors import DTYPE_NAMES, ids_tensor
 from stillhouse.trainer.exchange import Exchange, ScoredGroup
@@ -118,26 +119,9 @@ class Texts:
 
     def _rollout(self, group: pb.PromptGroup, index: int, origin: pb.Origin) -> pb.Rollout:
         """A sample without its completion. No policy of the student wrote it: no log-probabilities, spans, weights."""
-        rollout = pb.Rollout(
-            schema_version=1,
-            job_id=group.job_id,
-            epoch=group.epoch,
-            sample_id=f"{group.group_id}/{index}",
-            purpose=group.purpose,
-            group=group.group,
-            index=index,
-            teacher=group.teacher,
-            prompt_ids=group.prompt_ids,
-            sampling=group.sampling,
-            score=group.score,
-            seed=group.seeds[index],
-            tokenizer_sha256=self._tokenizer_sha256,
-            row=group.row,
-            traceparent=group.traceparent,
-            origin=origin,
-        )
-        if group.HasField("teacher_prompt_ids"):
-            rollout.teacher_prompt_ids.CopyFrom(group.teacher_prompt_ids)
+        rollout = blank_rollout(group, index)
+        rollout.tokenizer_sha256 = self._tokenizer_sha256
+        rollout.origin = origin
         return rollout
 
 
