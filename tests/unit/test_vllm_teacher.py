@@ -98,6 +98,8 @@ def test_both_engines_and_a_plain_forward_pass_agree(entry: ModelEntry, engine: 
         if item.kind == pb.SCORE_KIND_TOPK:
             assert found.topk_ids is not None
             assert found.topk_logprobs is not None
+            assert found.tail_logprobs is not None
+            assert other.tail_logprobs is not None
             likeliest = plain.topk(item.top_k).values.numpy()
             named = plain.gather(1, torch.from_numpy(found.topk_ids.astype(np.int64))).numpy()
             assert np.abs(found.topk_logprobs - named).max() <= 1e-3, "each log-probability is that of its token"
@@ -127,7 +129,7 @@ def test_a_start_that_fails_says_why(entry: ModelEntry, settings: Settings) -> N
     from stillhouse.teacher.engines import vllm
 
     tight = settings.model_copy(update={"vllm_cache_gib": 1e-5})
-    with pytest.raises(EngineStartError, match="KV cache"):
+    with pytest.raises(EngineStartError, match=r"cache blocks.*lower vllm_cache_gib"):
         vllm.load(entry, "float32", tight, lambda: None)
 
 

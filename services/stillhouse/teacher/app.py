@@ -14,6 +14,7 @@ from stillhouse.teacher.blobstore import BlobStore
 from stillhouse.teacher.cache import ScoreCache
 from stillhouse.teacher.engines.base import TRANSFORMERS, Abilities, Engine
 from stillhouse.teacher.engines.vllm_scores import vllm_abilities
+from stillhouse.teacher.following import Follower
 from stillhouse.teacher.pool import LoadEngine, ModelPool
 from stillhouse.teacher.scoring import Scorer
 from stillhouse.teacher.service import TeacherServicer
@@ -33,8 +34,9 @@ class TeacherApp:
         self.blobs = BlobStore(ctx.instance, settings.blob_memory_mib << 20, spill)
         pool = ModelPool(ctx.models, load_engine, int(settings.teacher_memory_gib * 2**30))
         self.scorer = Scorer(self._compute, pool, ScoreCache(settings.score_cache_mib << 20))
-        self.worker = TeacherWorker(ctx, self.scorer, self.blobs, abilities)
-        self._servicer = TeacherServicer(ctx, self.scorer, self.blobs, abilities)
+        follower = Follower(ctx, self._compute)
+        self.worker = TeacherWorker(ctx, self.scorer, self.blobs, follower, abilities)
+        self._servicer = TeacherServicer(ctx, self.scorer, self.blobs, follower, abilities)
 
     def register(self, server: Server) -> None:
         add = teacher_pb2_grpc.add_TeacherServiceServicer_to_server

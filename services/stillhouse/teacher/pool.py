@@ -15,7 +15,7 @@ from stillhouse.core.telemetry import MODEL_LOAD_SECONDS, MODEL_LOADS
 from stillhouse.core.tensors import DTYPE_NAMES, dtype_name, itemsize
 from stillhouse.teacher.engines.base import Engine
 from stillhouse.teacher.schedule import ModelKey, Stream
-from stillhouse.v1 import teacher_pb2
+from stillhouse.v1 import teacher_pb2, weights_pb2
 from stillhouse.v1.rollout_pb2 import TeacherTask
 
 LoadEngine = Callable[[ModelEntry, str], Engine]
@@ -26,7 +26,7 @@ READ_BYTES: Final = 8 << 20
 """Part of a file that is read ahead at once."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Resident:
     """A model in memory."""
 
@@ -35,11 +35,13 @@ class Resident:
     dtype: str
     engine: Engine
     size_bytes: int
+    weights: weights_pb2.WeightsRef | None = None
+    """Of a model that follows a student: the average in the engine; None = registered or half-loaded weights."""
 
     @property
     def sha256(self) -> str:
         """Of the weights in the engine."""
-        return self.entry.sha256
+        return self.entry.sha256 if self.weights is None else self.weights.sha256
 
     def message(self) -> teacher_pb2.LoadedModel:
         """As GetInfo and EnsureModel tell it."""
@@ -128,7 +130,8 @@ class ModelPool:
                 f"model '{task.model}' is registered with sha256 {entry.sha256[:12]}, asked for "
                 f"{task.model_sha256[:12]}; it was registered again after the job was accepted"
             )
-        return entry, (entry.sha256, dtype_name(task.dtype) if task.dtype else DEFAULT_DTYPE, "")
+        owner = task.job_id if task.follows_student else ""
+        return entry, (entry.sha256, dtype_name(task.dtype) if task.dtype else DEFAULT_DTYPE, owner)
 
     def _verify(self, entry: ModelEntry) -> None:
         if entry.sha256 not in self._verified:

@@ -15,7 +15,7 @@ from stillhouse.teacher.accounts import Accounts
 from stillhouse.teacher.batching import plan_batches
 from stillhouse.teacher.cache import ScoreCache
 from stillhouse.teacher.checks import checked
-from stillhouse.teacher.engines.base import Head, Scored, ScoreItem, Unscored
+from stillhouse.teacher.engines.base import EngineDeadError, Head, Scored, ScoreItem, Unscored
 from stillhouse.teacher.pool import ModelPool, Resident
 from stillhouse.teacher.schedule import ModelKey
 from stillhouse.v1 import rollout_pb2
@@ -47,6 +47,8 @@ class Scorer:
         self.pool = pool
         self.cache = cache
         self.accounts = Accounts()
+        self.dead: EngineDeadError | None = None
+        """Why this process has to end."""
         self.scored_tokens = 0
 
     def turn(self) -> asyncio.Lock:
@@ -95,6 +97,9 @@ class Scorer:
         started = time.monotonic()
         try:
             results = await self._compute.run(_checked_score, resident, items)
+        except EngineDeadError as error:
+            self.dead = error
+            raise
         except ENGINE_ERRORS as error:
             if len(items) == 1:
                 return [Unscored(items[0].key, "teacher_error", f"{type(error).__name__}: {error}")], 0.0

@@ -14,6 +14,7 @@ from stillhouse.core.tensors import DTYPE_NAMES
 from stillhouse.teacher.batching import plan_batches
 from stillhouse.teacher.blobstore import BlobStore
 from stillhouse.teacher.engines.base import Abilities, Scored, Unscored
+from stillhouse.teacher.following import Follower, at_least
 from stillhouse.teacher.messages import make_failure, make_score, score_bytes
 from stillhouse.teacher.pool import Resident
 from stillhouse.teacher.scoring import Batch, Scorer
@@ -31,11 +32,14 @@ CALLER_REASONS: Final = ("too_long", "bad_ids", "bad_request", "empty")
 class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
     """The gRPC face of a teacher."""
 
-    def __init__(self, ctx: Context, scorer: Scorer, blobs: BlobStore, abilities: Abilities) -> None:
+    def __init__(
+        self, ctx: Context, scorer: Scorer, blobs: BlobStore, follower: Follower, abilities: Abilities
+    ) -> None:
         self._ctx = ctx
         self._scorer = scorer
         self._blobs = blobs
         self._reader = Reader(ctx.models)
+        self._follower = follower
         self._abilities = abilities
 
     async def GetInfo(self, request: pb.TeacherServiceGetInfoRequest, context: Any) -> pb.TeacherServiceGetInfoResponse:
@@ -78,6 +82,9 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
         for portion in plan_batches([item.length for item in items], DIRECT_BATCHES * budget):
             async with self._scorer.turn():
                 resident, _ = await self._scorer.model(request.task)
+                if request.task.follows_student:
+                    newest = at_least([request.rollouts[index] for index in portion], request.task.epoch)
+                    await self._follower.follow(resident, request.task, newest)
                 chosen = [items[index] for index in portion]
                 if any(item.kind == rollout_pb2.SCORE_KIND_HIDDEN for item in chosen):
                     await self._scorer.head(resident)  # hashed once, off the event loop
@@ -141,7 +148,9 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
     async def SyncWeights(
         self, request: pb.TeacherServiceSyncWeightsRequest, context: Any
     ) -> pb.TeacherServiceSyncWeightsResponse:
-        raise UnimplementedError("teachers are frozen: a teacher that follows the student (EMA) does not exist yet")
+        self._follower.hint(request.job_id, request.weights)
+        owned = [resident for resident in self._scorer.pool.residents() if resident.key[2] == request.job_id]
+        return pb.TeacherServiceSyncWeightsResponse(weights=owned[-1].weights if owned else None)
 
 
 def _task(request: pb.EnsureModelRequest | pb.FetchHeadRequest) -> rollout_pb2.TeacherTask:

@@ -22,6 +22,7 @@ from stillhouse.core.worker import pause, run_turns
 from stillhouse.teacher.ahead import ReadAhead
 from stillhouse.teacher.blobstore import BlobStore
 from stillhouse.teacher.engines.base import Abilities, Scored, ScoreItem, Unscored
+from stillhouse.teacher.following import Follower, at_least
 from stillhouse.teacher.messages import (
     blob_key,
     make_failure,
@@ -72,11 +73,14 @@ class TeacherWorker:
     unblocked by: a sampler's hand-over; `Context.stop`, which hands claims back
     """
 
-    def __init__(self, ctx: Context, scorer: Scorer, blobs: BlobStore, abilities: Abilities) -> None:
+    def __init__(
+        self, ctx: Context, scorer: Scorer, blobs: BlobStore, follower: Follower, abilities: Abilities
+    ) -> None:
         self._ctx = ctx
         self._scorer = scorer
         self._blobs = blobs
         self._reader = Reader(ctx.models)
+        self._follower = follower
         self._abilities = abilities
         self._schedule = Schedule()
         self._ahead = ReadAhead(scorer.pool)
@@ -92,6 +96,8 @@ class TeacherWorker:
 
     async def _round(self) -> None:
         """About one batch of the stream whose turn it is, or a wait for the first rollout anywhere."""
+        if self._scorer.dead is not None:
+            raise self._scorer.dead
         tasks = await self._tasks()
         counts = await self._ctx.queue.waiting(list(tasks), keys.TEACHERS_GROUP, self._ctx.settings.lease_s)
         tasks = {name: task for name, task in tasks.items() if name in counts}
@@ -134,6 +140,7 @@ class TeacherWorker:
                     self._set_aside(name, task, error)
         streams = [source.stream for source in sources.values()]
         self._schedule.forget({stream.job_id for stream in streams}, {stream.model for stream in streams})
+        self._follower.forget_others({stream.job_id for stream in streams})
         return sources
 
     def _set_aside(self, name: str, task: pb.TeacherTask, error: StillhouseError) -> None:
@@ -178,6 +185,8 @@ class TeacherWorker:
         resident = {one.key for one in self._scorer.pool.residents()}
         try:
             model, load_s = await self._scorer.model(task, self._schedule.at_work(waiting, resident))
+            if task.follows_student:
+                await self._follower.follow(model, task, at_least([work.rollout for work in works], task.epoch))
         except StillhouseError as error:
             self._set_aside(stream.name, task, error)
             return

@@ -122,7 +122,7 @@ class Abilities:
     """Kinds of scores that it does not give, and what to do about it."""
     temperatures: bool = True
     """It scores at any temperature; False = at 1 only."""
-    follows: bool = False
+    follows: bool = True
     """It takes new weights while it runs, so that its teacher can follow a student."""
 
     @property

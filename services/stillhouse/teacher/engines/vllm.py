@@ -6,6 +6,8 @@ Meant for GPUs; really run on CPUs only (docs/engines.md).
 from __future__ import annotations
 
 from collections.abc import Callable
+from multiprocessing.connection import wait
+from threading import Thread
 from typing import Any, Final
 
 import torch
@@ -49,6 +51,8 @@ def load(entry: ModelEntry, dtype: str, settings: Settings, beat: Callable[[], N
             f"vLLM does not start with model '{entry.name}': {why}; if memory is short, lower vllm_cache_gib or "
             "vllm_max_length; the service's log has vLLM's own report"
         ) from error
+
+    _tell_of_its_death(llm)
 
     def stop() -> None:
         llm.engine_core.shutdown(CLOSE_S)
@@ -95,6 +99,18 @@ def engine_args(entry: ModelEntry, dtype: str, settings: Settings) -> EngineArgs
         disable_log_stats=True,
         **options,
     )
+
+
+def _tell_of_its_death(llm: Any) -> None:
+    """End the wait for an answer when the engine's process dies: vLLM's own would go on for ever (0.32)."""
+    answers = llm.engine_core.outputs_queue
+    sentinels = [process.sentinel for process in llm.engine_core.resources.engine_manager.processes]
+
+    def watch() -> None:
+        wait(sentinels)
+        answers.put(VllmDeadError())
+
+    Thread(target=watch, name="vllm-death", daemon=True).start()
 
 
 def _obituary(llm: Any, cause: Cause) -> str:
