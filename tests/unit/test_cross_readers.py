@@ -1,4 +1,4 @@
-"""A teacher with another tokenizer at the start of a job: what it reads, and which models have no text in common."""
+"""A teacher with another tokenizer: what it reads, and which models have no text in common."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ import pytest
 from tokenizers import Tokenizer, normalizers
 
 from stillhouse.core.blobs import Artifacts
-from stillhouse.core.errors import PreflightError
-from stillhouse.core.models import ModelEntry, inspect_model
+from stillhouse.core.errors import PreflightError, WireError
+from stillhouse.core.models import ModelEntry, ModelRegistry, inspect_model
 from stillhouse.core.spec import JobSpec
+from stillhouse.core.spelling import Spelling
+from stillhouse.core.tensors import ids_tensor
+from stillhouse.teacher.spans import Reader
 from stillhouse.trainer.preflight import load_prompts, open_readers
+from stillhouse.v1 import rollout_pb2 as pb
 from tests.cluster import job_spec
 from tests.gateway_kit import make_model
 from tests.spellings import END_ID, as_pretrained, byte_level
@@ -100,3 +104,63 @@ def test_models_without_a_text_in_common_are_refused(
     entries[whose] = inspect_model(whose, Path(entries[whose].path))
     with pytest.raises(PreflightError, match=message):
         open_readers(SPEC, entries["student"], {"main": entries["teacher"]})
+
+
+@pytest.fixture
+def registry(tmp_path: Path, student: ModelEntry, teacher: ModelEntry) -> ModelRegistry:
+    made = ModelRegistry(tmp_path / "models.yaml")
+    made.add(student)
+    made.add(teacher)
+    return made
+
+
+def rollout(student: ModelEntry, text: str, **fields: Any) -> pb.Rollout:
+    """A completion that ended by itself."""
+    ids = [*Spelling(Path(student.path) / "tokenizer.json").write(text), EOS_ID]
+    return pb.Rollout(
+        sample_id="1/0",
+        prompt_ids=ids_tensor([5]),
+        teacher_prompt_ids=ids_tensor([6, 7]),
+        completion_ids=ids_tensor(ids),
+        finish_reason=pb.FINISH_REASON_STOP,
+        score=pb.ScoreSpec(kind=pb.SCORE_KIND_SPANS),
+        **{"tokenizer_sha256": student.tokenizer_sha256, **fields},
+    )
+
+
+def task(student: ModelEntry, teacher: ModelEntry) -> pb.TeacherTask:
+    made = pb.TeacherTask(model="teacher", tokenizer_sha256=teacher.tokenizer_sha256)
+    made.retokenize.CopyFrom(pb.Retokenize(student="student", end_token_id=END_ID))
+    return made
+
+
+async def test_an_engine_gets_the_teachers_tokens(
+    registry: ModelRegistry, student: ModelEntry, teacher: ModelEntry
+) -> None:
+    item = await Reader(registry).item(task(student, teacher), rollout(student, "the fox"))
+    written = Spelling(Path(teacher.path) / "tokenizer.json").write("the fox")
+    assert item.completion_ids == [*written, END_ID]
+    assert item.prompt_ids == [6, 7]
+    assert item.kind == pb.SCORE_KIND_SAMPLED
+    assert item.spans is not None
+    assert (item.spans.student_ends[-1], item.spans.teacher_ends[-1]) == (len("the fox") + 1, len(written) + 1)
+
+
+async def test_a_text_that_cannot_be_read_is_no_guess(
+    registry: ModelRegistry, student: ModelEntry, teacher: ModelEntry
+) -> None:
+    """Another tokenizer than the registered one, a model that is not registered, and nobody to say how to read."""
+    reader, right = Reader(registry), task(student, teacher)
+    with pytest.raises(WireError, match=r"'student' is registered here with tokenizer .*, meant is other"):
+        await reader.item(right, rollout(student, "a", tokenizer_sha256="other"))
+    stranger = task(student, teacher)
+    stranger.retokenize.student = "stranger"
+    with pytest.raises(WireError, match="unknown model 'stranger'"):
+        await reader.item(stranger, rollout(student, "a"))
+    silent = task(student, teacher)
+    silent.ClearField("retokenize")
+    with pytest.raises(WireError, match="nothing says how to read it"):
+        await reader.item(silent, rollout(student, "a"))
+    (Path(teacher.path) / "tokenizer.json").write_text("{}")
+    with pytest.raises(WireError, match="changed since the model was registered"):
+        await reader.item(right, rollout(student, "a"))

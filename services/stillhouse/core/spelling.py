@@ -8,12 +8,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
 from tokenizers import Tokenizer
 
+from stillhouse.core.blobs import sha256_file
 from stillhouse.core.errors import SpecError
+from stillhouse.core.models import ModelEntry
+from stillhouse.core.vocabulary import TOKENIZER_FILE
 
 PROBE: Final = 'Why? "It\'s 12%":\n\tif x_1 == [y]:  go(A)\n\nThe End.'
 """Ordinary text: capitals, runs of blanks, tabs and line ends, which some tokenizers rewrite."""
@@ -66,6 +70,25 @@ class Spelling:
         """How it changes ordinary text, for people; empty = it does not."""
         found = b"".join(self.spell(self.write(PROBE))).decode(errors="replace")
         return "" if found == PROBE else f"it reads {PROBE!r} as {found!r}"
+
+
+def spelling_of(entry: ModelEntry) -> Spelling:
+    """A registered model's. The first time it reads the file, up to two seconds: call it in a thread.
+
+    Raises:
+        SpecError: the file is not the registered one, or its tokens are not pieces of text.
+    """
+    return _load(entry.name, Path(entry.path) / TOKENIZER_FILE, entry.files[TOKENIZER_FILE])
+
+
+@lru_cache(maxsize=8)
+def _load(name: str, path: Path, sha256: str) -> Spelling:
+    if (found := sha256_file(path)) != sha256:
+        raise SpecError(
+            f"{path} changed since the model was registered (sha256 {found[:12]}, then {sha256[:12]}); register it "
+            f"again with `stillhouse models add {name} {path.parent}`"
+        )
+    return Spelling(path)
 
 
 def _speller(path: Path) -> Any:

@@ -12,13 +12,11 @@ from __future__ import annotations
 import asyncio
 import codecs
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Final
 
-from stillhouse.core.blobs import sha256_file
 from stillhouse.core.errors import StillhouseError, WireError
-from stillhouse.core.models import ModelEntry, ModelRegistry
-from stillhouse.core.spelling import Spelling
+from stillhouse.core.models import ModelRegistry
+from stillhouse.core.spelling import Spelling, spelling_of
 from stillhouse.core.tensors import ids_list
 from stillhouse.teacher.engines.base import ScoreItem, Spans
 from stillhouse.teacher.messages import make_item
@@ -154,8 +152,6 @@ class Reader:
 
     def __init__(self, registry: ModelRegistry) -> None:
         self._registry = registry
-        self._spellings: dict[str, Spelling] = {}
-        """By hash of the tokenizer.json."""
 
     async def item(self, task: pb.TeacherTask, rollout: pb.Rollout) -> ScoreItem:
         """What the engine scores. Reading a tokenizer takes up to a second, hence a thread.
@@ -178,8 +174,8 @@ class Reader:
             each = list(range(1, len(ids) + 1))
             return make_item(rollout, ids, Spans(each, each, [True] * len(ids)))
         try:
-            student = self._spelling(self._registry.get(task.retokenize.student), rollout.tokenizer_sha256)
-            teacher = self._spelling(self._registry.get(task.model), task.tokenizer_sha256)
+            student = self._spelling(task.retokenize.student, rollout.tokenizer_sha256)
+            teacher = self._spelling(task.model, task.tokenizer_sha256)
         except StillhouseError as error:
             raise WireError(f"sample {rollout.sample_id} cannot be read as text: {error.message}") from None
         is_ended = rollout.finish_reason == pb.FINISH_REASON_STOP and bool(ids) and ids[-1] in student.special_ids
@@ -192,20 +188,12 @@ class Reader:
         )
         return make_item(rollout, teacher_ids, spans)
 
-    def _spelling(self, entry: ModelEntry, tokenizer_sha256: str) -> Spelling:
+    def _spelling(self, model: str, tokenizer_sha256: str) -> Spelling:
         """The tokenizer of a registered model, which must be the one that is meant."""
+        entry = self._registry.get(model)
         if entry.tokenizer_sha256 != tokenizer_sha256:
             raise WireError(
-                f"model '{entry.name}' is registered here with tokenizer {entry.tokenizer_sha256[:12]}, meant is "
+                f"model '{model}' is registered here with tokenizer {entry.tokenizer_sha256[:12]}, meant is "
                 f"{tokenizer_sha256[:12]}; it was registered again after the job was accepted"
             )
-        file_sha256 = entry.files["tokenizer.json"]
-        if file_sha256 not in self._spellings:
-            path = Path(entry.path) / "tokenizer.json"
-            if (found := sha256_file(path)) != file_sha256:
-                raise WireError(
-                    f"{path} changed since the model was registered (sha256 {found[:12]}, registered "
-                    f"{file_sha256[:12]}); register it again with `stillhouse models add {entry.name} {entry.path}`"
-                )
-            self._spellings[file_sha256] = Spelling(path)
-        return self._spellings[file_sha256]
+        return spelling_of(entry)

@@ -19,8 +19,8 @@ from stillhouse.core.blobs import Artifacts
 from stillhouse.core.errors import PreflightError, SpecError
 from stillhouse.core.models import ModelEntry
 from stillhouse.core.spec import DataSpec, FullVocabularyLoss, JobSpec, PolicyGradientLoss, StageSpec
-from stillhouse.core.spelling import Spelling
-from stillhouse.core.vocabulary import TOKENIZER_FILE, difference
+from stillhouse.core.spelling import spelling_of
+from stillhouse.core.vocabulary import difference
 from stillhouse.trainer.prompts import Prompt, check_lengths, load_rows, prepare, with_completions
 from stillhouse.trainer.templates import Renderer, check_ends, naming, teacher_renderers
 from stillhouse.trainer.tokens import special_token_ids, stop_token_ids
@@ -81,7 +81,7 @@ def check_texts(student: ModelEntry, teacher: ModelEntry) -> None:
     for entry in (student, teacher):
         with naming(f"model '{entry.name}'"):
             try:
-                problem = Spelling(Path(entry.path) / TOKENIZER_FILE).rewrites()
+                problem = spelling_of(entry).rewrites()
             except SpecError as error:
                 raise PreflightError(error.message) from None
             if problem:
