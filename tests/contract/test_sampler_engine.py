@@ -31,8 +31,8 @@ from tests.contract.sampler_engines import (
     p_value,
     texts,
 )
+from tests.reading import slow_end
 from tests.tiny import EOS_ID, TOKENIZER_SIZE, make_tokenizer
-from tests.unit.test_stops import slow_end
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -17,9 +17,8 @@ from stillhouse.core.vocabulary import tokenizer_of
 from stillhouse.trainer.journal import read_step
 from stillhouse.v1 import rollout_pb2 as pb
 from tests.cluster import Cluster, job_spec
+from tests.reading import OTHER, THINKING, slow_end
 from tests.tiny import EOS_ID, make_tiny_model
-from tests.unit.test_stops import slow_end
-from tests.unit.test_templates import OTHER, THINKING
 
 ONE_STEP = {"steps": 1, "prompts_per_step": 2, "group_size": 2, "max_staleness": 0}
 

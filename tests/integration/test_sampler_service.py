@@ -30,8 +30,8 @@ from stillhouse.v1 import rollout_pb2 as pb
 from stillhouse.v1 import sampler_pb2, sampler_pb2_grpc, tensor_pb2, trainer_pb2, trainer_pb2_grpc, weights_pb2
 from tests.cluster import Cluster, job_spec
 from tests.conftest import start_valkey, stop_valkey
+from tests.reading import slow_end
 from tests.tiny import TOKENIZER_SIZE, make_tiny_model
-from tests.unit.test_stops import slow_end
 from tests.waiting import wait_until
 
 LEASE_S = 600.0

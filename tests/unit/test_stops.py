@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from stillhouse.sampler.stops import INCOMPLETE, MAX_PENDING, StopMatcher
+from tests.reading import slow_end
 from tests.tiny import make_tokenizer
 
 TEXT = "Observation: 12 apples.\n\nFinal answer: 3€ 😀😀 für Zoë </s>\n```\n"
@@ -51,15 +50,6 @@ def pieces() -> Tokenizer:
 
 
 TOKENIZERS = {"byte level": byte_level(), "merged": merged(), "pieces": pieces()}
-
-
-def slow_end(tokenizer: Tokenizer, ids: Sequence[int], stops: Sequence[str]) -> int | None:
-    """The definition: the shortest prefix whose text contains a stop string."""
-    for number in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[:number], skip_special_tokens=False)
-        if any(stop in text for stop in stops):
-            return number
-    return None
 
 
 def completions(tokenizer: Tokenizer) -> st.SearchStrategy[list[int]]:

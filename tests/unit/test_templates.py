@@ -15,19 +15,9 @@ from stillhouse.trainer.preflight import Readers, load_prompts, open_readers
 from stillhouse.trainer.prompts import Prompt, prepare
 from tests.cluster import job_spec
 from tests.gateway_kit import make_model
+from tests.reading import OTHER, THINKING
 from tests.tiny import CHAT_TEMPLATE, EOS_ID, PAD_ID, make_tokenizer
 
-THINKING = CHAT_TEMPLATE.replace(
-    "<|im_start|>assistant\n{% endif %}",
-    "<|im_start|>assistant\n{% if not enable_thinking %}<think></think>{% endif %}{% endif %}",
-)
-"""As Qwen3's: without thinking the prompt holds an empty thought."""
-OTHER = (
-    "<|endoftext|>{% for m in messages %}[{{ m.role }}]{{ m.content }}"
-    "{% if m.role == 'assistant' %}<|im_end|>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}[assistant]{% endif %}"
-)
-"""A teacher's, of another family; the same tokens."""
 NO_SYSTEM = (
     "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
     "{% endfor %}[a]"
