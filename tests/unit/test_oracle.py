@@ -120,6 +120,22 @@ def test_a_deterministic_job_takes_exactly_one_version(tmp_path: Path) -> None:
     assert verify_job(job.artifacts).broken_rules() == {"staleness"}
 
 
+def test_weights_may_be_replaced_while_a_completion_is_written(tmp_path: Path) -> None:
+    """Stale is a sample by the weights that began it; newer ones may go on, up to those it is trained on."""
+    job = Job(tmp_path)
+    job.open()
+    job.run(3)
+    scores = job.scores(3, version=2)
+    long = [score.rollout for score in scores if score.rollout.completion_ids.shape[0] > 1]
+    assert long
+    for rollout in long:
+        rollout.spans.add(first_token=1, policy_version=3, epoch=1)
+        rollout.weights_sha256 = "1-3"
+    job.journal(3, scores)
+    report = verify_job(job.artifacts, job.record)
+    assert report.ok, report.text()
+
+
 def test_it_changes_nothing_and_says_the_same_twice(tmp_path: Path) -> None:
     job = finished(tmp_path)
     before = {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()}

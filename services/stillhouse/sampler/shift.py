@@ -253,7 +253,7 @@ class Shift:
             self._works.pop(work.entry.id, None)
             raise
         finally:
-            work.is_writing = self._student.is_pinned = False
+            work.is_writing = False
 
     async def _write(self, work: Work) -> None:
         engine, entry = self._student.engine, self._student.entry

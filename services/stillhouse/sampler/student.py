@@ -154,9 +154,9 @@ class Student:
         Raises:
             StaleWeightsError: it did not have them in time.
         """
-        if self._suits(scope, at_least, exactly):
-            if exactly is None:
-                await self.follow(scope)
+        # an exact version must be asked for under the lock: newer weights may be on their way into the engine
+        if exactly is None and self._suits(scope, at_least, None):
+            await self.follow(scope)
             return
         deadline = time.monotonic() + PULL_WAIT_S
         delay_s = PULL_BACKOFF_S

@@ -22,7 +22,7 @@ RULES: Final[dict[str, str]] = {
     "reward": "where the loss asks for an outcome reward, every scored sample has one, from 0 to 1",
     "coverage": "each pass over the data takes every row once",
     "spans": "every token has a policy version, of an epoch on the lineage, and versions never go back",
-    "staleness": "a sample is trained at most max_staleness versions after the weights that wrote it",
+    "staleness": "a sample is trained at most max_staleness versions after the weights that began it",
     "weights": "a policy version names the same weights everywhere",
     "values": "lengths agree, numbers are finite, log-probabilities are at most 0",
     "ledger": "each scored sample was trained exactly once: the chain beside the weights equals the journals'",
