@@ -36,7 +36,6 @@ UNBOUNDED: Final = {
     # compute threads: core/pulse.py ends the process when they make no progress for hang_s
     "core/worker.py ComputeThread.run: run_in_executor": "the pulse",
     "trainer/train.py LearnerThread.call: run_in_executor": "the pulse",
-    "sampler/generation.py Generator._batch: ended.get()": "its end is queued when the compute thread's call ends",
     "gateway/jobs.py submit: run_in_executor": "a DeadlineRoute answers after 20 s",
     # vLLM's engine process: the pulse ends ours when it owes tokens and gives none; if it dies, each of these is told
     "sampler/engines/vllm.py VllmEngine._outputs: reports.get()": "the pulse",
@@ -50,9 +49,11 @@ UNBOUNDED: Final = {
     "trainer/texts.py Texts.run: slots.acquire()": "a text ends: lost samplers are seen, hung ones end by the pulse",
     "trainer/run.py Run._scored_again: await self.exchange.rescore(header.step, hidden)": "no_teacher, teacher_silent",
     # locks: held only around calls that have limits
+    "sampler/shift.py Shift.run: self.halted.wait()": "the shift's life: the worker watches lease and stop beside it",
+    "sampler/student.py Student.ensure: self._changing": "a pull, PULL_TIMEOUT_S, and a load, bounded by the pulse",
+    "sampler/student.py Student.follow: self._changing": "likewise; halting the shift cuts it short",
+    "sampler/student.py Student.load_model: self._changing": "likewise",
     "sampler/student.py Student.guest: self._guest_lock": "a load, bounded by the pulse",
-    "sampler/student.py Student._pull: self.swap": "a load, bounded by the pulse",
-    "sampler/service.py SamplerServicer.Generate: self._student.swap": "the call's own deadline",
     "trainer/exchange.py Exchange._arrive: self._fetches": "fetches, FETCH_TIMEOUT_S each",
     "trainer/verify/judges.py Judges._run: self._slots": "verdicts and loads, which have deadlines",
     "trainer/verify/judges.py Judges.load: self._slots": "likewise",
