@@ -11,8 +11,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -128,7 +128,7 @@ class VllmEngine:
                                 return
         except VllmDeadError:
             pieces.put_nowait(self._dead())
-        except Exception as error:  # whatever vLLM has against one request
+        except Exception as error:  # whatever it is: who reads the pieces waits for an end
             pieces.put_nowait(failed(request, "engine_error", f"{type(error).__name__}: {error}"))
         finally:
             if self._rows.get(request.key) is row:
@@ -194,12 +194,21 @@ class VllmEngine:
         except VllmDeadError:
             return  # its writers say so
 
+    @contextmanager
+    def _call(self) -> Iterator[None]:
+        """Asks something of the engine's process: it may not hang, and has our name for its death."""
+        try:
+            with self._pulse.work():
+                yield
+        except VllmDeadError as error:
+            raise self._dead() from error
+
     async def pause(self) -> None:
-        with self._pulse.work():
+        with self._call():
             await self._llm.pause_generation(mode="keep", clear_cache=False)
 
     async def resume(self) -> None:
-        with self._pulse.work():
+        with self._call():
             await self._llm.resume_generation()
 
     async def load_weights(
@@ -236,7 +245,7 @@ class VllmEngine:
 
     async def close(self) -> None:
         await cancel_all([self._watch])
-        self.abort(list(self._rows))
+        await self._abort([row.name for row in self._rows.values()])
         with self._pulse.work(BULK):
             await self._process.close()
 
