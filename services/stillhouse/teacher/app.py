@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from stillhouse.core import vllm_env
 from stillhouse.core.config import Settings
 from stillhouse.core.errors import ConfigError
@@ -13,7 +15,7 @@ from stillhouse.core.worker import ComputeThread
 from stillhouse.teacher.blobstore import BlobStore
 from stillhouse.teacher.cache import ScoreCache
 from stillhouse.teacher.engines.base import TRANSFORMERS, Abilities, Engine
-from stillhouse.teacher.engines.vllm_scores import vllm_abilities
+from stillhouse.teacher.engines.vllm_scores import V2_RUNNER, vllm_abilities
 from stillhouse.teacher.following import Follower
 from stillhouse.teacher.pool import LoadEngine, ModelPool
 from stillhouse.teacher.scoring import Scorer
@@ -71,7 +73,8 @@ def _transformers(settings: Settings) -> LoadEngine:
 
 
 def _vllm(ctx: Context) -> LoadEngine:
-    vllm_env.prepare(ctx.settings)
+    # what it can do is known before it is started: the runner is chosen here, not by vLLM
+    vllm_env.prepare(ctx.settings, **{V2_RUNNER: os.environ.get(V2_RUNNER, "0")})
     try:
         from stillhouse.teacher.engines import vllm
     except ImportError as error:

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class TeacherServiceStub:
-    """Scores what the student sampled, with frozen models. Every call needs the deployment's internal credential.
+    """Scores what the student sampled, with frozen models or with an average of the student. Every call needs the deployment's internal credential.
     """
 
     def __init__(self, channel):
@@ -68,7 +68,7 @@ class TeacherServiceStub:
 
 
 class TeacherServiceServicer:
-    """Scores what the student sampled, with frozen models. Every call needs the deployment's internal credential.
+    """Scores what the student sampled, with frozen models or with an average of the student. Every call needs the deployment's internal credential.
     """
 
     def GetInfo(self, request, context):
@@ -161,7 +161,7 @@ def add_TeacherServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class TeacherService:
-    """Scores what the student sampled, with frozen models. Every call needs the deployment's internal credential.
+    """Scores what the student sampled, with frozen models or with an average of the student. Every call needs the deployment's internal credential.
     """
 
     @staticmethod

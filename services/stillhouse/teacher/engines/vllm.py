@@ -5,7 +5,7 @@ Meant for GPUs; really run on CPUs only (docs/engines.md).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
 from threading import Thread
 from typing import Any, Final
@@ -52,7 +52,9 @@ def load(entry: ModelEntry, dtype: str, settings: Settings, beat: Callable[[], N
             "vllm_max_length; the service's log has vLLM's own report"
         ) from error
 
-    _tell_of_its_death(llm)
+    llm.get_supported_tasks()  # asked once; the first request would ask, and wait for ever for a process that has died
+    processes = list(llm.engine_core.resources.engine_manager.processes)
+    _tell_of_its_death(llm, processes)
 
     def stop() -> None:
         llm.engine_core.shutdown(CLOSE_S)
@@ -64,7 +66,7 @@ def load(entry: ModelEntry, dtype: str, settings: Settings, beat: Callable[[], N
         max_model_len=llm.model_config.max_model_len,
         has_targets=llm.vllm_config.use_v2_model_runner,
         dead_errors=(VllmDeadError,),
-        obituary=lambda: _obituary(llm, cause),
+        obituary=lambda: _obituary(processes, cause),
         stop=stop,
     )
     size_bytes = entry.num_parameters * itemsize(DTYPE_NAMES[dtype])
@@ -101,10 +103,10 @@ def engine_args(entry: ModelEntry, dtype: str, settings: Settings) -> EngineArgs
     )
 
 
-def _tell_of_its_death(llm: Any) -> None:
-    """End the wait for an answer when the engine's process dies: vLLM's own would go on for ever (0.32)."""
+def _tell_of_its_death(llm: Any, processes: Sequence[Any]) -> None:
+    """End the wait for an answer when a process of the engine dies: vLLM's own would go on for ever (0.32)."""
     answers = llm.engine_core.outputs_queue
-    sentinels = [process.sentinel for process in llm.engine_core.resources.engine_manager.processes]
+    sentinels = [process.sentinel for process in processes]
 
     def watch() -> None:
         wait(sentinels)
@@ -113,13 +115,13 @@ def _tell_of_its_death(llm: Any) -> None:
     Thread(target=watch, name="vllm-death", daemon=True).start()
 
 
-def _obituary(llm: Any, cause: Cause) -> str:
+def _obituary(processes: Sequence[Any], cause: Cause) -> str:
     """How the engine's process ended."""
-    manager = llm.engine_core.resources.engine_manager
-    codes = [process.exitcode for process in manager.processes] if manager else []
-    code = codes[0] if codes else None
     if why := cause.read():
         return f"failed: {why}"
+    for process in processes:
+        process.join(CLOSE_S)
+    code = next((process.exitcode for process in processes if process.exitcode is not None), None)
     if code is None:
         return "does not answer"
     return f"ended with {code}" if code >= 0 else f"was killed by signal {-code}; out of memory?"
