@@ -62,7 +62,7 @@ def pieces(spelling: Spelling, ids: list[int], ends: list[int]) -> list[bytes]:
     return [b"".join(parts[start:end]) for start, end in itertools.pairwise([0, *ends])]
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=80)
 @given(texts, st.sampled_from(KINDS))
 def test_tokens_spell_what_the_tokenizer_decodes(
     spellings: dict[str, Spelling], paths: Any, text: str, kind: str
@@ -74,7 +74,7 @@ def test_tokens_spell_what_the_tokenizer_decodes(
         assert decoded == text or kind == "pieces with prefix"
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=120)
 @given(texts, pairs)
 def test_spans_are_exact_complete_and_as_short_as_possible(
     spellings: dict[str, Spelling], text: str, pair: tuple[str, str]
@@ -111,7 +111,7 @@ def shortest(student: Spelling, teacher: Spelling, ids: list[int], teacher_ids: 
     return [*sorted(found.values()), (len(ids), len(teacher_ids))]
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=80)
 @given(texts, st.sampled_from(KINDS), st.sets(st.integers(0, 40), max_size=3))
 def test_spans_that_the_students_tokenizer_writes_otherwise_are_marked(
     spellings: dict[str, Spelling], text: str, kind: str, places: set[int]
@@ -141,7 +141,7 @@ def test_of_the_last_word_of_a_cut_text_nobody_knows_how_it_is_written(spellings
         assert not spans.is_canonical[0]
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(st.lists(st.integers(0, 450), min_size=1, max_size=24), pairs, st.booleans())
 def test_any_tokens_at_all_can_be_read(
     spellings: dict[str, Spelling], ids: list[int], pair: tuple[str, str], is_cut: bool
