@@ -37,6 +37,12 @@ UNBOUNDED: Final = {
     "core/worker.py ComputeThread.run: run_in_executor": "the pulse",
     "trainer/train.py LearnerThread.call: run_in_executor": "the pulse",
     "gateway/jobs.py submit: run_in_executor": "a DeadlineRoute answers after 20 s",
+    # the transformers engine: its tokens are under the pulse, and an error of its driver is told to all who wait
+    "sampler/engines/transformers.py TransformersEngine._drive: listener.is_read.wait()": "readers ask again or leave",
+    "sampler/engines/transformers.py TransformersEngine._drive: self._goes_on.wait()": "who pauses resumes, or closes",
+    "sampler/engines/transformers.py TransformersEngine._empty: self._one_left.wait()": "running calls end: the pulse",
+    "sampler/engines/transformers.py TransformersEngine.close: asyncio.wait([self._driver])": "one token: the pulse",
+    "sampler/engines/transformers.py _Listener.receive: self._arrived.wait()": "the pulse",
     # vLLM's engine process: the pulse ends ours when it owes tokens and gives none; if it dies, each of these is told
     "sampler/engines/vllm.py VllmEngine._outputs: reports.get()": "the pulse",
     "sampler/engines/vllm.py VllmEngine._outputs: self._entering": "entering takes no time, loading has the pulse",

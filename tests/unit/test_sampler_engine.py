@@ -347,11 +347,12 @@ async def test_alone_gives_the_same_bits_in_another_process(tmp_path: Path, open
     assert found.stdout.strip().endswith(str(expected)), found.stderr
 
 
-async def test_close_ends_what_runs_and_refuses_what_comes(open_engine: Any) -> None:
+@pytest.mark.parametrize("alone", [False, True])
+async def test_close_ends_what_runs_and_refuses_what_comes(open_engine: Any, alone: bool) -> None:
     engine = await open_engine(max_sequences=2)
     wanted = [SampleRequest(str(n), [5, n], 200, n) for n in range(10, 15)]
     ends: dict[str, str] = {}
-    async for piece in engine.generate(wanted):
+    async for piece in engine.generate(wanted, alone=alone):
         if not ends:
             await engine.close()
         if piece.finish_reason:

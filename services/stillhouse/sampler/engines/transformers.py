@@ -112,7 +112,8 @@ class TransformersEngine:
             await self._compute.run(self._decoder.run, arrivals, 0.0 if alone else SLICE_S)
             self._deliver()
             for listener in alone:  # in step with its reader: what is aborted, and when, must not depend on the clock
-                await listener.is_read.wait()
+                if not self._is_closed:
+                    await listener.is_read.wait()
 
     def _deliver(self) -> None:
         for listener in self._listeners:
