@@ -186,6 +186,7 @@ async def test_a_lost_lease_hands_the_work_back(desk: Desk) -> None:
     assert handed_back.deliveries == 1, "handing back is no attempt: only ours counts"
 
 
+@pytest.mark.timeout(180)
 async def test_sigterm_hands_back_and_exits_0(desk: Desk, redis_url: str) -> None:
     desk.cluster.add_model("big", seed=3, num_layers=24, hidden_size=64, max_position_embeddings=4096)
     big = await open_desk(desk.cluster, desk.cluster.settings.home, desk.trainer, student={"model": "big"})
@@ -213,6 +214,7 @@ async def test_sigterm_hands_back_and_exits_0(desk: Desk, redis_url: str) -> Non
     assert not [info for info in await big.cluster.ctx.registry.services("sampler") if info.instance == "sampler-p"]
 
 
+@pytest.mark.timeout(180)
 async def test_what_a_killed_sampler_had_written_is_continued_by_another(desk: Desk, redis_url: str) -> None:
     """kill -9 of a real process in the middle of long completions. Its successor has newer weights, so that the spans
     of each rollout say where it went on; the log-probabilities before are of the old weights, those after of the new.

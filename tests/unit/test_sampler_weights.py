@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,8 @@ from stillhouse.core.queue.streams import Scope
 from stillhouse.core.rpc import chunks
 from stillhouse.core.tensors import DTYPE_NAMES
 from stillhouse.core.weights import weights_sha256
+from stillhouse.core.worker import ComputeThread
+from stillhouse.sampler.student import Student
 from stillhouse.v1 import tensor_pb2, trainer_pb2, weights_pb2
 
 SCOPE = Scope("job_weights", 3)
@@ -135,3 +139,29 @@ def _start_with_a_chunk(number: int, part: Any) -> None:
 async def test_damaged_weights_are_refused(fault: Any, error: type[Exception]) -> None:
     with pytest.raises(error):
         await fetch(FakeTrainer(fault))
+
+
+async def test_an_exact_version_is_not_replaced_by_a_pull_that_was_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Version 0 is in the engine, a hint of version 1 is being followed: a group that needs exactly 0 waits."""
+    ctx: Any = SimpleNamespace()
+    student, arrived = Student(ctx, ComputeThread("test"), ctx), asyncio.Event()
+    student.weights, student.weights_job = weights_pb2.WeightsRef(epoch=3, policy_version=0), SCOPE.job_id
+    student.hint = weights_pb2.WeightsRef(epoch=3, policy_version=1)
+
+    async def pull(scope: Scope, exact_version: int | None) -> None:
+        if exact_version is None:
+            await arrived.wait()
+        student.weights = weights_pb2.WeightsRef(epoch=3, policy_version=1 if exact_version is None else exact_version)
+
+    monkeypatch.setattr(student, "_pull", pull)
+    following = asyncio.create_task(student.follow(SCOPE))
+    await asyncio.sleep(0)
+    student.is_pinned = True
+    ready = asyncio.create_task(student.ensure(SCOPE, exactly=0))
+    await asyncio.wait([ready], timeout=0.05)
+    assert not ready.done()
+    arrived.set()
+    await asyncio.gather(following, ready)
+    assert student.version(SCOPE) == 0
+    await student.follow(SCOPE)
+    assert student.version(SCOPE) == 0, "pinned"
