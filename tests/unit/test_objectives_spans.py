@@ -186,3 +186,19 @@ def test_a_score_without_spans_trains_nothing() -> None:
 def test_spans_that_are_none_are_refused(student: list[int], teacher: list[int], message: str) -> None:
     with pytest.raises(WireError, match=message):
         span_arrays(score(student, teacher, [-1.0, -1.0]), 4)
+
+
+def test_a_text_is_written_in_one_way_and_not_in_all() -> None:
+    """Spans 0 and 1 spell one text, 0 as the tokenizer does. The control, which credits both, spreads over both."""
+    q = torch.tensor([0.4, 0.4, 0.1, 0.1, 0.1, 0.1, 0.2]).double()
+    marked = q.log() + MIN_LOG_Q * (torch.arange(len(SPANS)) == 1)
+    shares = []
+    for log_q in (marked, q.log()):
+        student = Writer(0)
+        for _ in range(100):
+            gradient = mean_gradient(loss("policy_gradient", cross_tokenizer=True), student, log_q)
+            student.logits.data -= 3 * gradient
+        p = student.probabilities().detach()
+        shares.append(float(p[1] / (p[0] + p[1])))
+    assert shares[0] < 1e-3
+    assert shares[1] == pytest.approx(0.5, abs=0.05)
