@@ -157,6 +157,25 @@ async def test_weights_are_replaced_while_completions_run(desk: Desk, monkeypatc
     assert [span.policy_version for span in (await desk.wait_for("1/0"))["1/0"].spans] == [1]
 
 
+async def test_a_sampler_does_not_take_over_its_own_groups(desk: Desk) -> None:
+    """Its renewals fail for a lease while it writes; what it asks for then is its own."""
+    desk.publish(0)
+    await desk.cluster.start("sampler")
+    await desk.lease("sampler-0")
+    await desk.plan(0, num_samples=4, sampling={"max_tokens": 60, "temperature": 9.0})
+    await wait_until(lambda: is_claimed(desk), timeout_s=10, what="the group to be claimed")
+    redis: Any = desk.cluster.ctx.redis
+    while not await desk.is_drained():
+        [pending] = await redis.xpending_range(desk.prompts, keys.SAMPLERS_GROUP, "-", "+", 1) or [None]
+        if pending is not None:
+            ids = [pending["message_id"]]
+            await redis.xclaim(desk.prompts, keys.SAMPLERS_GROUP, "sampler-0", 0, ids, idle=60_000, justid=True)
+    got = await desk.wait_for(*[f"0/{index}" for index in range(4)])
+    peer = await desk.peer("sampler-0")
+    info = await peer.unary("GetInfo", sampler_pb2.SamplerServiceGetInfoRequest(), timeout_s=5)
+    assert info.sampled_tokens == sum(len(ids_list(rollout.completion_ids)) for rollout in got.values())
+
+
 async def test_two_samplers_share_the_work(desk: Desk) -> None:
     desk.publish(0)
     for name in ("sampler-0", "sampler-1"):

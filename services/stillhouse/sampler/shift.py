@@ -151,20 +151,25 @@ class Shift:
             if time.monotonic() - started < LOOK_S:
                 await self._wait_for_change()  # nothing to read from: the streams are not there yet, or no longer
             return
+        if entries[0].id in self._works:
+            return  # our own: its renewals failed for a lease, and nobody else came
         failpoint("sampler.claimed")
         work = await self._open(entries[0])
         if work is None:
             return
         if work.is_alone:
-            while self._works and not self.halted.is_set():
-                await self._wait_for_change()
+            await self._until_idle()
         if self.halted.is_set():
             return
         self._works[work.entry.id] = work
         self._spawn(self._serve(work), f"group {work.group.group_id}")
         if work.is_alone:
-            while self._works and not self.halted.is_set():
-                await self._wait_for_change()
+            await self._until_idle()
+
+    async def _until_idle(self) -> None:
+        """Wait until the open groups are done, or the shift is halted."""
+        while self._works and not self.halted.is_set():
+            await self._wait_for_change()
 
     async def _wait_for_change(self) -> None:
         await pause(self._changed, LOOK_S)
