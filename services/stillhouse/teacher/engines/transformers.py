@@ -84,11 +84,19 @@ class TransformersEngine:
         good = [number for number in range(len(items)) if number not in results]
         if good:
             hidden_BLD = self._hidden([items[number] for number in good])
+            alike: dict[Any, list[int]] = {}
             for row, number in enumerate(good):
-                item = items[number]
+                alike.setdefault(_asks(items[number]), []).append(row)
+            for rows in alike.values():
+                chosen = [items[good[row]] for row in rows]
                 # the state at position i predicts token i + 1
-                first = len(item.prompt_ids) - 1
-                results[number] = self._judge(item, hidden_BLD[row, first : first + len(item.completion_ids)])
+                starts = [len(item.prompt_ids) - 1 for item in chosen]
+                parts = [
+                    hidden_BLD[row, start : start + len(item.completion_ids)]
+                    for row, start, item in zip(rows, starts, chosen, strict=True)
+                ]
+                judged = self._judge(chosen, torch.cat(parts))
+                results |= {good[row]: result for row, result in zip(rows, judged, strict=True)}
         return [results[number] for number in range(len(items))]
 
     def _hidden(self, items: Sequence[ScoreItem]) -> Tensor:
@@ -98,41 +106,52 @@ class TransformersEngine:
             ids[row, : item.length] = torch.tensor([*item.prompt_ids, *item.completion_ids])
         return self._model.base_model(input_ids=ids.to(self._device), use_cache=False).last_hidden_state
 
-    def _judge(self, item: ScoreItem, hidden_TD: Tensor) -> Scored | Unscored:
-        payload = None
-        if item.kind == pb.SCORE_KIND_HIDDEN:
-            payload = hidden_TD.to(torch.float16 if item.half else torch.float32)
-            if item.half and bool(torch.isinf(payload).any()) and bool(torch.isfinite(hidden_TD).all()):
-                worst = float(hidden_TD.abs().max())
-                return Unscored(item.key, "fp16_overflow", f"hidden state of size {worst:.4g}; float16 ends at 65504")
-        parts = self._logprobs(item, hidden_TD)
-        columns = {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]}
-        # -inf is an answer: a token that the teacher forbids outright
-        is_broken = not bool((columns["teacher_logprobs"] < np.inf).all())
-        if is_broken or not bool(torch.isfinite(hidden_TD).all()):
-            return Unscored(item.key, "non_finite", "NaN or infinity in the teacher's output")
-        return Scored(item.key, hidden=None if payload is None else payload.cpu().numpy(), **columns)
+    def _judge(self, items: Sequence[ScoreItem], hidden_ND: Tensor) -> list[Scored | Unscored]:
+        """The scores of items that ask the same, from the states of all of their tokens in a row: N = sum of T."""
+        columns = {name: array.cpu().numpy() for name, array in self._logprobs(items, hidden_ND).items()}
+        sizes_N = hidden_ND.abs().amax(dim=-1).float().cpu().numpy()  # NaN where a state has one
+        if items[0].kind == pb.SCORE_KIND_HIDDEN:
+            columns["hidden"] = hidden_ND.to(torch.float16 if items[0].half else torch.float32).cpu().numpy()
+        results, start = [], 0
+        for item in items:
+            rows = slice(start, start + len(item.completion_ids))
+            start = rows.stop
+            # copies: a score that is kept must not keep those of the whole batch
+            mine = {name: array[rows].copy() for name, array in columns.items()}
+            results.append(_verdict(item, mine, float(sizes_N[rows].max())))
+        return results
 
-    def _logprobs(self, item: ScoreItem, hidden_TD: Tensor) -> list[dict[str, Tensor]]:
-        """Fields of `Scored` that rest on log-probabilities, in pieces along T."""
+    def _logprobs(self, items: Sequence[ScoreItem], hidden_ND: Tensor) -> dict[str, Tensor]:
+        """Fields of `Scored` that rest on log-probabilities, in pieces along N: one product of states and head for the
+        short completions of a batch together, since each product reads the whole head.
+        """
+        item = items[0]
         size = max(1, LOGITS_BYTES // (4 * self.vocab_size))
-        ids_T = torch.tensor(item.completion_ids, device=self._device)
+        ids_N = torch.tensor([token for item in items for token in item.completion_ids], device=self._device)
+        targets_NK = None
+        if item.target_ids is not None and item.kind in (pb.SCORE_KIND_TARGETS, pb.SCORE_KIND_TOPK):
+            named = np.concatenate([item.target_ids for item in items if item.target_ids is not None])
+            targets_NK = torch.from_numpy(named.astype(np.int64)).to(self._device)
         parts = []
-        for start in range(0, len(ids_T), size):
+        for start in range(0, len(ids_N), size):
             rows = slice(start, start + size)
-            logprobs_TV = torch.log_softmax(self._logits(hidden_TD[rows]) / (item.temperature or 1.0), dim=-1)
-            part = {"teacher_logprobs": logprobs_TV.gather(1, ids_T[rows, None])[:, 0]}
+            logits_NV = self._logits(hidden_ND[rows])
+            if item.temperature not in (0.0, 1.0):
+                logits_NV /= item.temperature
+            logprobs_NV = torch.log_softmax(logits_NV, dim=-1)
+            part = {"teacher_logprobs": logprobs_NV.gather(1, ids_N[rows, None])[:, 0]}
             if item.kind == pb.SCORE_KIND_TOPK:
-                part |= _topk(logprobs_TV, item)
-            if item.target_ids is not None and item.kind in (pb.SCORE_KIND_TARGETS, pb.SCORE_KIND_TOPK):
-                targets = torch.from_numpy(item.target_ids[rows].astype(np.int64)).to(self._device)
-                part["target_logprobs"] = logprobs_TV.gather(1, targets)
+                part |= _topk(logprobs_NV, item)
+            if targets_NK is not None:
+                part["target_logprobs"] = logprobs_NV.gather(1, targets_NK[rows])
             parts.append(part)
-        return parts
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _logits(self, hidden_TD: Tensor) -> Tensor:
         """[T, V] float32 logits over the tokenizer's vocabulary."""
-        logits = self._scale * torch.nn.functional.linear(hidden_TD.float(), self._weight_VD, self._bias_V)
+        logits = torch.nn.functional.linear(hidden_TD.float(), self._weight_VD, self._bias_V)
+        if self._scale != 1.0:
+            logits *= self._scale
         return self._soft_cap * torch.tanh(logits / self._soft_cap) if self._soft_cap else logits
 
     @torch.no_grad()
@@ -183,6 +202,22 @@ class TransformersEngine:
             logit_soft_cap=self._soft_cap,
             parts=parts,
         )
+
+
+def _asks(item: ScoreItem) -> tuple[Any, ...]:
+    """What items must have in common to be judged together."""
+    num_targets = -1 if item.target_ids is None else item.target_ids.shape[1]
+    return (item.kind, item.temperature, item.top_k, item.half, num_targets)
+
+
+def _verdict(item: ScoreItem, columns: dict[str, np.ndarray[Any, Any]], size: float) -> Scored | Unscored:
+    """The score, unless the numbers are of no use; `size` = largest hidden state."""
+    # -inf is an answer: a token that the teacher forbids outright
+    if not np.isfinite(size) or not bool((columns["teacher_logprobs"] < np.inf).all()):
+        return Unscored(item.key, "non_finite", "NaN or infinity in the teacher's output")
+    if item.kind == pb.SCORE_KIND_HIDDEN and item.half and not bool(np.isfinite(columns["hidden"]).all()):
+        return Unscored(item.key, "fp16_overflow", f"hidden state of size {size:.4g}; float16 ends at 65504")
+    return Scored(item.key, **columns)
 
 
 def _topk(logprobs_TV: Tensor, item: ScoreItem) -> dict[str, Tensor]:
