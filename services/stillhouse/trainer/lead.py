@@ -235,7 +235,10 @@ class Lead:
         data = stage.data
         card: dict[str, Any] = {
             "student": self.spec.student.model,
-            "teachers": {name: teacher.model for name, teacher in self.spec.teachers.items()},
+            "teachers": {
+                name: f"{teacher.model} (moving average of the student)" if teacher.ema_of_student else teacher.model
+                for name, teacher in self.spec.teachers.items()
+            },
             "objective": stage.loss.model_dump(),
             "on_policy_fraction": stage.on_policy_fraction,
             "off_policy_source": stage.off_policy_source,
