@@ -15,7 +15,7 @@ from tests.chaos.bugs import BUGS
 from tests.chaos.sim.plants import PLANTS
 from tests.chaos.sim.run import simulate
 
-MOST_SEEDS: Final = 80
+MOST_SEEDS: Final = 150
 """A bug must show within so many runs."""
 SHOWN_BY: Final[dict[str, str]] = {
     "ack_before_result": "^hang",
