@@ -1,11 +1,12 @@
 """Tiny random models with a real tokenizer, so that every service can run for real in milliseconds.
 
-All of them share one tokenizer (256 bytes and four special tokens), hence any of them can teach any other.
+All of them share one tokenizer (256 bytes and four special tokens) unless given another: any can teach any other.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -43,6 +44,7 @@ def make_tiny_model(
     The embedding has `vocab_pad` rows more than the tokenizer has tokens; equal arguments give equal bytes.
     """
     tokenizer = make_tokenizer(max_position_embeddings) if tokenizer is None else tokenizer
+    ends: dict[str, Any] = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config = LlamaConfig(
         vocab_size=len(tokenizer) + vocab_pad,
         hidden_size=hidden_size,
@@ -54,13 +56,12 @@ def make_tiny_model(
         initializer_range=INIT_STD,
         tie_word_embeddings=tie,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        **ends,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config).float()
-    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    model.generation_config = GenerationConfig(**ends)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
