@@ -385,7 +385,8 @@ async def test_calls_say_what_is_wrong(desk: Desk) -> None:
     await desk.cluster.start("teacher")
     peer = await desk.peer()
     for change, error in (({"model": "nobody"}, NotFoundError), ({"model_sha256": "0" * 64}, ConflictError)):
-        request = teacher_pb2.EnsureModelRequest(**{"model": "teacher", **change})
+        fields: Any = {"model": "teacher", **change}
+        request = teacher_pb2.EnsureModelRequest(**fields)
         with pytest.raises(error):
             await peer.unary("EnsureModel", request, timeout_s=20)
     task = pb.TeacherTask(model="teacher")

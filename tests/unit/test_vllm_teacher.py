@@ -1,12 +1,10 @@
-"""The teacher on the real vLLM, against the transformers engine and a plain forward pass; one start for all of it."""
+"""The teacher on the real vLLM, against the transformers engine and a plain forward pass."""
 
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,11 +16,10 @@ from stillhouse.core import vllm_env
 from stillhouse.core.config import Settings
 from stillhouse.core.errors import EngineStartError
 from stillhouse.core.models import ModelEntry, inspect_model
-from stillhouse.teacher.engines.base import EngineDeadError, Scored, ScoreItem, Unscored
+from stillhouse.teacher.engines.base import Scored, ScoreItem, Unscored
 from stillhouse.teacher.engines.transformers import TransformersEngine
 from stillhouse.v1 import rollout_pb2 as pb
 from tests.tiny import TOKENIZER_SIZE, make_tiny_model
-from tests.waiting import wait_until
 
 pytestmark = [
     pytest.mark.full,
@@ -74,15 +71,6 @@ def wanted() -> list[ScoreItem]:
     ]
 
 
-def pid_of(engine: Any) -> int:
-    (pid,) = engine._vllm.llm.collective_rpc("stillhouse_pid")
-    return pid
-
-
-def is_there(pid: int) -> bool:
-    return Path(f"/proc/{pid}").exists()
-
-
 def test_both_engines_and_a_plain_forward_pass_agree(entry: ModelEntry, engine: Any) -> None:
     oracle = TransformersEngine(entry, "float32", threads=1)
     model: Any = AutoModelForCausalLM.from_pretrained(entry.path, dtype=torch.float32).eval()
@@ -131,15 +119,3 @@ def test_a_start_that_fails_says_why(entry: ModelEntry, settings: Settings) -> N
     tight = settings.model_copy(update={"vllm_cache_gib": 1e-5})
     with pytest.raises(EngineStartError, match=r"cache blocks.*lower vllm_cache_gib"):
         vllm.load(entry, "float32", tight, lambda: None)
-
-
-async def test_a_killed_engine_is_named_and_leaves_nothing(entry: ModelEntry, settings: Settings) -> None:
-    from stillhouse.teacher.engines import vllm
-
-    made = vllm.load(entry, "float32", settings, lambda: None)
-    pid = pid_of(made)
-    os.kill(pid, 9)
-    with pytest.raises(EngineDeadError, match="killed by signal 9"):
-        made.score([item(pb.SCORE_KIND_SAMPLED, 2, 3)])
-    made.close()
-    await wait_until(lambda: not is_there(pid), timeout_s=10, what="the engine's process to end")
