@@ -143,9 +143,9 @@ def measure(args: argparse.Namespace, folder: Path, kind: str, clock: Callable[[
                 start = clock()
                 contestants[name]()
                 seconds[name].append(clock() - start)
-            print(
-                f"{kind} round {round_ + 1}/{args.rounds}: load {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True
-            )
+            ratio = seconds["bare"][-1] / seconds["ours"][-1]
+            done = f"{kind} round {round_ + 1}/{args.rounds}: ours / bare {ratio:.3f}, load {os.getloadavg()[0]:.1f}"
+            print(done, file=sys.stderr, flush=True)
     ratios = [theirs / ours for theirs, ours in zip(seconds["bare"], seconds["ours"], strict=True)]
     return {
         "kind": kind,
@@ -161,7 +161,7 @@ def table(found: dict[str, Any]) -> str:
     lines = [
         f"# Teacher, {found['date']}",
         "",
-        f"`{found['command']}`: {found['machine']}, {found['threads']} threads, load {found['load']:.1f}, "
+        f"`{found['command']}`: {found['machine']}, threads: {found['threads']}, load {found['load']:.1f}, "
         f"torch {found['torch']}, {'processor' if found['cpu_seconds'] else 'wall'} time. What is compared: see "
         "[bench_teacher.py](../bench_teacher.py).",
         "",
@@ -195,7 +195,7 @@ def main() -> int:
     clock = time.process_time if args.cpu_seconds else time.perf_counter
     found: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
-        "command": f"bench_teacher.py {args.model.name} {' '.join(a for a in sys.argv[2:] if a.startswith('--cpu'))}",
+        "command": " ".join(["bench_teacher.py", args.model.name, *sys.argv[2:]]),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],
