@@ -204,7 +204,8 @@ class RedisServer:
 
     def _lrange(self, key: bytes, first: bytes, last: bytes) -> list[bytes]:
         """To the end only."""
-        return list(self._find(key) or ())[int(first) :]
+        held: list[bytes] = self._find(key) or []
+        return held[int(first) :]
 
     def _zadd(self, key: bytes, score: bytes, member: bytes) -> int:
         held = self._make(key, ZSet)

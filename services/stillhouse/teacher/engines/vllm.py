@@ -53,7 +53,8 @@ def load(entry: ModelEntry, dtype: str, settings: Settings, beat: Callable[[], N
         ) from error
 
     llm.get_supported_tasks()  # asked once; the first request would ask, and wait for ever for a process that has died
-    processes = list(llm.engine_core.resources.engine_manager.processes)
+    core: Any = llm.engine_core
+    processes = list(core.resources.engine_manager.processes)
     _tell_of_its_death(llm, processes)
 
     def stop() -> None:
@@ -77,13 +78,14 @@ def load(entry: ModelEntry, dtype: str, settings: Settings, beat: Callable[[], N
 def engine_args(entry: ModelEntry, dtype: str, settings: Settings) -> EngineArgs:
     """A local model, token ids in, log-probabilities of all of them out."""
     cache_gib = settings.vllm_cache_gib or (0 if torch.cuda.is_available() else CPU_CACHE_GIB)
-    options: dict[str, Any] = {"kv_cache_memory_bytes": int(cache_gib * 2**30)} if cache_gib else {}
+    options: dict[str, Any] = {"dtype": dtype}
+    if cache_gib:
+        options["kv_cache_memory_bytes"] = int(cache_gib * 2**30)
     if settings.vllm_max_length:
         options["max_model_len"] = min(settings.vllm_max_length, entry.max_sequence_length)
     step_tokens = min(max(LOGITS_BYTES // (4 * entry.vocab_size), STEP_TOKENS[0]), STEP_TOKENS[1])
     return EngineArgs(
         model=entry.path,
-        dtype=dtype,
         hf_overrides={"head_dtype": "float32"},  # log-probabilities of bfloat16 logits are off by up to 0.06 nats
         load_format="safetensors",
         skip_tokenizer_init=True,
