@@ -17,17 +17,18 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from stillhouse.core.errors import CorruptError, NonFiniteError, StillhouseError
+from stillhouse.core.spec import EmaSpec
 from stillhouse.trainer.learner import Learner
 from tests.unit.learner_cases import FULL, POLICY_GRADIENT, Teacher, rollouts, stage, train, weights_of
 
 CASES: dict[str, tuple[dict, dict, dict]] = {
     "full": (FULL, {}, {}),
-    "policy": (POLICY_GRADIENT, {}, {}),
+    "policy": (POLICY_GRADIENT, {}, {"ema": EmaSpec(decay=0.5, every=2)}),
     "sequences": ({**POLICY_GRADIENT, "discount": 0.5}, {}, {}),
     "rounded": (FULL, {"ema_decay": 0.5}, {"dtype": "bfloat16", "activation_checkpointing": True}),
 }
-"""Loss, optimizer and student: hidden states and heads; sampled tokens; an objective that looks at whole sequences
-first; bfloat16 with all that composes."""
+"""Loss, optimizer and student: hidden states and heads; sampled tokens, with an average that teachers follow; an
+objective that looks at whole sequences first; bfloat16 with all that composes."""
 STEPS = 4
 MAX_TOKENS = 24
 """Few, so that a step has several micro-batches: of the seeds here, an odd number at least once."""
@@ -105,8 +106,9 @@ def new(make: MakeLearner, root: Path, name: str) -> Learner:
 
 
 def keep(student: Learner, into: Path) -> None:
-    """The checkpoint, and what samplers and users would get."""
+    """The checkpoint, and what samplers, teachers and users would get."""
     student.save(into)
+    save_file({name: array for name, array, _ in student.followed_arrays()}, into / "followed.st")
     save_file(weights_of(student), into / "published.st")
     student.engine.show_average(True)
     save_file(weights_of(student), into / "average.st")
@@ -131,9 +133,11 @@ def main(root: Path, source: Path | None, into: Path) -> None:
         return
 
     def make(model: Path, spec: StageSpec, **options: Any) -> Learner:
+        ema = options.pop("ema", None)
         student = StudentSpec(model="m", **options)
-        engine = RankedEngine(ranks, model, student=student, stage=spec, seed=0)
-        return Learner(engine, stage=spec, teachers={"t": TeacherSpec(model="m")}, total_steps=100)
+        engine = RankedEngine(ranks, model, student=student, stage=spec, seed=0, ema=ema)
+        teachers = {"t": TeacherSpec(model="m", ema_of_student=ema)}
+        return Learner(engine, stage=spec, teachers=teachers, total_steps=100)
 
     if source is None:
         seen = run(make, root, into)

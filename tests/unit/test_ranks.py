@@ -100,9 +100,10 @@ def assert_same_state(one: Path, other: Path) -> None:
 def test_one_rank_reads_what_two_wrote(root: Path, together: dict, tmp_path: Path, name: str) -> None:
     ranks_cases.reload(learner, root, root / "together", tmp_path)
     assert_same_state(root / "together" / name, tmp_path / name)
-    for file in ("published.st", "average.st"):
+    for file in ("published.st", "average.st", "followed.st"):
         assert (root / "together" / name / file).read_bytes() == (tmp_path / name / file).read_bytes()
     assert ("average" in stems(tmp_path / name)) == (name == "rounded")
+    assert ("followed" in stems(tmp_path / name)) == (name == "policy")
     state = [json.loads((folder / name / "state.json").read_text()) for folder in (root / "together", tmp_path)]
     assert state[0] == state[1]
 
