@@ -246,6 +246,22 @@ async def test_completions_that_outgrow_the_cache_wait_and_go_on(
     assert engine._decoder._cache._rows * engine._decoder._cache._columns <= 200
 
 
+async def test_a_short_prompt_that_joins_long_completions_takes_nothing_from_them(
+    tmp_path: Path, open_engine: Any
+) -> None:
+    """Room for five rows, not for eight, the next power of two: the rectangle grows by exactly what is needed."""
+    folder = make_tiny_model(tmp_path / "s", seed=5, max_position_embeddings=600)
+    long = [SampleRequest(str(n), [4 + (n + i) % 200 for i in range(300)], 60, n) for n in range(4)]
+    short = SampleRequest("short", [9, 7], 60, 9)
+    engine = await open_engine(folder, max_sequences=8, cache_gib=gib(5 * 500))
+    got = await texts(engine, [*long, short])
+    assert engine._decoder._cache._rows == 5
+    for request in [*long, short]:
+        ids = got[request.key].ids
+        np.testing.assert_allclose(got[request.key].logprobs, plain(folder, request, ids), atol=1e-4)
+    assert max(len(got[request.key].ids) for request in long) > 5
+
+
 async def test_what_never_fits_the_cache_is_refused(open_engine: Any) -> None:
     engine = await open_engine(cache_gib=gib(100))
     got = await texts(engine, [SampleRequest("a", [5] * 41, 60, 0), SampleRequest("b", [5] * 40, 60, 0)])

@@ -51,7 +51,9 @@ class RowCache(Cache):
         self._rows = self._columns = 0
 
     def reserve(self, rows: int, columns: int) -> None:
-        """Have a rectangle of at least this size; what is in it stays."""
+        """Have a rectangle of at least this size; what is in it stays. It may lose what is beyond, so `columns` are
+        those of the longest row that there is, not of a new one only.
+        """
         if rows <= self._rows and columns <= self._columns:
             return
         tall = max(self._rows, min(self._max_rows, 1 << (rows - 1).bit_length()))

@@ -165,7 +165,8 @@ class Decoder:
         """[1, V] logits of what follows the context, which is then in the next `count` rows of the cache."""
         first = len(self._running)
         end = first + count
-        self._cache.reserve(end, len(context) + 1)
+        # all rows count: where room is short, the rectangle keeps no column more
+        self._cache.reserve(end, max([len(context) + 1, *(row.length for row in self._running)]))
         if self._prefix is not None and self._prefix.context == context:
             self._cache.restore(first, end, self._prefix.states)
             return self._prefix.logits_1V
