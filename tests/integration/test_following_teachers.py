@@ -117,3 +117,22 @@ async def test_a_job_that_no_teacher_can_serve_fails_at_its_start(
     assert (await deployment.ended(job_id)).status == "succeeded"
     journal = read_step(deployment.ctx.artifacts.job(job_id).journal(1, 0))
     assert {score.teacher_instance for score in journal.scores} == {"teacher-1"}
+
+
+async def test_a_deterministic_job_is_left_alone_by_teachers_with_other_threads(deployment: Cluster) -> None:
+    await deployment.stop("teacher-0")
+    agreed = deployment.settings
+    deployment.settings = agreed.model_copy(update={"threads": agreed.threads + 1})
+    await deployment.start("teacher", "teacher-1")
+    deployment.settings = agreed
+    deterministic = job_spec(deterministic=True, stages__0__schedule__steps=2)
+    refused = await deployment.ended(await deployment.submit(deterministic))
+    assert refused.error is not None
+    assert "needs engine transformers with 1 threads, as in its trainer" in refused.error["message"]
+    assert "this teacher has engine transformers with 2" in refused.error["message"]
+    await deployment.start("teacher", "teacher-0")
+    job_id = await deployment.submit(deterministic)
+    record = await deployment.ended(job_id)
+    assert record.status == "succeeded", record.error
+    journals = [read_step(deployment.ctx.artifacts.job(job_id).journal(1, step)) for step in range(2)]
+    assert {score.teacher_instance for journal in journals for score in journal.scores} == {"teacher-0"}

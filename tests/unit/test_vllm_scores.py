@@ -7,6 +7,7 @@ runner V2 needs a GPU, so its scores of named tokens are tried here only. The re
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -258,3 +259,5 @@ def test_a_task_is_refused_before_a_model_is_loaded(monkeypatch: pytest.MonkeyPa
     assert ("support" in refusal(kind=pb.SCORE_KIND_TARGETS, temperature=1.0)) == (not is_v2)
     assert "ema_of_student" in abilities.refusal(pb.TeacherTask(follows_student=True))
     assert (pb.SCORE_KIND_TARGETS in abilities.kinds) == is_v2
+    same = replace(abilities, threads=2).refusal(pb.TeacherTask(threads=2))
+    assert "transformers with 2 threads" in same, "the same number of threads does not make it the same engine"

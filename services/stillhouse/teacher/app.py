@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 from stillhouse.core import vllm_env
 from stillhouse.core.config import Settings
@@ -37,6 +38,7 @@ class TeacherApp:
         pool = ModelPool(ctx.models, load_engine, int(settings.teacher_memory_gib * 2**30))
         self.scorer = Scorer(self._compute, pool, ScoreCache(settings.score_cache_mib << 20))
         follower = Follower(ctx, self._compute)
+        abilities = replace(abilities, threads=settings.threads)
         self.worker = TeacherWorker(ctx, self.scorer, self.blobs, follower, abilities)
         self._servicer = TeacherServicer(ctx, self.scorer, self.blobs, follower, abilities)
 

@@ -26,9 +26,15 @@ HEAD_TIMEOUT_S: Final = 300.0
 
 
 def make_task(
-    scope: Scope, name: str, spec: TeacherSpec, entry: ModelEntry, asks: Sequence[rollout_pb2.ScoreSpec]
+    scope: Scope,
+    name: str,
+    spec: TeacherSpec,
+    entry: ModelEntry,
+    asks: Sequence[rollout_pb2.ScoreSpec],
+    *,
+    threads: int = 0,
 ) -> rollout_pb2.TeacherTask:
-    """How teachers score the rollouts routed to `name`, which ask for `asks`."""
+    """How teachers score the rollouts routed to `name`, which ask for `asks`; `threads` of a deterministic job."""
     return rollout_pb2.TeacherTask(
         schema_version=1,
         job_id=scope.job_id,
@@ -40,6 +46,7 @@ def make_task(
         tokenizer_sha256=entry.tokenizer_sha256,
         follows_student=spec.ema_of_student is not None,
         asks=asks,
+        threads=threads,
     )
 
 

@@ -144,14 +144,15 @@ class Start:
             )
 
     async def _check_services(self) -> None:
-        """The last bits of every sum depend on engine and threads: all services must agree before the first sample."""
+        """The last bits of every sum depend on engine and threads: all samplers must agree before the first sample.
+        Teachers see for themselves, those that come later, too: `TeacherTask.threads`."""
         threads = self.ctx.settings.threads
         if threads == 0:
             raise PreflightError(
                 "a deterministic job needs a fixed number of threads; set STILLHOUSE_THREADS "
                 "(`stillhouse up --threads`) to the same number in sampler, teacher and trainer"
             )
-        for info in [*await self.ctx.registry.services("sampler"), *await self.ctx.registry.services("teacher")]:
+        for info in await self.ctx.registry.services("sampler"):
             found = (info.extra.get("engine", ""), info.extra.get("threads", ""))
             if found != ("transformers", str(threads)):
                 raise PreflightError(
@@ -199,8 +200,11 @@ class Start:
     def _tasks(self, teachers: dict[str, ModelEntry]) -> dict[str, TeacherTask]:
         """How the teachers that score do it, by name."""
         asked = self.spec.teachers if self.spec.asks_teachers() else {}
-        wanted = asks(self.spec)
-        tasks = {name: make_task(self.scope, name, spec, teachers[name], wanted) for name, spec in asked.items()}
+        wanted, threads = asks(self.spec), self.ctx.settings.threads if self.spec.deterministic else 0
+        tasks = {
+            name: make_task(self.scope, name, spec, teachers[name], wanted, threads=threads)
+            for name, spec in asked.items()
+        }
         for name, ends in self.readers.crossing.items():
             end_token_id = self.readers.for_teachers[name].end_of_turn(ends)
             tasks[name].retokenize.CopyFrom(Retokenize(student=self.spec.student.model, end_token_id=end_token_id))

@@ -311,7 +311,7 @@ class Score(_message.Message):
     def __init__(self, schema_version: _Optional[int] = ..., rollout: _Optional[_Union[Rollout, _Mapping]] = ..., teacher_sha256: _Optional[str] = ..., sampled: _Optional[_Union[SampledScore, _Mapping]] = ..., topk: _Optional[_Union[TopKScore, _Mapping]] = ..., targets: _Optional[_Union[TargetsScore, _Mapping]] = ..., hidden: _Optional[_Union[HiddenScore, _Mapping]] = ..., failed: _Optional[_Union[Failure, _Mapping]] = ..., none: _Optional[_Union[NoScore, _Mapping]] = ..., spans: _Optional[_Union[SpansScore, _Mapping]] = ..., teacher_instance: _Optional[str] = ..., score_s: _Optional[float] = ..., reward: _Optional[float] = ..., reward_note: _Optional[str] = ..., model_loads: _Optional[int] = ..., is_cached: _Optional[bool] = ...) -> None: ...
 
 class TeacherTask(_message.Message):
-    __slots__ = ("schema_version", "job_id", "epoch", "teacher", "model", "model_sha256", "dtype", "tokenizer_sha256", "follows_student", "asks", "retokenize")
+    __slots__ = ("schema_version", "job_id", "epoch", "teacher", "model", "model_sha256", "dtype", "tokenizer_sha256", "follows_student", "asks", "threads", "retokenize")
     SCHEMA_VERSION_FIELD_NUMBER: _ClassVar[int]
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -322,6 +322,7 @@ class TeacherTask(_message.Message):
     TOKENIZER_SHA256_FIELD_NUMBER: _ClassVar[int]
     FOLLOWS_STUDENT_FIELD_NUMBER: _ClassVar[int]
     ASKS_FIELD_NUMBER: _ClassVar[int]
+    THREADS_FIELD_NUMBER: _ClassVar[int]
     RETOKENIZE_FIELD_NUMBER: _ClassVar[int]
     schema_version: int
     job_id: str
@@ -333,8 +334,9 @@ class TeacherTask(_message.Message):
     tokenizer_sha256: str
     follows_student: bool
     asks: _containers.RepeatedCompositeFieldContainer[ScoreSpec]
+    threads: int
     retokenize: Retokenize
-    def __init__(self, schema_version: _Optional[int] = ..., job_id: _Optional[str] = ..., epoch: _Optional[int] = ..., teacher: _Optional[str] = ..., model: _Optional[str] = ..., model_sha256: _Optional[str] = ..., dtype: _Optional[_Union[_tensor_pb2.DataType, str]] = ..., tokenizer_sha256: _Optional[str] = ..., follows_student: _Optional[bool] = ..., asks: _Optional[_Iterable[_Union[ScoreSpec, _Mapping]]] = ..., retokenize: _Optional[_Union[Retokenize, _Mapping]] = ...) -> None: ...
+    def __init__(self, schema_version: _Optional[int] = ..., job_id: _Optional[str] = ..., epoch: _Optional[int] = ..., teacher: _Optional[str] = ..., model: _Optional[str] = ..., model_sha256: _Optional[str] = ..., dtype: _Optional[_Union[_tensor_pb2.DataType, str]] = ..., tokenizer_sha256: _Optional[str] = ..., follows_student: _Optional[bool] = ..., asks: _Optional[_Iterable[_Union[ScoreSpec, _Mapping]]] = ..., threads: _Optional[int] = ..., retokenize: _Optional[_Union[Retokenize, _Mapping]] = ...) -> None: ...
 
 class Retokenize(_message.Message):
     __slots__ = ("student", "end_token_id")

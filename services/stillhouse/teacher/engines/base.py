@@ -124,6 +124,8 @@ class Abilities:
     """It scores at any temperature; False = at 1 only."""
     follows: bool = True
     """It takes new weights while it runs, so that its teacher can follow a student."""
+    threads: int = 0
+    """The setting `threads`."""
 
     @property
     def kinds(self) -> list[rollout_pb2.ScoreKind]:
@@ -132,6 +134,11 @@ class Abilities:
 
     def refusal(self, task: rollout_pb2.TeacherTask) -> str:
         """Why a stream's rollouts cannot all be scored here, for people; empty = they can."""
+        if task.threads and (self.engine, self.threads) != ("transformers", task.threads):
+            return (
+                f"the job is deterministic and needs engine transformers with {task.threads} threads, as in its "
+                f"trainer; this teacher has engine {self.engine} with {self.threads}"
+            )
         if task.follows_student and not self.follows:
             return f"engine {self.engine} serves registered weights only; 'ema_of_student' needs engine transformers"
         for ask in task.asks:
