@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 
 from stillhouse.core.errors import WeightsError
 from stillhouse.core.models import inspect_model
+from stillhouse.core.tasks import cancel_all
 from stillhouse.core.tensors import DTYPE_NAMES
 from stillhouse.sampler.engines.base import SampleRequest
 from stillhouse.sampler.stops import StoppingEngine
@@ -339,6 +340,20 @@ async def test_weights_change_in_the_middle_of_a_completion(subject: Subject) ->
                 pure_gaps += (pure.gather(1, later)[:, 0] - written).abs().tolist()
     assert np.mean(new_gaps) <= GAP
     assert np.mean(pure_gaps) > 10 * GAP, "the new weights alone would write the same"
+
+
+async def test_a_load_that_is_cancelled_leaves_an_engine_that_takes_the_next(subject: Subject) -> None:
+    """At whatever point it is cancelled, and however often, as `cancel_all` does; a job's end does this."""
+    for turns in (2, 20, 200, 2000):
+        load = asyncio.create_task(subject.update(seed=70))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await cancel_all([load])
+    await subject.update(seed=71)
+    wanted = requests(3)
+    got = await texts(subject.engine, wanted)
+    assert np.mean([gap for request in wanted for gap in check(subject, request, got[request.key])]) <= GAP
+    assert {tag for text in got.values() for tag in text.tags} == {subject.tag}
 
 
 @pytest.mark.parametrize("fault", ["missing", "unknown", "shape", "nan"])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
-from typing import Any, Final
+from collections.abc import Coroutine, Iterable
+from typing import Any, Final, TypeVar
+
+T = TypeVar("T")
 
 AGAIN_S: Final = 0.5
 """Time between cancellations of the same task."""
@@ -21,3 +23,20 @@ async def cancel_all(tasks: Iterable[asyncio.Task[Any]]) -> None:
         for task in pending:
             task.cancel()
         _, pending = await asyncio.wait(pending, timeout=AGAIN_S)
+
+
+async def to_its_end(work: Coroutine[Any, Any, T]) -> T:
+    """Do `work`, which must not stop half-way: a cancellation, or several, waits for its end and is raised then.
+
+    An error of `work` is raised, cancelled or not. The deadline is that of `work`.
+    """
+    task, is_cancelled = asyncio.create_task(work), False
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError:
+            is_cancelled = True
+    result = task.result()
+    if is_cancelled:
+        raise asyncio.CancelledError
+    return result

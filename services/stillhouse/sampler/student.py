@@ -240,8 +240,8 @@ class Student:
         self._names[self._tag] = weights.ref
         while len(self._names) > NAMES_KEPT:
             self._names.popitem(last=False)
-        await engine.pause()
         try:
+            await engine.pause()
             await engine.load_weights(weights.arrays, weights.dtypes, self._tag)
         except WeightsError:
             self._tag -= 1

@@ -11,8 +11,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping, Sequence
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,7 +25,7 @@ from vllm.v1.engine.exceptions import EngineDeadError as VllmDeadError
 from stillhouse.core.config import Settings
 from stillhouse.core.models import ModelEntry
 from stillhouse.core.pulse import BULK, Pulse
-from stillhouse.core.tasks import cancel_all
+from stillhouse.core.tasks import cancel_all, to_its_end
 from stillhouse.sampler.engines.base import EngineDeadError, Piece, SampleRequest, failed
 from stillhouse.sampler.engines.vllm_rows import Clock, Row, end_ids
 from stillhouse.sampler.engines.vllm_start import EngineProcess, usable_vocabulary
@@ -63,7 +63,8 @@ class VllmEngine:
         """Sets of weights so far."""
         self._entering = asyncio.Lock()
         """Held while a completion enters, or weights do: it is clear which weights read its prompt."""
-        self._watch = asyncio.create_task(self._look(on_death), name="watch engine")
+        self._on_death = on_death
+        self._watch = asyncio.create_task(self._look(), name="watch engine")
         self.vocab_size = usable_vocabulary(entry)
         self.max_sequence_length = self._llm.model_config.max_model_len
         self.max_sequences = settings.sampler_max_sequences
@@ -194,31 +195,29 @@ class VllmEngine:
         except VllmDeadError:
             return  # its writers say so
 
-    @contextmanager
-    def _call(self) -> Iterator[None]:
-        """Asks something of the engine's process: it may not hang, and has our name for its death."""
+    async def _call(self, work: Coroutine[Any, Any, None], patience: int = 1) -> None:
+        """Asks something of the engine's process: it may not hang, and has our name for its death.
+
+        A caller that is cancelled waits for the answer: nothing is left half done in there.
+        """
         try:
-            with self._pulse.work():
-                yield
+            with self._pulse.work(patience):
+                await to_its_end(work)
         except VllmDeadError as error:
             raise self._dead() from error
 
     async def pause(self) -> None:
-        with self._call():
-            await self._llm.pause_generation(mode="keep", clear_cache=False)
+        await self._call(self._llm.pause_generation(mode="keep", clear_cache=False))
 
     async def resume(self) -> None:
-        with self._call():
-            await self._llm.resume_generation()
+        await self._call(self._llm.resume_generation())
 
     async def load_weights(
         self, arrays: Mapping[str, np.ndarray[Any, Any]], dtypes: Mapping[str, int], tag: int
     ) -> None:
         await asyncio.to_thread(check, arrays, dtypes, self._shapes, is_tied=self._is_tied)
         async with self._entering:
-            with self._pulse.work(BULK):
-                await self._load(arrays, dtypes, tag)
-            self._loads += 1
+            await self._call(self._load(arrays, dtypes, tag), BULK)
 
     async def _load(self, arrays: Mapping[str, np.ndarray[Any, Any]], dtypes: Mapping[str, int], tag: int) -> None:
         descriptor = await asyncio.to_thread(memory_file, arrays, dtypes)
@@ -228,16 +227,19 @@ class VllmEngine:
             await self._llm.start_weight_update()
             await self._llm.update_weights(WeightTransferUpdateRequest(update_info=info))
             await self._llm.finish_weight_update(str(tag))
+            self._loads += 1
         except Exception as error:
             # the weights were checked: whatever this is, the model in there may not be whole any more
-            raise EngineDeadError(f"engine_died: vLLM did not take new weights: {error}") from error
+            dead = EngineDeadError(f"engine_died: vLLM did not take new weights: {error}")
+            self._on_death(dead)  # also if who asked for it was cancelled, and drops the error
+            raise dead from error
         finally:
             os.close(descriptor)
 
-    async def _look(self, on_death: OnDeath) -> None:
+    async def _look(self) -> None:
         while not self._llm.errored:  # noqa: ASYNC110 - vLLM sets a flag, in a thread
             await asyncio.sleep(LOOK_S)
-        on_death(self._dead())
+        self._on_death(self._dead())
 
     def _dead(self) -> EngineDeadError:
         how = self._process.ending()
