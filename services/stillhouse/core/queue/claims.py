@@ -104,9 +104,8 @@ class Claims:
 
 def _counted(entry: Entry, kind: type[BaseException] | None) -> Entry:
     """The entry as it goes back after an exception of `kind`. One that nobody expects is a crash, and perhaps the
-    entry's fault: then its delivery counts, or it would crash one worker after the other for ever.
+    entry's fault: then its delivery counts, or it would crash one worker after the other for ever. So is a
+    cancellation: a worker that stops returns by itself, and one whose computation hangs is cancelled.
     """
-    is_crash = (
-        kind is not None and issubclass(kind, Exception) and not issubclass(kind, (StillhouseError, *QUEUE_ERRORS))
-    )
+    is_crash = kind is not None and not issubclass(kind, (StillhouseError, *QUEUE_ERRORS))
     return replace(entry, deliveries=entry.deliveries + 1) if is_crash else entry
