@@ -15,7 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stillhouse.client.aio import AsyncClient
 from stillhouse.client.calls import ApiError
+from stillhouse.core.queue.registry import ServiceInfo
 from stillhouse.gateway.app import create_app
+from stillhouse.gateway.scoring import in_turn
+from stillhouse.teacher import app as teacher_app
+from stillhouse.teacher.engines.base import Abilities
 from tests.cluster import Cluster, cluster
 
 PROMPT, TEXT = "<|im_start|>user\ncafé?<|im_end|>\n", "yes, a thé"
@@ -110,3 +114,21 @@ async def test_a_model_that_fits_nowhere_says_what_it_needs(deployment: Cluster,
         await small.stop("teacher-0")
     with pytest.raises(ApiError, match="no teacher service"):
         await client.score("judge", ["a text"])
+
+
+async def test_what_one_teacher_cannot_do_another_does(
+    deployment: Cluster, client: AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = deployment.models.get("judge").sha256
+    both = [
+        [ServiceInfo("teacher", name, "h:1", 1, 0.0, 0.0) for name in ("teacher-0", f"half-{n}")] for n in range(99)
+    ]
+    half = next(first.instance for first in (in_turn(pair, asked)[0] for pair in both) if first.instance != "teacher-0")
+    monkeypatch.setattr(teacher_app, "TRANSFORMERS", Abilities("half", temperatures=False))
+    await deployment.start("teacher", half)
+    assert (await client.score("judge", [TEXT]))["teacher"] == half, "it is asked first"
+    assert (await client.score("judge", [TEXT], temperature=0.7))["teacher"] == "teacher-0"
+    await deployment.stop("teacher-0")
+    with pytest.raises(ApiError, match=r"no teacher that runs gives such scores: .* at temperature 1 only") as caught:
+        await client.score("judge", [TEXT], temperature=0.7)
+    assert caught.value.status == 422

@@ -16,7 +16,17 @@ from typing import Any, Final
 import numpy as np
 from tokenizers import Tokenizer
 
-from stillhouse.core.errors import AuthError, DeadlineError, OverloadedError, UnavailableError, WireError
+from stillhouse.core.errors import (
+    AuthError,
+    DeadlineError,
+    EngineStartError,
+    OverloadedError,
+    SpecError,
+    StillhouseError,
+    UnavailableError,
+    UnimplementedError,
+    WireError,
+)
 from stillhouse.core.explain import Finding
 from stillhouse.core.models import ModelEntry
 from stillhouse.core.queue.registry import ServiceInfo
@@ -69,17 +79,19 @@ async def score(ctx: Context, slots: Slots, request: ScoreRequest) -> Scores:
     Raises:
         NotFoundError: no such model.
         InvalidError: texts that the model cannot read, or too many.
-        UnavailableError: no teacher is there, or the model is still being loaded.
+        SpecError: the engine of no teacher gives such scores.
+        UnavailableError: no teacher is there, or the model is still being loaded, or no engine starts with it.
         OverloadedError: too many requests run, or the model does not fit into a teacher's memory.
         DeadlineError: the scores took longer than SCORE_S.
     """
     entry = ctx.models.get(request.model)
     tokenizer = await asyncio.to_thread(tokenizer_of, entry)
     items = await asyncio.to_thread(tokenize, tokenizer, entry, request)
+    task = _task(entry, request)
     with slots:
-        peer, teacher = await _ready_teacher(ctx, entry, request)
+        peer, teacher = await _ready_teacher(ctx, task)
         try:
-            scores = await _scores(peer, _task(entry, request), _rollouts(items, request))
+            scores = await _scores(peer, task, _rollouts(items, task.asks[0]))
         except DeadlineError:
             raise DeadlineError(
                 f"{teacher} did not score {sum(len(item.token_ids) for item in items)} tokens within {SCORE_S:g} s; "
@@ -149,20 +161,19 @@ def _tokens(tokenizer: Tokenizer, item: ScoreItem) -> Tokens:
 # -- the teacher -------------------------------------------------------------------------------------------------------
 
 
-async def _ready_teacher(ctx: Context, entry: ModelEntry, request: ScoreRequest) -> tuple[Peer, str]:
-    """A teacher that has the model in memory, and its name."""
-    wanted = teacher_pb2.EnsureModelRequest(
-        model=entry.name, model_sha256=entry.sha256, dtype=DTYPE_NAMES[request.dtype]
-    )
-    failure: OverloadedError | UnavailableError | None = None
-    for info in in_turn(await ctx.registry.services("teacher"), entry.sha256):
+async def _ready_teacher(ctx: Context, task: rollout_pb2.TeacherTask) -> tuple[Peer, str]:
+    """A teacher that has the model in memory and can do what `task` asks for, and its name."""
+    wanted = teacher_pb2.EnsureModelRequest(task=task)
+    failure: StillhouseError | None = None
+    refusal: StillhouseError | None = None
+    for info in in_turn(await ctx.registry.services("teacher"), task.model_sha256):
         peer = ctx.peers.get(info.address, teacher_pb2_grpc.TeacherServiceStub, f"teacher {info.instance}")
         try:
             await peer.unary("EnsureModel", wanted, timeout_s=LOAD_S)
             return peer, info.instance
         except DeadlineError:
             raise UnavailableError(
-                f"{info.instance} did not have '{entry.name}' ready within {LOAD_S:g} s: it loads it, or works for "
+                f"{info.instance} did not have '{task.model}' ready within {LOAD_S:g} s: it loads it, or works for "
                 "jobs; try again"
             ) from None
         except AuthError:  # not the caller's, who has shown a key
@@ -171,8 +182,17 @@ async def _ready_teacher(ctx: Context, entry: ModelEntry, request: ScoreRequest)
             ) from None
         except (OverloadedError, UnavailableError) as error:
             failure = error
-    raise failure or UnavailableError(
-        "no teacher service is running, and they score; `stillhouse up` starts one, `stillhouse ps` shows what runs"
+        except EngineStartError as error:
+            failure = UnavailableError(error.message)
+        except UnimplementedError as error:
+            refusal = SpecError(f"no teacher that runs gives such scores: {error.message}")
+    # one that may yet score comes first: a refusal is for good
+    raise (
+        failure
+        or refusal
+        or UnavailableError(
+            "no teacher service is running, and they score; `stillhouse up` starts one, `stillhouse ps` shows what runs"
+        )
     )
 
 
@@ -183,22 +203,23 @@ def in_turn(teachers: Sequence[ServiceInfo], model_sha256: str) -> list[ServiceI
 
 def _task(entry: ModelEntry, request: ScoreRequest) -> rollout_pb2.TeacherTask:
     """Of no job."""
-    return rollout_pb2.TeacherTask(
-        schema_version=1,
-        model=entry.name,
-        model_sha256=entry.sha256,
-        dtype=DTYPE_NAMES[request.dtype],
-        tokenizer_sha256=entry.tokenizer_sha256,
-    )
-
-
-def _rollouts(items: Sequence[Tokens], request: ScoreRequest) -> list[rollout_pb2.Rollout]:
     wanted = rollout_pb2.ScoreSpec(
         kind=rollout_pb2.SCORE_KIND_TOPK if request.top_k else rollout_pb2.SCORE_KIND_SAMPLED,
         top_k=request.top_k,
         temperature=request.temperature,
         dtype=tensor_pb2.DATA_TYPE_FLOAT32,
     )
+    return rollout_pb2.TeacherTask(
+        schema_version=1,
+        model=entry.name,
+        model_sha256=entry.sha256,
+        dtype=DTYPE_NAMES[request.dtype],
+        tokenizer_sha256=entry.tokenizer_sha256,
+        asks=[wanted],
+    )
+
+
+def _rollouts(items: Sequence[Tokens], wanted: rollout_pb2.ScoreSpec) -> list[rollout_pb2.Rollout]:
     return [
         rollout_pb2.Rollout(
             schema_version=1,

@@ -146,8 +146,8 @@ class Abilities:
                 return f"engine {self.engine} {self.lacks[ask.kind]}"
             if not self.temperatures and ask.temperature not in (0.0, 1.0):
                 return (
-                    f"engine {self.engine} scores at temperature 1 only, asked for {ask.temperature:g}; set "
-                    "sampling.temperature to 1, or use engine transformers"
+                    f"engine {self.engine} scores at temperature 1 only, asked for {ask.temperature:g}; use "
+                    "temperature 1 (sampling.temperature of a job), or a teacher with engine transformers"
                 )
         return ""
 
