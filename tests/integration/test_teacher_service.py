@@ -7,21 +7,26 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import structlog
 import torch
 from transformers import AutoModelForCausalLM
 
 from stillhouse.core.blobs import sha256_bytes, xxh3
-from stillhouse.core.errors import ConflictError, NotFoundError, WireError
+from stillhouse.core.errors import ConflictError, NotFoundError, UnavailableError, WireError
 from stillhouse.core.queue import keys
-from stillhouse.core.queue.streams import Outcome, Scope
+from stillhouse.core.queue.streams import MAX_DELIVERIES, Outcome, Scope
 from stillhouse.core.rpc import Peer, collect
+from stillhouse.core.service import open_context, serve
 from stillhouse.core.tensors import DTYPE_NAMES, from_bytes, from_tensor, ids_list, ids_tensor, to_tensor
+from stillhouse.teacher.app import build as build_teacher
+from stillhouse.teacher.engines.base import EngineDeadError, ScoreItem
+from stillhouse.teacher.engines.transformers import TransformersEngine
 from stillhouse.v1 import rollout_pb2 as pb
 from stillhouse.v1 import teacher_pb2, teacher_pb2_grpc, tensor_pb2
 from tests.cluster import Cluster, job_spec
@@ -313,6 +318,48 @@ async def test_a_dead_teachers_claim_is_taken_over_and_given_up_in_the_end(desk:
     assert got["0/0"].failed.reason == "exhausted"
     assert got["0/0"].failed.attempts == 6
     assert got["1/0"].WhichOneof("result") == "sampled"
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, sample_id: str) -> None:
+    """A sample that kills engines."""
+    score = TransformersEngine.score
+
+    def deadly(self: TransformersEngine, items: Sequence[ScoreItem]) -> Any:
+        if any(item.key == sample_id for item in items):
+            raise EngineDeadError("engine_died: killed by signal 9")
+        return score(self, items)
+
+    monkeypatch.setattr(TransformersEngine, "score", deadly)
+
+
+async def test_a_sample_that_kills_engines_is_given_up_in_the_end(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(monkeypatch, "0/0")
+    await desk.open()
+    for group in (0, 1):
+        await desk.add(desk.rollout(group))
+    for number in range(MAX_DELIVERIES):
+        ctx = open_context(desk.cluster.settings, "teacher", structlog.get_logger(), instance=f"teacher-dies-{number}")
+        with pytest.raises(EngineDeadError):
+            await asyncio.wait_for(serve(ctx, build_teacher), 20)
+        await ctx.close()
+    await desk.cluster.start("teacher")
+    got = await desk.wait_for(2)
+    assert got["0/0"].failed.reason == "exhausted"
+    assert got["1/0"].WhichOneof("result") == "sampled"
+
+
+async def test_a_direct_call_whose_engine_dies_may_be_tried_again(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At another teacher, or at this one when it is back."""
+    poison(monkeypatch, "0/0")
+    ctx = open_context(desk.cluster.settings, "teacher", structlog.get_logger(), instance=PEER)
+    teacher = asyncio.create_task(serve(ctx, build_teacher))
+    await wait_until(lambda: desk.cluster.ctx.registry.services("teacher"), timeout_s=20, what="the teacher")
+    request = teacher_pb2.ScoreRequest(task=pb.TeacherTask(model="teacher"), rollouts=[desk.rollout(0)])
+    with pytest.raises(UnavailableError, match="killed by signal 9"):
+        [part async for part in (await desk.peer()).stream("Score", request, timeout_s=20)]
+    with pytest.raises(EngineDeadError):
+        await asyncio.wait_for(teacher, 20)
+    await ctx.close()
 
 
 async def test_a_closed_epoch_takes_no_scores(desk: Desk) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Final
 
-from stillhouse.core.errors import SpecError, UnimplementedError, WireError
+from stillhouse.core.errors import SpecError, UnavailableError, UnimplementedError, WireError
 from stillhouse.core.failpoints import failpoint
 from stillhouse.core.queue.streams import Scope
 from stillhouse.core.rpc import chunks
@@ -13,7 +13,7 @@ from stillhouse.core.service import VERSION, Context
 from stillhouse.core.tensors import DTYPE_NAMES
 from stillhouse.teacher.batching import plan_batches
 from stillhouse.teacher.blobstore import BlobStore
-from stillhouse.teacher.engines.base import Abilities, Scored, Unscored
+from stillhouse.teacher.engines.base import Abilities, EngineDeadError, Scored, ScoreItem, Unscored
 from stillhouse.teacher.following import Follower, at_least
 from stillhouse.teacher.messages import make_failure, make_score, score_bytes
 from stillhouse.teacher.pool import Resident
@@ -77,20 +77,11 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
         asked.asks.extend(rollout.score for rollout in request.rollouts)
         self._check_abilities(asked)
         items = [await self._reader.item(request.task, rollout) for rollout in request.rollouts]
-        results: dict[int, tuple[Scored | Unscored, Batch, Resident]] = {}
-        budget, job_id = self._ctx.settings.teacher_batch_tokens, request.task.job_id
-        for portion in plan_batches([item.length for item in items], DIRECT_BATCHES * budget):
-            async with self._scorer.turn():
-                resident, _ = await self._scorer.model(request.task)
-                if request.task.follows_student:
-                    newest = at_least([request.rollouts[index] for index in portion], request.task.epoch)
-                    await self._follower.follow(resident, request.task, newest)
-                chosen = [items[index] for index in portion]
-                if any(item.kind == rollout_pb2.SCORE_KIND_HIDDEN for item in chosen):
-                    await self._scorer.head(resident)  # hashed once, off the event loop
-                async for batch in self._scorer.batches(resident, chosen, budget=budget, job_id=job_id):
-                    for index, result in zip(batch.indices, batch.results, strict=True):
-                        results[portion[index]] = (result, batch, resident)
+        try:
+            results = await self._scored(request, items)
+        except EngineDeadError as error:  # this process ends; another one answers, or this one when it is back
+            raise UnavailableError(str(error)) from error
+        job_id = request.task.job_id
         scope = Scope(request.task.job_id, request.task.epoch)
         for index, rollout in enumerate(request.rollouts):
             result, batch, resident = results[index]
@@ -113,6 +104,26 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
             else:
                 score = make_failure(rollout, self._ctx.instance, result.reason, result.message, 1)
             yield pb.ScoreResponse(score=score)
+
+    async def _scored(
+        self, request: pb.ScoreRequest, items: Sequence[ScoreItem]
+    ) -> dict[int, tuple[Scored | Unscored, Batch, Resident]]:
+        """Results by index, made in as many turns as it takes."""
+        results: dict[int, tuple[Scored | Unscored, Batch, Resident]] = {}
+        budget, job_id = self._ctx.settings.teacher_batch_tokens, request.task.job_id
+        for portion in plan_batches([item.length for item in items], DIRECT_BATCHES * budget):
+            async with self._scorer.turn():
+                resident, _ = await self._scorer.model(request.task)
+                if request.task.follows_student:
+                    newest = at_least([request.rollouts[index] for index in portion], request.task.epoch)
+                    await self._follower.follow(resident, request.task, newest)
+                chosen = [items[index] for index in portion]
+                if any(item.kind == rollout_pb2.SCORE_KIND_HIDDEN for item in chosen):
+                    await self._scorer.head(resident)  # hashed once, off the event loop
+                async for batch in self._scorer.batches(resident, chosen, budget=budget, job_id=job_id):
+                    for index, result in zip(batch.indices, batch.results, strict=True):
+                        results[portion[index]] = (result, batch, resident)
+        return results
 
     async def FetchScore(
         self, request: pb.FetchScoreRequest, context: Any

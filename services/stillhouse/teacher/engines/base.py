@@ -11,7 +11,6 @@ from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 
-from stillhouse.core.errors import StillhouseError
 from stillhouse.v1 import rollout_pb2
 
 SCORE_KINDS: Final = (
@@ -155,10 +154,11 @@ class Abilities:
 TRANSFORMERS: Final = Abilities(engine="transformers")
 
 
-class EngineDeadError(StillhouseError):
-    """An engine's own process is gone or of no more use: the service has to end, to be started again."""
+class EngineDeadError(RuntimeError):
+    """An engine's own process is gone or of no more use: the service has to end, to be started again.
 
-    code = "engine_died"
+    No StillhouseError: what a worker holds then may be what killed it, so that its delivery must count.
+    """
 
 
 class Engine(Protocol):
