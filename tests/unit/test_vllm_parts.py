@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +20,7 @@ from stillhouse.core.blobs import xxh3
 from stillhouse.core.config import Settings
 from stillhouse.core.errors import ConfigError, WeightsError
 from stillhouse.core.tensors import DTYPE_NAMES
+from stillhouse.core.vllm_child import CAUSE_FILE, Cause
 from stillhouse.sampler import app
 from stillhouse.sampler.engines import vllm_rows
 from stillhouse.sampler.engines.base import SampleRequest
@@ -165,6 +170,23 @@ def test_end_ids_are_those_of_the_model_folder(tmp_path: Path) -> None:
     assert end_ids(tmp_path) == {2}
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7]}))
     assert end_ids(tmp_path) == {2, 7}
+
+
+def test_engines_that_start_in_two_threads_do_not_leave_their_reasons_with_each_other() -> None:
+    causes, starting = [Cause() for _ in range(8)], Barrier(8)
+
+    def start(cause: Cause) -> None:
+        starting.wait(10)
+        with cause.told():
+            code = f"import os, pathlib; pathlib.Path(os.environ['{CAUSE_FILE}']).write_text('{id(cause)}')"
+            subprocess.run([sys.executable, "-S", "-c", code], check=True)
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(start, causes))
+    assert [cause.read() for cause in causes] == [str(id(cause)) for cause in causes]
+    assert CAUSE_FILE not in os.environ
+    for cause in causes:
+        cause.close()
 
 
 def test_a_sampler_without_vllm_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

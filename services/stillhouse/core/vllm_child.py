@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,8 @@ from stillhouse.core.parent import die_with_parent
 
 CAUSE_FILE: Final = "STILLHOUSE_VLLM_CAUSE_FILE"
 """Environment variable with the file that gets the reason when an engine fails: vLLM itself only says that it did."""
+_STARTING: Final = threading.Lock()
+"""Held while engine processes are started with `CAUSE_FILE` in the environment."""
 
 
 class Cause:
@@ -29,12 +32,16 @@ class Cause:
 
     @contextmanager
     def told(self) -> Iterator[None]:
-        """Engine processes that are started meanwhile leave their reason here."""
-        os.environ[CAUSE_FILE] = self._file.name
-        try:
-            yield
-        finally:
-            del os.environ[CAUSE_FILE]
+        """Engine processes that are started meanwhile leave their reason here.
+
+        One start at a time: they inherit the environment, of which a process has one.
+        """
+        with _STARTING:
+            os.environ[CAUSE_FILE] = self._file.name
+            try:
+                yield
+            finally:
+                os.environ.pop(CAUSE_FILE, None)
 
     def read(self) -> str:
         """Empty if none was left: it was killed, or has not failed."""
