@@ -23,6 +23,7 @@ from stillhouse.core.tensors import DTYPE_NAMES
 from stillhouse.core.worker import ComputeThread
 from stillhouse.sampler.engines.base import EngineDeadError, SampleRequest
 from stillhouse.sampler.engines.cache import BLOCK
+from stillhouse.sampler.engines.draw import Distributions
 from stillhouse.sampler.engines.transformers import TransformersEngine
 from tests.contract.sampler_engines import Text, texts
 from tests.tiny import EOS_ID, TOKENIZER_SIZE, make_tiny_model, make_tokenizer
@@ -306,6 +307,27 @@ async def test_what_makes_the_model_raise_fails_alone(tmp_path: Path, open_engin
     assert got[victim].failure == ("engine_error", "RuntimeError: poison")
     for key in expected.keys() - {victim}:
         assert got[key].ids == expected[key].ids
+
+
+async def test_what_is_recorded_is_recorded_once_where_memory_was_short(
+    open_engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = requests(4, record_top_k=3, record_entropies=True)
+    engine = await open_engine()
+    expected = await texts(engine, wanted)
+    entropies, calls = Distributions.entropies, iter(range(1000))
+
+    def short_once(self: Distributions) -> Any:
+        if next(calls) == 2:
+            raise RuntimeError("out of memory")
+        return entropies(self)
+
+    monkeypatch.setattr(Distributions, "entropies", short_once)
+    got = await texts(engine, wanted)
+    for key, text in got.items():
+        assert text.ids == expected[key].ids
+        assert len(text.target_ids) == len(text.entropies) == len(text.ids)
+        np.testing.assert_array_equal(text.target_ids, expected[key].target_ids)
 
 
 ALONE = [SampleRequest(f"alone{seed}", [40, 7, 12, 9], 12 + 7 * seed, seed) for seed in range(5)]

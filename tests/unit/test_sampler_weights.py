@@ -15,6 +15,7 @@ from stillhouse.core.errors import WeightsError, WireError
 from stillhouse.core.pulls import fetch_weights
 from stillhouse.core.queue.streams import Scope
 from stillhouse.core.rpc import chunks
+from stillhouse.core.tasks import cancel_all
 from stillhouse.core.tensors import DTYPE_NAMES
 from stillhouse.core.weights import weights_sha256
 from stillhouse.core.worker import ComputeThread
@@ -165,3 +166,24 @@ async def test_an_exact_version_is_not_replaced_by_a_pull_that_was_on_its_way(mo
     assert student.version(SCOPE) == 0
     await student.follow(SCOPE)
     assert student.version(SCOPE) == 0, "pinned"
+
+
+async def test_an_engine_goes_on_if_its_pause_is_given_up() -> None:
+    """A shift that is halted gives up the pull that it waits for, wherever that is."""
+    ctx: Any = SimpleNamespace()
+    student, asked, goes_on = Student(ctx, ComputeThread("test"), ctx), asyncio.Event(), asyncio.Event()
+
+    async def pause() -> None:
+        asked.set()
+        await asyncio.Event().wait()
+
+    async def resume() -> None:
+        goes_on.set()
+
+    engine: Any = SimpleNamespace(pause=pause, resume=resume)
+    student.engine = engine
+    replacing = asyncio.create_task(student._replace(await fetch(FakeTrainer())))
+    await asked.wait()
+    await cancel_all([replacing])
+    assert goes_on.is_set()
+    assert student.weights is None

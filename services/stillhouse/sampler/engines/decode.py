@@ -252,13 +252,14 @@ class Decoder:
 
 
 def _record(rows: Sequence[Row], distributions: Distributions) -> None:
-    """Add to each row what its request wants to know of the distribution that its last token was drawn from."""
+    """Add to each row what its request wants to know of the distribution that its last token was drawn from; to all
+    rows or, where the memory does not suffice, to none.
+    """
     most = max(row.request.record_top_k for row in rows)
-    if most:
-        for row, ids_K in zip(rows, distributions.likeliest(most).int().cpu().numpy(), strict=True):
-            if row.request.record_top_k:
-                row.target_ids.append(ids_K[: row.request.record_top_k].copy())
-    if any(row.request.record_entropies for row in rows):
-        for row, entropy in zip(rows, distributions.entropies().tolist(), strict=True):
-            if row.request.record_entropies:
-                row.entropies.append(entropy)
+    ids_BK = distributions.likeliest(most).int().cpu().numpy() if most else None
+    entropies_B = distributions.entropies().tolist() if any(row.request.record_entropies for row in rows) else None
+    for index, row in enumerate(rows):
+        if ids_BK is not None and row.request.record_top_k:
+            row.target_ids.append(ids_BK[index, : row.request.record_top_k].copy())
+        if entropies_B is not None and row.request.record_entropies:
+            row.entropies.append(entropies_B[index])
