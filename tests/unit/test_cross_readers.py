@@ -62,6 +62,23 @@ def test_it_reads_its_own_tokens_by_its_own_template(student: ModelEntry, teache
     assert readers.for_teachers["main"].end_of_turn([END_ID]) == END_ID
 
 
+def test_the_students_tokens_are_not_counted_against_the_teachers_limit(
+    student: ModelEntry, teacher: ModelEntry
+) -> None:
+    def load(entry: ModelEntry, limit: int) -> None:
+        readers = open_readers(SPEC, student, {"main": entry.model_copy(update={"max_sequence_length": limit})})
+        load_prompts(SPEC, readers, Artifacts(Path("/nowhere")))
+
+    ((prompt,), _) = load_prompts(SPEC, open_readers(SPEC, student, {"main": teacher}), Artifacts(Path("/nowhere")))
+    own, most = len(prompt.teacher_prompt_ids or ()), SPEC.stages[0].sampling.max_tokens
+    assert most > 1
+    load(teacher, own + 1)
+    with pytest.raises(PreflightError, match=rf"{own} prompt tokens \+ 1 completion tokens exceed the {own} that main"):
+        load(teacher, own)
+    with pytest.raises(PreflightError, match=rf"\+ {most} completion tokens exceed the"):
+        load(student, len(prompt.prompt_ids) + most - 1)
+
+
 def test_a_teacher_with_the_students_tokenizer_reads_ids(student: ModelEntry) -> None:
     assert not open_readers(SPEC, student, {"main": student}).crossing
 

@@ -41,6 +41,16 @@ async def test_a_loss_that_compares_texts_takes_any_tokenizer_with_a_template(ga
     assert "'base' has no chat template" in body["detail"]
 
 
+async def test_lengths_that_only_the_teachers_tokens_tell_are_no_reason_to_refuse(gateway: Gateway) -> None:
+    add_model(gateway.home, "stranger", extra_token="zz", max_length=16)
+    add_model(gateway.home, "short", max_length=16)
+    spec = make_spec(teachers={"main": {"model": "short"}})
+    spec["stages"][0]["loss"] = {"objective": "policy_gradient", "cross_tokenizer": True}
+    spec["stages"][0]["data"]["rows"] = [{"prompt": "z" * 12}]
+    assert "the max_sequence_length of the teacher 'main' (short) of 16" in (await gateway.refused(spec))["detail"]
+    assert (await gateway.submit({**spec, "teachers": {"main": {"model": "stranger"}}})).status_code == 201
+
+
 async def test_a_student_without_chat_template_is_refused(gateway: Gateway) -> None:
     add_model(gateway.home, "base", has_template=False)
     body = await gateway.refused(make_spec(student={"model": "base"}))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -18,7 +18,7 @@ from stillhouse.core.explain import MAX_FINDINGS, Finding
 from stillhouse.core.models import ModelEntry, ModelRegistry
 from stillhouse.core.spec import DataSpec, JobSpec, PolicyGradientLoss, Row, StageSpec
 from stillhouse.core.verifiers import problem_of, verifiers
-from stillhouse.core.vocabulary import tokenizer_of
+from stillhouse.core.vocabulary import difference, tokenizer_of
 from stillhouse.gateway.problems import InvalidError
 from stillhouse.gateway.reading import (
     check_chat_template,
@@ -256,9 +256,10 @@ def check_verifiers(case: Case) -> Iterator[Finding]:
 
 def check_lengths(case: Case) -> Iterator[Finding]:
     """Prompt and completion fit into the student, the teacher and the queue. Counted without the chat template, so what
-    is refused here certainly does not fit."""
+    is refused here certainly does not fit. Teachers with another tokenizer count when they read."""
+    counted = _with_the_students_tokens(case)
     for source in case.sources():
-        readers = list(_readers(case, source))
+        readers = list(_readers(case, source, counted))
         fix = "shorten the prompt or lower max_tokens" + (
             " or loss.k" if source.stage and source.stage.loss.record_top_k() else ""
         )
@@ -286,7 +287,13 @@ class _Reader:
     what: str
 
 
-def _readers(case: Case, source: Source) -> Iterable[_Reader]:
+def _with_the_students_tokens(case: Case) -> dict[str, ModelEntry]:
+    """The teachers that read as many tokens as the student, by name."""
+    student, teachers = case.student, case.teachers.items()
+    return {name: entry for name, entry in teachers if student and entry and not difference(student, entry)}
+
+
+def _readers(case: Case, source: Source, teachers: Mapping[str, ModelEntry]) -> Iterable[_Reader]:
     if case.student is None:
         return
     student_limit = min(case.student.max_sequence_length, source.queue_tokens())
@@ -298,7 +305,7 @@ def _readers(case: Case, source: Source) -> Iterable[_Reader]:
         text = "\n".join(message["content"] for message in row.conversation())
         yield _Reader(index, text, student_limit, student_what)
         name = case.teacher_of(row)
-        teacher = case.teachers.get(name or "")
+        teacher = teachers.get(name or "")
         if is_read and teacher is not None and name is not None:
             read = _teacher_text(row, case.spec.teachers[name].system_prompt)
             what = f"the max_sequence_length of the teacher '{name}' ({teacher.name})"

@@ -130,7 +130,8 @@ def _load(
     if not prompts:
         raise PreflightError("no prompts: the data has no rows")
     limits = {name: entry.max_sequence_length if is_read else sys.maxsize for name, entry in readers.teachers.items()}
-    check_lengths(prompts, max_tokens, {**limits, "student": readers.student.max_sequence_length})
+    limits["student"] = readers.student.max_sequence_length
+    check_lengths(prompts, max_tokens, limits, readers.crossing)
     return prompts
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -154,21 +154,26 @@ def _teacher_conversation(row: Row, conversation: list[dict[str, str]], teacher:
     return conversation
 
 
-def check_lengths(prompts: Sequence[Prompt], max_tokens: int, limits: Mapping[str, int]) -> None:
+def check_lengths(
+    prompts: Sequence[Prompt], max_tokens: int, limits: Mapping[str, int], crossing: Collection[str] = ()
+) -> None:
     """Refuse prompts that leave no room for a completion; `limits` = longest sequence of "student" and each teacher.
+    How long a completion is to the teachers of `crossing`, which have another tokenizer, nobody knows before: one token
+    is the least.
 
     Raises:
         PreflightError: names the row, the length, the limit and the fix.
     """
     for prompt in prompts:
-        lengths = {"student": len(prompt.prompt_ids)}
-        if prompt.teacher != NO_TEACHER:
-            lengths[prompt.teacher] = len(prompt.teacher_prompt_ids or prompt.prompt_ids)
-        for who, length in lengths.items():
-            if length + max_tokens > limits[who]:
+        needs = {"student": (len(prompt.prompt_ids), max_tokens)}
+        if (name := prompt.teacher) != NO_TEACHER:
+            needs[name] = (len(prompt.teacher_prompt_ids or prompt.prompt_ids), 1 if name in crossing else max_tokens)
+        for who, (length, room) in needs.items():
+            if length + room > limits[who]:
+                fix = "shorten the prompt" + (" or lower sampling.max_tokens" if room == max_tokens else "")
                 raise PreflightError(
-                    f"row {prompt.row}: {length} prompt tokens + {max_tokens} completion tokens exceed the "
-                    f"{limits[who]} that {who} can read; shorten the prompt or lower sampling.max_tokens"
+                    f"row {prompt.row}: {length} prompt tokens + {room} completion tokens exceed the "
+                    f"{limits[who]} that {who} can read; {fix}"
                 )
 
 
