@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from stillhouse.core.blobs import sha256_bytes, xxh3
 from stillhouse.core.errors import ConflictError, NotFoundError, UnavailableError, WireError
+from stillhouse.core.models import ModelEntry
 from stillhouse.core.queue import keys
 from stillhouse.core.queue.streams import MAX_DELIVERIES, Outcome, Scope
 from stillhouse.core.rpc import Peer, collect
@@ -390,6 +391,25 @@ async def test_a_stream_without_its_model_does_not_stop_the_others(desk: Desk) -
     await good.wait_for(1)
     assert not await desk.scores()
     assert await desk.queue.length(desk.rollouts_stream) == 1, "it waits for a teacher that has the model"
+
+
+async def test_a_model_that_cannot_be_read_does_not_stop_the_others(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def verify(entry: ModelEntry) -> None:
+        if entry.name == "other":
+            raise PermissionError(13, "Permission denied", entry.path)
+
+    monkeypatch.setattr("stillhouse.teacher.pool.verify_files", verify)
+    await desk.open("other")
+    await desk.add(desk.rollout(0))
+    good = await open_job(desk.cluster)
+    await good.open()
+    await desk.cluster.start("teacher")
+    for group in range(2):
+        await good.add(good.rollout(group))
+        await good.wait_for(group + 1)
+    assert await desk.queue.length(desk.rollouts_stream) == 1, "it waits for a teacher that can read the model"
 
 
 async def test_deterministic_scores_do_not_depend_on_company(cluster: Cluster) -> None:

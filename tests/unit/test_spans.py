@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
 from stillhouse.core.errors import SpecError
-from stillhouse.core.spelling import PROBE, Spelling
+from stillhouse.core.models import inspect_model
+from stillhouse.core.spelling import PROBE, Spelling, spelling_of
 from stillhouse.teacher.engines.base import Spans
 from stillhouse.teacher.spans import retokenize
 from tests.spellings import END_ID, OTHER_TEXTS, TEXTS, byte_level, sentencepiece
+from tests.tiny import make_tiny_model
 
 KINDS = ("bytes", "other bytes", "nfc", "pieces", "pieces with prefix")
 
@@ -262,3 +264,16 @@ def test_a_tokenizer_whose_tokens_are_no_pieces_of_text_is_refused(tmp_path: Pat
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(SpecError, match="WordPiece"):
         Spelling(tmp_path / "tokenizer.json")
+
+
+def test_a_tokenizer_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    with pytest.raises(SpecError, match="can read"):
+        Spelling(path)
+    path.write_text("{}")
+    with pytest.raises(SpecError, match="can read"):
+        Spelling(path)
+    entry = inspect_model("m", make_tiny_model(tmp_path / "m"))
+    (tmp_path / "m" / "tokenizer.json").unlink()
+    with pytest.raises(SpecError, match=r"No such file.*models add m"):
+        spelling_of(entry)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stillhouse.core.errors import ConflictError, NotFoundError, OverloadedError, SpecError
+from stillhouse.core.errors import ConflictError, EngineStartError, NotFoundError, OverloadedError, SpecError
 from stillhouse.core.models import ModelRegistry, inspect_model
 from stillhouse.core.tensors import DTYPE_NAMES
 from stillhouse.core.worker import ComputeThread
@@ -39,7 +39,9 @@ class FakeEngine:
 
     vocab_size, max_sequence_length, size_bytes = 10, 10, 0
 
-    def __init__(self) -> None:
+    def __init__(self, path: Path | None = None) -> None:
+        if path is not None:
+            path.read_bytes()
         self.poison = ""
         self.is_closed = False
         self.change: Callable[[Scored], Scored] = lambda scored: scored
@@ -148,6 +150,15 @@ def test_the_pool_refuses_changed_files(registry: ModelRegistry) -> None:
     with pytest.raises(SpecError, match="changed since it was registered"):
         pool.get(task("b", dtype=DTYPE_NAMES["float32"]))
     assert not loads
+
+
+def test_files_that_cannot_be_read_are_no_trouble_of_the_queue(registry: ModelRegistry) -> None:
+    pool = ModelPool(registry, lambda entry, _: FakeEngine(Path(entry.path) / "config.json"), 1 << 30)
+    pool.read_ahead(task("a"))
+    (Path(registry.get("a").path) / "config.json").unlink()
+    with pytest.raises(EngineStartError, match=r"'a' cannot be read from .*config\.json"):
+        pool.get(task("a"))
+    pool.get(task("b"))
 
 
 def test_files_are_verified_once_and_ahead(registry: ModelRegistry, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,9 +36,12 @@ class Spelling:
         """Read a tokenizer.json.
 
         Raises:
-            SpecError: its tokens are not pieces of text.
+            SpecError: it is no tokenizer, or its tokens are not pieces of text.
         """
-        self._tokenizer: Any = Tokenizer.from_file(str(path))
+        try:
+            self._tokenizer: Any = Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers has no class of its own for this
+            raise SpecError(f"{path} is no tokenizer that tokenizers can read: {error}") from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         # what looks like a special token in a text is text
@@ -76,19 +79,22 @@ def spelling_of(entry: ModelEntry) -> Spelling:
     """A registered model's. The first time it reads the file, up to two seconds: call it in a thread.
 
     Raises:
-        SpecError: the file is not the registered one, or its tokens are not pieces of text.
+        SpecError: the file cannot be read, is not the registered one, or its tokens are not pieces of text.
     """
     return _load(entry.name, Path(entry.path) / TOKENIZER_FILE, entry.files[TOKENIZER_FILE])
 
 
 @lru_cache(maxsize=8)
 def _load(name: str, path: Path, sha256: str) -> Spelling:
-    if (found := sha256_file(path)) != sha256:
-        raise SpecError(
-            f"{path} changed since the model was registered (sha256 {found[:12]}, then {sha256[:12]}); register it "
-            f"again with `stillhouse models add {name} {path.parent}`"
-        )
-    return Spelling(path)
+    again = f"register it again with `stillhouse models add {name} {path.parent}`"
+    try:
+        if (found := sha256_file(path)) != sha256:
+            raise SpecError(
+                f"{path} changed since the model was registered (sha256 {found[:12]}, then {sha256[:12]}); {again}"
+            )
+        return Spelling(path)
+    except OSError as error:
+        raise SpecError(f"{path} cannot be read: {error}; {again}") from error
 
 
 def _speller(path: Path) -> Any:

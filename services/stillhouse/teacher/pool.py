@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from stillhouse.core.errors import ConflictError, OverloadedError
+from stillhouse.core.errors import ConflictError, EngineStartError, OverloadedError
 from stillhouse.core.models import ModelEntry, ModelRegistry, verify_files
 from stillhouse.core.telemetry import MODEL_LOAD_SECONDS, MODEL_LOADS
 from stillhouse.core.tensors import DTYPE_NAMES, dtype_name, itemsize
@@ -76,14 +76,14 @@ class ModelPool:
             ConflictError: registered with another hash.
             SpecError: its files changed since.
             OverloadedError: it does not fit the budget even alone.
+            EngineStartError: its files cannot be read, or the engine does not start with it.
         """
         entry, key = self._entry(task)
         load_s = 0.0
         if key not in self._residents:
             started = time.monotonic()
             self._make_room(entry, _size_bytes(entry, key[1]), keep)
-            self._verify(entry)
-            engine = self._load_engine(entry, key[1])
+            engine = self._read(entry, key[1])
             self._residents[key] = Resident(key, entry, key[1], engine, _size_bytes(entry, key[1]))
             load_s = time.monotonic() - started
             self._count(entry, load_s)
@@ -132,6 +132,13 @@ class ModelPool:
             )
         owner = task.job_id if task.follows_student else ""
         return entry, (entry.sha256, dtype_name(task.dtype) if task.dtype else DEFAULT_DTYPE, owner)
+
+    def _read(self, entry: ModelEntry, dtype: str) -> Engine:
+        try:
+            self._verify(entry)
+            return self._load_engine(entry, dtype)
+        except OSError as error:  # to a worker it would look like a queue server that is gone
+            raise EngineStartError(f"model '{entry.name}' cannot be read from {entry.path}: {error}") from error
 
     def _verify(self, entry: ModelEntry) -> None:
         if entry.sha256 not in self._verified:
