@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from structlog.testing import capture_logs
 
 from stillhouse.core.tensors import from_tensor
 from stillhouse.teacher import app as teacher_app
@@ -117,6 +118,31 @@ async def test_a_job_that_no_teacher_can_serve_fails_at_its_start(
     assert (await deployment.ended(job_id)).status == "succeeded"
     journal = read_step(deployment.ctx.artifacts.job(job_id).journal(1, 0))
     assert {score.teacher_instance for score in journal.scores} == {"teacher-1"}
+
+
+async def test_a_job_taken_over_where_no_teacher_can_serve_it_says_so_and_waits(
+    deployment: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = await deployment.submit(job_spec(stages__0__schedule__steps=4))
+    await at_step(deployment, job_id, 1)
+    await deployment.crash("trainer-0")
+    await deployment.stop("teacher-0")
+    lacking = Abilities("half", lacks={int(pb.SCORE_KIND_HIDDEN): "has no hidden states; use top_k"})
+    monkeypatch.setattr(teacher_app, "TRANSFORMERS", lacking)
+    await deployment.start("teacher", "teacher-0")
+    with capture_logs() as logs:
+        await deployment.start("trainer", "trainer-1")
+
+        async def says_so() -> bool:
+            phase = (await deployment.ctx.jobs.get(job_id)).progress.get("phase", "")
+            return phase.startswith("waiting for a teacher: ") and "half has no hidden states; use top_k" in phase
+
+        await wait_until(says_so, timeout_s=30, what="the reason in the job's progress")
+        monkeypatch.undo()
+        await deployment.start("teacher", "teacher-1")
+        record = await deployment.ended(job_id)
+    assert (record.status, record.epoch) == ("succeeded", 2), record.error
+    assert [log["log_level"] for log in logs if log["event"] == "waiting for a teacher"] == ["warning"]
 
 
 async def test_a_deterministic_job_is_left_alone_by_teachers_with_other_threads(deployment: Cluster) -> None:

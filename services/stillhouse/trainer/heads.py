@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, Final
 
 from stillhouse.core.errors import DeadlineError, PreflightError, UnavailableError, UnimplementedError, WireError
@@ -23,6 +23,8 @@ LOAD_TIMEOUT_S: Final = 900.0
 """Deadline of loading a teacher: a 32B model reads 64 GB from disk."""
 HEAD_TIMEOUT_S: Final = 300.0
 """Deadline of fetching a head: 1.2 GB for an 8B model takes 12 s at 100 MB/s."""
+Tell = Callable[[str], Awaitable[None]]
+"""Takes the reason why no teacher here can serve a job, once; and "" when one is found after all."""
 
 
 def make_task(
@@ -50,15 +52,16 @@ def make_task(
     )
 
 
-async def ensure_loaded(registry: Registry, peers: Peers, task: rollout_pb2.TeacherTask) -> Peer:
+async def ensure_loaded(registry: Registry, peers: Peers, task: rollout_pb2.TeacherTask, tell: Tell) -> Peer:
     """Have a teacher process load the model of `task`; returns the peer that has it.
 
-    Waits for one as long as it takes (the job's record says so, and a user may cancel): a job with days of progress
-    must not fail because a node restarts.
+    Waits for one as long as it takes (`tell` says why, and a user may cancel): a job with days of progress must not
+    fail because a node restarts, or because other teachers were started than before.
 
     Raises:
         PreflightError: the job's first claim finds teachers, and the engine of none can do what it asks.
     """
+    told = ""
     while True:
         refusals = []
         services = await registry.services("teacher")
@@ -67,20 +70,27 @@ async def ensure_loaded(registry: Registry, peers: Peers, task: rollout_pb2.Teac
             request = teacher_pb2.EnsureModelRequest(task=task)
             try:
                 await peer.unary("EnsureModel", request, timeout_s=LOAD_TIMEOUT_S)
+                if told:
+                    await tell("")
                 return peer
             except (UnavailableError, DeadlineError):
                 continue  # it died just now; its successor announces itself within seconds
             except UnimplementedError as error:
                 refusals.append(error.message)
-        if refusals and len(refusals) == len(services) and task.epoch == 1:
-            raise PreflightError(f"no teacher here can serve teacher '{task.teacher}': {refusals[0]}")
+        if refusals and len(refusals) == len(services):
+            reason = f"no teacher here can serve teacher '{task.teacher}': {refusals[0]}"
+            if task.epoch == 1:
+                raise PreflightError(reason)
+            if reason != told:
+                await tell(reason)
+            told = reason
         await asyncio.sleep(RETRY_S)
 
 
-async def fetch_head(registry: Registry, peers: Peers, task: rollout_pb2.TeacherTask) -> TeacherHead:
+async def fetch_head(registry: Registry, peers: Peers, task: rollout_pb2.TeacherTask, tell: Tell) -> TeacherHead:
     """The output head of a teacher's model, verified against its hash."""
     while True:
-        peer = await ensure_loaded(registry, peers, task)
+        peer = await ensure_loaded(registry, peers, task, tell)
         try:
             return await _fetch(peer, task)
         except (UnavailableError, DeadlineError):

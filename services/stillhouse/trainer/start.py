@@ -269,10 +269,16 @@ class Start:
         heads: dict[str, TeacherHead] = {}
         for name, task in self._tasks(teachers).items():
             if needs_heads:
-                heads[name] = await fetch_head(self.ctx.registry, self.ctx.peers, task)
+                heads[name] = await fetch_head(self.ctx.registry, self.ctx.peers, task, self._tell_waiting)
             else:
-                await ensure_loaded(self.ctx.registry, self.ctx.peers, task)
+                await ensure_loaded(self.ctx.registry, self.ctx.peers, task, self._tell_waiting)
         return heads
+
+    async def _tell_waiting(self, reason: str) -> None:
+        """Say why no teacher takes the job; "" = one has taken it."""
+        if reason:
+            self.log.warning("waiting for a teacher", reason=reason)
+        await self.progress.show(f"waiting for a teacher: {reason}" if reason else "loading teachers")
 
     def _held_out(self, run: Run, prompts: Sequence[Prompt]) -> HeldOut | None:
         if not prompts:
