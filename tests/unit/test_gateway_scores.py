@@ -49,6 +49,12 @@ async def test_a_key_is_needed_and_the_model_must_be_registered(gateway: Gateway
         ({"items": [{"text": "ab", "prompt_ids": [1]}]}, "items.0", "go with 'token_ids'"),
         ({"items": [{"token_ids": [1, 2], "prompt": "a"}]}, "items.0", "goes with 'text'"),
         ({"items": [{"token_ids": [1, -2]}]}, "items.0.token_ids.1", "out of range"),
+        (
+            {"items": [{"text": "ab"}, {"token_ids": [1, 255, 256]}]},
+            "items.1",
+            "'big' has no token id 256, its last is 255",
+        ),
+        ({"items": [{"prompt_ids": [999], "token_ids": [1]}]}, "items.0", "no token id 999"),
         ({"items": [{"text": "ab"}], "kind": "hidden"}, "kind", "unknown key"),
         ({"items": [{"txt": "ab"}]}, "items.0.txt", "did you mean 'text'?"),
         ({"items": [{"text": "ab"}], "top_k": 51}, "top_k", "out of range"),

@@ -120,9 +120,10 @@ def tokenize(tokenizer: Tokenizer, entry: ModelEntry, request: ScoreRequest) -> 
     """Every item as token ids.
 
     Raises:
-        InvalidError: an item is too short or too long, or all together are.
+        InvalidError: an item is too short or too long or holds unknown ids, or all together are too long.
     """
     items = [_tokens(tokenizer, item) for item in request.items]
+    known = min(entry.tokenizer_size, entry.vocab_size)
     findings: list[Finding] = []
     for index, item in enumerate(items):
         length = len(item.prompt_ids) + len(item.token_ids)
@@ -132,6 +133,10 @@ def tokenize(tokenizer: Tokenizer, entry: ModelEntry, request: ScoreRequest) -> 
         elif length > entry.max_sequence_length:
             message = f"{length} tokens are more than the max_sequence_length {entry.max_sequence_length} of "
             findings.append(Finding(f"items.{index}", message + f"'{entry.name}'", "shorten or split it"))
+        odd = [token for token in (*item.prompt_ids, *item.token_ids) if not 0 <= token < known]
+        if odd:
+            message = f"'{entry.name}' has no token id {odd[0]}, its last is {known - 1}"
+            findings.append(Finding(f"items.{index}", message, "use ids of its tokenizer"))
     total = sum(len(item.prompt_ids) + len(item.token_ids) for item in items)
     if total > MAX_TOKENS:
         findings.append(Finding("items", f"{total} tokens in one request, at most {MAX_TOKENS}", "send several"))
