@@ -62,7 +62,7 @@ def up(
 
     Ctrl-C stops them; with --detach, `stillhouse down` does. What dies or freezes is started again. Logs: HOME/logs.
 
-    Examples:  stillhouse up --detach --samplers 2;  stillhouse up --only teacher
+    Example:  stillhouse up --detach --samplers 2;  stillhouse up --only teacher
     """
     from stillhouse.cli import up as implementation
 

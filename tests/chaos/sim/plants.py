@@ -15,12 +15,13 @@ from stillhouse.core.blobs import JobArtifacts
 from stillhouse.core.queue import jobs, scripts
 from stillhouse.core.queue.streams import Entry, WorkQueue
 from stillhouse.sampler.student import Student
+from stillhouse.teacher import scoring
 from stillhouse.teacher import worker as teacher_worker
 from stillhouse.trainer import lead, loop, manifests, run
 from stillhouse.trainer.exchange import Exchange, ScoredGroup
 from stillhouse.trainer.lead import Lead
 from stillhouse.trainer.run import Run
-from tests.chaos.sim.toys import ToyLearner, ToyTeacher
+from tests.chaos.sim.toys import ToyLearner
 from tests.chaos.sim.world import World
 
 Plant = Callable[[World], AbstractContextManager[None]]
@@ -239,7 +240,7 @@ PLANTS: Final[dict[str, Plant]] = {
     "no_version_check": replaced((Student, "ensure", _any_version)),
     "cursor_last_yielded": replaced((Run, "start", _start_after_what_was_in_flight)),
     "reseed_after_restore": replaced((run, "make_group", _fresh_seeds)),
-    "keep_nan": replaced((ToyTeacher, "hides_overflow", True), (ToyLearner, "keeps_nan", True)),
+    "keep_nan": replaced((scoring, "checked", lambda _, results: results), (ToyLearner, "keeps_nan", True)),
     "early_cleanup": replaced((run, "retain", _keep_only_the_newest)),
     "no_dedup": replaced(
         (scripts, "ADD", without(scripts.ADD, _MARK_ADD)),

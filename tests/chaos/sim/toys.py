@@ -159,13 +159,11 @@ class ToySampler:
 
 
 class ToyTeacher:
-    """`teacher.engines.base.Engine`: scores follow from the tokens; some overflow."""
+    """`teacher.engines.base.Engine`: scores follow from the tokens; some are NaN, which checks.py has to find."""
 
     vocab_size = VOCABULARY
     max_sequence_length = 512
     size_bytes = 4 * WIDTH
-    hides_overflow = False
-    """For the planted bug."""
 
     def score(self, items: Sequence[ScoreItem]) -> list[Scored | Unscored]:
         return [self._score(item) for item in items]
@@ -174,8 +172,6 @@ class ToyTeacher:
         logprobs = np.array([-float(token + 1) / VOCABULARY for token in item.completion_ids], dtype=np.float32)
         if not item.key.endswith("/0") and sum(item.completion_ids) % POISON == 0:
             logprobs[-1] = np.nan
-        if not np.isfinite(logprobs).all() and not self.hides_overflow:
-            return Unscored(item.key, "non_finite", "the toy teacher overflowed")
         hidden = None
         if item.kind == rollout_pb2.SCORE_KIND_HIDDEN:
             hidden = np.tile(logprobs[:, None], (1, WIDTH)).astype(np.float16)
