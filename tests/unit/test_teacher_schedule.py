@@ -14,6 +14,8 @@ BATCH = 100
 """Tokens of a batch; it takes BATCH_S."""
 BATCH_S = 0.1
 LOAD_S = 0.5
+ASIDE_S = 10.0
+"""How long a stream rests whose model is too large."""
 
 
 def key(model: str) -> ModelKey:
@@ -32,6 +34,8 @@ class Teacher:
         self.loads: Counter[str] = Counter()
         self.now = 0.0
         self.log: list[Stream] = []
+        self.refused: dict[Stream, float] = {}
+        """Streams set aside, and until when."""
 
     def add(self, job_id: str, model: str, batches: int) -> Stream:
         stream = Stream(f"{job_id}:{model}", job_id, key(model), 1)
@@ -42,13 +46,17 @@ class Teacher:
         return len(keep) + size_bytes <= self.room
 
     def waiting(self) -> Sequence[Stream]:
-        return [stream for stream, batches in self.work.items() if batches]
+        return [one for one, batches in self.work.items() if batches and self.refused.get(one, 0.0) <= self.now]
 
     def turn(self) -> Stream:
         """One batch."""
         waiting = self.waiting()
         chosen = self.schedule.choose(waiting, self.resident, self.fits)
         assert chosen in waiting
+        self.log.append(chosen)
+        if chosen.size_bytes > self.room:
+            self.refused[chosen] = self.now + ASIDE_S
+            return chosen
         keep = self.schedule.at_work(waiting, self.resident)
         if chosen.model not in self.resident:
             while len(self.resident) >= self.room:
@@ -62,7 +70,6 @@ class Teacher:
         self.now += BATCH_S
         self.schedule.served(chosen, BATCH, BATCH_S)
         self.work[chosen] -= 1
-        self.log.append(chosen)
         return chosen
 
     def until_done(self) -> None:
@@ -160,6 +167,16 @@ def test_a_model_keeps_its_turn_where_there_is_no_room_for_two() -> None:
         pass
     assert MIN_TURN_S <= teacher.now - before <= TURN_LOADS * LOAD_S + LOAD_S + 2 * BATCH_S
     assert teacher.loads == {"m": 1, "n": 1}
+
+
+def test_a_model_larger_than_the_memory_does_not_starve_a_job() -> None:
+    teacher = Teacher(room=1)
+    jobs = [teacher.add("a", "m", 1000), teacher.add("b", "n", 1000)]
+    large = Stream("large", "c", key("large"), 2)
+    teacher.work[large] = 1
+    served = Counter(teacher.turn() for _ in range(400))
+    assert min(served[job] for job in jobs) >= 0.4 * 400
+    assert 2 <= served[large] <= 1 + teacher.now / ASIDE_S, "it is refused now and then"
 
 
 def test_the_next_model_is_named_while_the_present_one_works() -> None:

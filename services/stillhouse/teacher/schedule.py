@@ -76,7 +76,7 @@ class Schedule:
             if mine and (mine[0].model in resident or fits(mine[0].size_bytes, keep)):
                 return mine[0]
         # only if a model is larger than the memory: its stream is served, and refused with the reason
-        return min(waiting, key=lambda stream: self._since[stream.model])
+        return min((one for one in waiting if one.model in fresh), key=lambda stream: self._since[stream.model])
 
     def at_work(self, waiting: Sequence[Stream], resident: Collection[ModelKey]) -> set[ModelKey]:
         """Models in memory whose turn is not over: they are not to leave for another one."""
