@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stillhouse.client.aio import AsyncClient
 from stillhouse.client.calls import ApiError
+from stillhouse.core.errors import EngineStartError
 from stillhouse.core.queue.registry import ServiceInfo
 from stillhouse.gateway.app import create_app
 from stillhouse.gateway.scoring import in_turn
@@ -108,6 +109,30 @@ async def test_a_model_that_fits_nowhere_says_what_it_needs(deployment: Cluster,
         await small.stop("teacher-0")
     with pytest.raises(ApiError, match="no teacher service"):
         await client.score("judge", ["a text"])
+
+
+def asked_first(deployment: Cluster) -> str:
+    """Name of a teacher that is asked before teacher-0."""
+    asked = deployment.models.get("judge").sha256
+    both = [
+        [ServiceInfo("teacher", name, "h:1", 1, 0.0, 0.0) for name in ("teacher-0", f"first-{n}")] for n in range(99)
+    ]
+    return next(info.instance for info in (in_turn(pair, asked)[0] for pair in both) if info.instance != "teacher-0")
+
+
+async def test_where_the_engine_of_one_teacher_does_not_start_another_scores(
+    deployment: Cluster, client: AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: Any) -> Any:
+        raise EngineStartError("it has no room")
+
+    monkeypatch.setattr(teacher_app, "_transformers", lambda settings: load)
+    await deployment.start("teacher", asked_first(deployment))
+    assert (await client.score("judge", [TEXT]))["teacher"] == "teacher-0"
+    await deployment.stop("teacher-0")
+    with pytest.raises(ApiError, match="it has no room") as caught:
+        await client.score("judge", [TEXT])
+    assert caught.value.status == 503
 
 
 async def test_what_one_teacher_cannot_do_another_does(
