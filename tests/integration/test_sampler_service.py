@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from stillhouse.core import service
 from stillhouse.core.errors import ConflictError, NotFoundError, SpecError, UnimplementedError, WireError
 from stillhouse.core.queue import keys
 from stillhouse.core.tensors import from_tensor, ids_list, ids_tensor
 from stillhouse.core.vocabulary import tokenizer_of
+from stillhouse.sampler import worker
 from stillhouse.v1 import rollout_pb2 as pb
 from stillhouse.v1 import sampler_pb2, weights_pb2
 from tests.desk import (
@@ -88,6 +90,37 @@ async def test_a_sampler_that_missed_the_hint_pulls_at_the_claim(desk: Desk) -> 
     np.testing.assert_allclose(
         from_tensor(got["2/0"].rollout_logprobs), full_logprobs(desk.trainer.models[1], got["2/0"]), atol=1e-4
     )
+
+
+async def test_a_sampler_that_cannot_load_the_student_says_why_and_tries_again(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "RETRY_S", 0.2)
+    monkeypatch.setattr(service, "HEARTBEAT_S", 0.1)
+    desk.publish(0)
+    config = Path(desk.cluster.models.get("student").path) / "config.json"
+    good = config.read_bytes()
+    config.write_bytes(good + b" ")
+    await desk.cluster.start("sampler")
+    await desk.lease("sampler-0")
+    await desk.plan(0)
+
+    async def heartbeat() -> tuple[str, str, str]:
+        info = await desk.cluster.ctx.registry.find("sampler", "sampler-0")
+        return info.state, info.job_id, info.extra["problem"]
+
+    async def says_why() -> bool:
+        state, job_id, problem = await heartbeat()
+        return (state, job_id) == ("idle", "") and "config.json changed since it was registered" in problem
+
+    await wait_until(says_why, timeout_s=10, what="the sampler to say what is wrong")
+    config.write_bytes(good)
+    await desk.wait_for("0/0", "0/1")
+
+    async def is_well() -> bool:
+        return (await heartbeat())[1:] == (desk.scope.job_id, "")
+
+    await wait_until(is_well, timeout_s=5, what="the sampler to say that it is well")
 
 
 async def test_weights_that_do_not_exist_yet_are_waited_for(desk: Desk) -> None:

@@ -29,10 +29,17 @@ JOB = "job_a"
 
 
 def service(
-    role: str, state: str = "waiting", *, job_id: str = JOB, silent_s: float = 0.0, transfer_silent_s: float = 0.0
+    role: str,
+    state: str = "waiting",
+    *,
+    job_id: str = JOB,
+    silent_s: float = 0.0,
+    transfer_silent_s: float = 0.0,
+    problem: str = "",
+    number: int = 0,
 ) -> ServiceInfo:
-    extra = {"silent_s": f"{silent_s:.1f}", "transfer_silent_s": f"{transfer_silent_s:.1f}"}
-    return ServiceInfo(role, f"{role}-0", "a:1", 1, 0.0, 0.0, state=state, job_id=job_id, extra=extra)
+    extra = {"silent_s": f"{silent_s:.1f}", "transfer_silent_s": f"{transfer_silent_s:.1f}", "problem": problem}
+    return ServiceInfo(role, f"{role}-{number}", "a:1", 1, 0.0, 0.0, state=state, job_id=job_id, extra=extra)
 
 
 class Job:
@@ -48,7 +55,7 @@ class Job:
     ) -> None:
         self.record: dict[str, Any] = {"status": status, "status_reason": "", "status_message": ""}
         self.events: list[dict[str, Any]] = []
-        self.pool = SimpleNamespace(size=size)
+        self.pool = SimpleNamespace(size=size, has=lambda instance: instance == "sampler-0")
         self.idle_s = idle_s
         self.updates = 0
         self.present: list[ServiceInfo] = []
@@ -114,6 +121,16 @@ SILENT_S, QUIET_S = watch.SILENT_S + 1, watch.QUIET_S + 1
         ([service("sampler", "sampling", job_id="job_b"), service("teacher")], 1, QUIET_S, "no_progress"),
         # the weights do not come through
         ([service("sampler", "pulling", transfer_silent_s=QUIET_S), service("teacher")], 1, QUIET_S, "no_weights"),
+        # it was leased and cannot load the student, or loads it still, or another one samples
+        ([service("sampler", "idle", job_id="", problem="gone"), service("teacher")], 1, QUIET_S, "no_student"),
+        ([service("sampler", "loading", job_id="", problem="gone"), service("teacher")], 1, QUIET_S, "no_student"),
+        ([service("sampler", "loading", job_id=""), service("teacher")], 1, QUIET_S, ""),
+        (
+            [service("sampler", "idle", job_id="", problem="gone"), service("sampler", "sampling", number=1), WELL[1]],
+            2,
+            QUIET_S,
+            "",
+        ),
         # a large model is being loaded or pulled: longer patience, but not for ever
         ([service("sampler", "pulling"), service("teacher")], 1, QUIET_S, ""),
         ([service("sampler", "pulling"), service("teacher")], 1, watch.NO_PROGRESS_S + 1, "no_progress"),
@@ -125,6 +142,12 @@ async def test_a_job_is_stalled_with_the_reason_and_only_then(
     job = Job(status, size, idle_s)
     assert await job.look(*present) == ("stalled" if reason else status, reason)
     assert bool(job.record["status_message"]) == bool(reason)
+
+
+async def test_a_job_repeats_why_its_samplers_cannot_begin() -> None:
+    job = Job(idle_s=QUIET_S)
+    await job.look(service("sampler", "idle", job_id="", problem="model 'm': a file changed"), service("teacher"))
+    assert job.record["status_message"] == "sampler 'sampler-0': model 'm': a file changed"
 
 
 async def test_a_stalled_job_goes_back_by_itself_and_says_each_thing_once() -> None:

@@ -63,6 +63,8 @@ class Context:
     """Progress of the compute thread."""
     transfer: Pulse = field(default_factory=Pulse)
     """Progress of the weights that a sampler fetches."""
+    problem: str = ""
+    """Why it cannot do what it was asked for, for the heartbeat; empty if it can."""
     stop: asyncio.Event = field(default_factory=asyncio.Event)
     """Set by SIGTERM: take no new work, hand back what is held."""
 
@@ -225,6 +227,7 @@ async def heartbeat_forever(
                 "engine": ctx.settings.engine,
                 "silent_s": f"{ctx.pulse.silent_s():.1f}",
                 "transfer_silent_s": f"{ctx.transfer.silent_s():.1f}",
+                "problem": ctx.problem,
             },
         )
         try:

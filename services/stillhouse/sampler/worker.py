@@ -72,14 +72,18 @@ class SamplerWorker:
         scope = await self._assignment()
         if scope is None or scope == self._closed or self.is_paused:
             self.scope = None if scope is None else self.scope
+            self._ctx.problem = "" if scope is None else self._ctx.problem
             self._doing = "paused" if self.is_paused else "idle"
             await self._idle()
             return
         try:
             if scope != self.scope:
                 await self._adopt(scope)
+            self._ctx.problem = ""
             await self._serve(scope)
         except StillhouseError as error:
+            self._doing = "idle"
+            self._ctx.problem = "" if self.scope else error.message
             self._ctx.log.warning("cannot sample", job_id=scope.job_id, epoch=scope.epoch, error=error.message)
             await pause(self._ctx.stop, RETRY_S)
 
@@ -120,8 +124,8 @@ class SamplerWorker:
         return scope
 
     async def _adopt(self, scope: Scope) -> None:
-        """Have the job's student in memory."""
-        self._doing = "loading"
+        """Have the job's student in memory; until then no job is served."""
+        self.scope, self._doing = None, "loading"
         record = await self._ctx.jobs.get(scope.job_id)
         student = record.spec["student"]
         await self._student.load_model(student["model"], student.get("dtype", "float32"))

@@ -77,6 +77,10 @@ class SamplerPool:
         """Samplers that serve the job now."""
         return len(self._leased)
 
+    def has(self, instance: str) -> bool:
+        """Whether this sampler is leased, be it that it does not serve the job yet."""
+        return instance in self._leased
+
     async def run(self) -> None:
         """Lease samplers that appear, renew the leases, forget those that are gone; until cancelled."""
         while True:

@@ -4,6 +4,7 @@ A job whose trainer is well but cannot go on is `stalled`, with a reason, and go
 
     no_sampler       no sampler serves it; a frozen one leaves the registry within 8 s
     no_teacher       no teacher is there
+    no_student       its samplers cannot load the student, and say why
     sampler_silent   the samplers that work for it, or the teachers, say that their
     teacher_silent     computation makes no progress
     no_weights       its samplers wait for weights of which nothing arrives
@@ -139,7 +140,21 @@ class Watch:
             return "no_sampler", f"the job has lost its samplers, and the {len(samplers)} there are serve other jobs"
         if self._needs_teachers and not teachers:
             return "no_teacher", "no teacher service is running; `stillhouse ps` shows what runs"
-        return self._standstill([*(info for info in samplers if info.job_id == self._scope.job_id), *teachers])
+        ours = [info for info in samplers if self._is_ours(info)]
+        return self._no_student(ours) or self._standstill([*ours, *teachers])
+
+    def _is_ours(self, sampler: ServiceInfo) -> bool:
+        """One that loads the student serves no job yet."""
+        return sampler.job_id == self._scope.job_id or (not sampler.job_id and self._samplers.has(sampler.instance))
+
+    def _no_student(self, samplers: Sequence[ServiceInfo]) -> tuple[str, str] | None:
+        """Why none of the samplers can begin. They try again by themselves."""
+        problems = [
+            f"sampler '{info.instance}': {problem}" for info in samplers if (problem := info.extra.get("problem"))
+        ]
+        if self._idle_s() > QUIET_S and problems and len(problems) == len(samplers):
+            return "no_student", problems[0]
+        return None
 
     def _standstill(self, services: Sequence[ServiceInfo]) -> tuple[str, str] | None:
         """Why no score arrives although groups are in flight. A teacher may be busy for another job: it works."""
