@@ -412,6 +412,27 @@ async def test_a_model_that_cannot_be_read_does_not_stop_the_others(
     assert await desk.queue.length(desk.rollouts_stream) == 1, "it waits for a teacher that can read the model"
 
 
+async def test_texts_wait_for_a_teacher_that_has_their_tokenizer(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stillhouse.teacher.worker.UNUSABLE_S", 0.5)
+    task = await desk.open()
+    task.tokenizer_sha256 = desk.cluster.models.get("teacher").tokenizer_sha256
+    task.retokenize.student = "late"
+    redis: Any = desk.cluster.ctx.redis
+    await redis.hset(keys.teacher(task.model_sha256), desk.rollouts_stream, task.SerializeToString())
+    for group in range(20):
+        await desk.add(desk.rollout(group, pb.SCORE_KIND_SPANS, tokenizer_sha256=task.tokenizer_sha256))
+    good = await open_job(desk.cluster)
+    await good.open()
+    await good.add(good.rollout(0))
+    await desk.cluster.start("teacher")
+    await good.wait_for(1)
+    await good.add(good.rollout(1))
+    await good.wait_for(2)
+    assert not await desk.scores()
+    desk.cluster.add_model("late")
+    assert {score.WhichOneof("result") for score in (await desk.wait_for(20)).values()} == {"spans"}
+
+
 async def test_deterministic_scores_do_not_depend_on_company(cluster: Cluster) -> None:
     one, many = [await open_job(cluster, deterministic=True) for _ in range(2)]
     for desk in (one, many):

@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer, normalizers
 
 from stillhouse.core.blobs import Artifacts
-from stillhouse.core.errors import PreflightError, WireError
+from stillhouse.core.errors import ConflictError, NotFoundError, PreflightError, SpecError, WireError
 from stillhouse.core.models import ModelEntry, ModelRegistry, inspect_model
 from stillhouse.core.spec import JobSpec
 from stillhouse.core.spelling import Spelling
@@ -166,18 +166,19 @@ async def test_an_engine_gets_the_teachers_tokens(
 async def test_a_text_that_cannot_be_read_is_no_guess(
     registry: ModelRegistry, student: ModelEntry, teacher: ModelEntry
 ) -> None:
-    """Another tokenizer than the registered one, a model that is not registered, and nobody to say how to read."""
+    """Another tokenizer than the registered one, a model that is not registered: trouble of this process. Nobody to say
+    how to read: trouble of the rollout."""
     reader, right = Reader(registry), task(student, teacher)
-    with pytest.raises(WireError, match=r"'student' is registered here with tokenizer .*, meant is other"):
+    with pytest.raises(ConflictError, match=r"'student' is registered here with tokenizer .*, meant is other"):
         await reader.item(right, rollout(student, "a", tokenizer_sha256="other"))
     stranger = task(student, teacher)
     stranger.retokenize.student = "stranger"
-    with pytest.raises(WireError, match="unknown model 'stranger'"):
+    with pytest.raises(NotFoundError, match="unknown model 'stranger'"):
         await reader.item(stranger, rollout(student, "a"))
     silent = task(student, teacher)
     silent.ClearField("retokenize")
     with pytest.raises(WireError, match="nothing says how to read it"):
         await reader.item(silent, rollout(student, "a"))
     (Path(teacher.path) / "tokenizer.json").write_text("{}")
-    with pytest.raises(WireError, match="changed since the model was registered"):
+    with pytest.raises(SpecError, match="changed since the model was registered"):
         await reader.item(right, rollout(student, "a"))

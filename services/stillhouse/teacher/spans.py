@@ -14,7 +14,7 @@ import codecs
 from collections.abc import Sequence
 from typing import Final
 
-from stillhouse.core.errors import StillhouseError, WireError
+from stillhouse.core.errors import ConflictError, WireError
 from stillhouse.core.models import ModelRegistry
 from stillhouse.core.spelling import Spelling, spelling_of
 from stillhouse.core.tensors import ids_list
@@ -157,7 +157,8 @@ class Reader:
         """What the engine scores. Reading a tokenizer takes up to a second, hence a thread.
 
         Raises:
-            WireError: the rollout makes no sense, or its text cannot be read here.
+            WireError: the rollout makes no sense.
+            StillhouseError: its text cannot be read here; perhaps by another process.
         """
         if rollout.score.kind != pb.SCORE_KIND_SPANS:
             return make_item(rollout)
@@ -173,11 +174,8 @@ class Reader:
                 )
             each = list(range(1, len(ids) + 1))
             return make_item(rollout, ids, Spans(each, each, [True] * len(ids)))
-        try:
-            student = self._spelling(task.retokenize.student, rollout.tokenizer_sha256)
-            teacher = self._spelling(task.model, task.tokenizer_sha256)
-        except StillhouseError as error:
-            raise WireError(f"sample {rollout.sample_id} cannot be read as text: {error.message}") from None
+        student = self._spelling(task.retokenize.student, rollout.tokenizer_sha256)
+        teacher = self._spelling(task.model, task.tokenizer_sha256)
         is_ended = rollout.finish_reason == pb.FINISH_REASON_STOP and bool(ids) and ids[-1] in student.special_ids
         teacher_ids, spans = retokenize(
             ids,
@@ -189,10 +187,16 @@ class Reader:
         return make_item(rollout, teacher_ids, spans)
 
     def _spelling(self, model: str, tokenizer_sha256: str) -> Spelling:
-        """The tokenizer of a registered model, which must be the one that is meant."""
+        """The tokenizer of a registered model, which must be the one that is meant.
+
+        Raises:
+            NotFoundError: the model is not registered here.
+            ConflictError: it is, with another tokenizer.
+            SpecError: the file is no longer what was registered.
+        """
         entry = self._registry.get(model)
         if entry.tokenizer_sha256 != tokenizer_sha256:
-            raise WireError(
+            raise ConflictError(
                 f"model '{model}' is registered here with tokenizer {entry.tokenizer_sha256[:12]}, meant is "
                 f"{tokenizer_sha256[:12]}; it was registered again after the job was accepted"
             )

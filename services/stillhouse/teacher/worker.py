@@ -207,7 +207,7 @@ class TeacherWorker:
                 works += [work for entry in taken for work in await self._open(claims, source.task, entry)]
                 if any(entry.is_suspect for entry in taken):
                     return works
-                if not taken:
+                if not taken or name in self._unusable:
                     break
         budget = self._ctx.settings.teacher_batch_tokens
         is_single = len(sources) == 1
@@ -216,12 +216,12 @@ class TeacherWorker:
             entries = await claims.take(list(sources), keys.TEACHERS_GROUP, count, NO_WAIT_MS if works else block_ms)
             for entry in entries:
                 works += await self._open(claims, sources[entry.stream].task, entry)
-            if not entries or not is_single:
+            if not entries or not is_single or self._unusable.keys() & sources.keys():
                 break
         return works
 
     async def _open(self, claims: Claims, task: pb.TeacherTask, entry: Entry) -> list[_Work]:
-        """The claimed rollout; empty if it has already found its end."""
+        """The claimed rollout; empty if it has already found its end, or its stream was set aside."""
         try:
             rollout = pb.Rollout.FromString(entry.payload)
         except DecodeError as error:
@@ -230,14 +230,17 @@ class TeacherWorker:
             await self._ctx.queue.ack_delete([entry])
             claims.finish(entry)
             return []
+        if entry.is_exhausted:
+            message = f"given up after {entry.deliveries - 1} deliveries: its teacher died each time"
+            await self._fail(claims, task, entry, rollout, "exhausted", message)
+            return []
         try:
             item = await self._reader.item(task, rollout)
         except WireError as error:
             await self._fail(claims, task, entry, rollout, "bad_request", error.message)
             return []
-        if entry.is_exhausted:
-            message = f"given up after {entry.deliveries - 1} deliveries: its teacher died each time"
-            await self._fail(claims, task, entry, rollout, "exhausted", message)
+        except StillhouseError as error:  # of this process, not of the rollout: it is handed back for another teacher
+            self._set_aside(entry.stream, task, error)
             return []
         return [_Work(entry, rollout, item)]
 
