@@ -24,7 +24,8 @@ from stillhouse.core.worker import ComputeThread
 from stillhouse.sampler.engines.base import Engine, Piece, SampleRequest
 from tests.tiny import TOKENIZER_SIZE, make_tiny_model
 
-MAX_LENGTH = 128
+MAX_LENGTH = 192
+"""Longer than a block of vLLM's cache on a CPU, 128 tokens: shorter prefixes are not found again."""
 MAX_SEQUENCES = 8
 
 

@@ -342,6 +342,27 @@ async def test_weights_change_in_the_middle_of_a_completion(subject: Subject) ->
     assert np.mean(pure_gaps) > 10 * GAP, "the new weights alone would write the same"
 
 
+async def test_completions_that_wait_read_their_prompt_with_the_weights_that_write_them(subject: Subject) -> None:
+    """What older weights made of the same prompt lies in a cache of prefixes, and must not be found."""
+    prompt = list(range(20, 120))
+    await subject.update(seed=40)
+    await texts(subject.engine, [SampleRequest("before", prompt, 2, 0)])
+    old = subject.tag
+    long = [SampleRequest(f"long{n}", [50 + n, 9], 120, n, temperature=0.0) for n in range(MAX_SEQUENCES)]
+    waiting = [SampleRequest(f"waits{n}", prompt, 9, n, stop_token_ids=()) for n in range(4)]
+    found = {request.key: Text() for request in [*long, *waiting]}
+    async for piece in subject.engine.generate([*long, *waiting]):
+        found[piece.key].add(piece)
+        if subject.tag == old:
+            await subject.engine.pause()
+            await subject.update(seed=41)
+            await subject.engine.resume()
+    late = [request for request in waiting if set(found[request.key].tags) == {old + 1}]
+    assert late, "none of them waited"
+    found |= await texts(subject.engine, after := [SampleRequest("after", prompt, 9, 0)])
+    assert np.mean([gap for request in [*late, *after] for gap in check(subject, request, found[request.key])]) <= GAP
+
+
 async def test_a_load_that_is_cancelled_leaves_an_engine_that_takes_the_next(subject: Subject) -> None:
     """At whatever point it is cancelled, and however often, as `cancel_all` does; a job's end does this."""
     for turns in (2, 20, 200, 2000):

@@ -137,20 +137,38 @@ class VllmEngine:
 
     async def _outputs(self, row: Row) -> AsyncGenerator[Any, None]:
         """What vLLM reports of it: all tokens so far, each time."""
+        has_ended = False
+        try:
+            reports = await self._enter(row)
+            while not has_ended:
+                output = await reports.get()
+                if row.is_turned_away and not row.is_aborted:
+                    reports = await self._enter(row)
+                    continue
+                has_ended = output.finished
+                yield output
+        finally:
+            if not has_ended and not self._llm.errored:
+                await self._llm.abort(row.name)
+
+    async def _enter(self, row: Row) -> Any:
         request = row.request
         async with self._entering:
             # what older weights left in the prefix cache is not found under another salt
             prompt = tokens_input([*request.prompt_ids, *request.written], cache_salt=str(self._loads))
             reports = await self._llm.add_request(row.name, prompt, self._parameters(request))
-        has_ended = False
-        try:
-            while not has_ended:
-                output = await reports.get()
-                has_ended = output.finished
-                yield output
-        finally:
-            if not has_ended and not self._llm.errored:
-                await self._llm.abort(reports.request_id, internal=True)
+            row.is_inside, row.is_turned_away = True, False
+        return reports
+
+    async def _turn_away(self) -> None:
+        """Have completions without a token enter again, behind the weights that are about to come.
+
+        They may wait inside vLLM still: the new weights would read their prompts, under the salt of the old ones.
+        """
+        rows = [row for row in self._rows.values() if row.is_inside and not row.num_seen]
+        for row in rows:
+            row.is_inside, row.is_turned_away = False, True
+        await self._llm.abort([row.name for row in rows])
 
     def _parameters(self, request: SampleRequest) -> SamplingParams:
         """vLLM counts and stops; everything about the draw goes to our own sampler in `extra_args`."""
@@ -224,6 +242,7 @@ class VllmEngine:
         path = f"/proc/{os.getpid()}/fd/{descriptor}"
         try:
             info = {"path": path, "xxh3_128": await asyncio.to_thread(hash_file, path), "tag": tag}
+            await self._turn_away()
             await self._llm.start_weight_update()
             await self._llm.update_weights(WeightTransferUpdateRequest(update_info=info))
             await self._llm.finish_weight_update(str(tag))

@@ -55,15 +55,20 @@ class Row:
         self.name = name
         """What vLLM calls it."""
         self.is_aborted = False
-        self._num_seen = 0
+        self.is_inside = False
+        """vLLM has it."""
+        self.is_turned_away = False
+        """What vLLM reports is to be dropped; it enters again."""
+        self.num_seen = 0
+        """Tokens so far."""
         self._clock = clock
         self._read_s = clock.read()
 
     def take(self, output: Any) -> list[Piece]:
         """Pieces of the tokens that are new in a `RequestOutput`, one per set of weights; the last may be the end."""
         part = output.outputs[0]
-        first, last = self._num_seen, len(part.token_ids)
-        self._num_seen = last
+        first, last = self.num_seen, len(part.token_ids)
+        self.num_seen = last
         end = part.finish_reason or ""
         if not end and self.is_aborted:
             end = "abort"
