@@ -223,8 +223,10 @@ async def test_bad_requests_fail_alone(subject: Subject) -> None:
         check(subject, request, got[request.key])
 
 
-async def test_a_completion_ends_where_the_model_does(subject: Subject) -> None:
-    request = SampleRequest("x", [7] * (MAX_LENGTH - 3), max_tokens=50, seed=1, temperature=0.0)
+@pytest.mark.parametrize("max_tokens", [50, 2**31 - 1])
+async def test_a_completion_ends_where_the_model_does(subject: Subject, max_tokens: int) -> None:
+    """However much is asked for: nothing is laid out for tokens that cannot come."""
+    request = SampleRequest("x", [7] * (MAX_LENGTH - 3), max_tokens, seed=1, temperature=0.0)
     check(subject, request, (await texts(subject.engine, [request]))["x"])
 
 
@@ -344,7 +346,7 @@ async def test_weights_change_in_the_middle_of_a_completion(subject: Subject) ->
 
 async def test_completions_that_wait_read_their_prompt_with_the_weights_that_write_them(subject: Subject) -> None:
     """What older weights made of the same prompt lies in a cache of prefixes, and must not be found."""
-    prompt = list(range(20, 120))
+    prompt = list(range(20, 170))
     await subject.update(seed=40)
     await texts(subject.engine, [SampleRequest("before", prompt, 2, 0)])
     old = subject.tag
@@ -424,8 +426,10 @@ async def test_a_continued_completion_goes_on_as_it_would_have(subject: Subject)
 async def test_a_completion_that_was_written_to_its_end_just_ends(subject: Subject) -> None:
     stopped = SampleRequest("stopped", [5, 6], 9, 0, written=(7, EOS_ID))
     full = SampleRequest("full", [5, 6], 3, 0, written=(7, 8, 9))
-    got = await texts(subject.engine, [stopped, full])
-    assert [(text.ids, text.finish_reason) for text in got.values()] == [([], "stop"), ([], "length")]
+    no_room = SampleRequest("no room", [5, 6], 9999, 0, written=(7,) * (MAX_LENGTH - 2))
+    got = await texts(subject.engine, [stopped, full, no_room])
+    ends = [(text.ids, text.finish_reason) for text in got.values()]
+    assert ends == [([], "stop"), ([], "length"), ([], "length")]
 
 
 async def test_stop_strings_end_completions_at_the_token_that_completes_one(subject: Subject, tmp_path: Path) -> None:

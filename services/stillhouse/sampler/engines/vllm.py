@@ -93,13 +93,9 @@ class VllmEngine:
         length = len(request.prompt_ids)
         if length == 0 or request.max_tokens < 1:
             return failed(request, "empty", f"prompt of {length} tokens, at most {request.max_tokens} to write")
-        if length + len(request.written) >= self.max_sequence_length:
-            return failed(
-                request,
-                "too_long",
-                f"prompt of {length} tokens and {len(request.written)} written; vLLM reads {self.max_sequence_length}, "
-                "completion included (vllm_max_length, or the model's own limit)",
-            )
+        if length >= self.max_sequence_length:
+            limit = f"{self.max_sequence_length}, completion included (vllm_max_length, or the model's own limit)"
+            return failed(request, "too_long", f"prompt of {length} tokens; vLLM reads {limit}")
         if not all(0 <= token < self.vocab_size for token in (*request.prompt_ids, *request.written)):
             worst = max(*request.prompt_ids, *request.written, key=abs)
             return failed(request, "bad_ids", f"token id {worst}; the student knows {self.vocab_size} ids")
@@ -108,9 +104,13 @@ class VllmEngine:
             return failed(request, "bad_request", f"the {wanted} likeliest tokens of a vocabulary of {size}; lower k")
         if request.written and request.written[-1] in self._ends(request):
             return Piece(request.key, [], [], finish_reason="stop")
-        if len(request.written) >= request.max_tokens:
+        if len(request.written) >= self._longest(request):
             return Piece(request.key, [], [], finish_reason="length")
         return None
+
+    def _longest(self, request: SampleRequest) -> int:
+        """Tokens that the completion may have, those that are written included."""
+        return min(request.max_tokens, self.max_sequence_length - len(request.prompt_ids))
 
     def _ends(self, request: SampleRequest) -> frozenset[int]:
         return self._end_ids | set(request.stop_token_ids)
@@ -172,9 +172,9 @@ class VllmEngine:
 
     def _parameters(self, request: SampleRequest) -> SamplingParams:
         """vLLM counts and stops; everything about the draw goes to our own sampler in `extra_args`."""
-        room = self.max_sequence_length - len(request.prompt_ids)
+        longest = self._longest(request)
         return SamplingParams(
-            max_tokens=min(request.max_tokens, room) - len(request.written),
+            max_tokens=longest - len(request.written),
             temperature=1.0,
             stop_token_ids=sorted(self._ends(request)),
             ignore_eos=True,  # they stand in stop_token_ids
@@ -184,7 +184,7 @@ class VllmEngine:
             output_kind=RequestOutputKind.CUMULATIVE,  # vLLM would merge pieces that nobody has fetched yet
             extra_args={
                 OURS: {
-                    "max_tokens": request.max_tokens,
+                    "max_tokens": longest,
                     "seed": request.seed,
                     "temperature": request.temperature,
                     "top_p": request.top_p,
