@@ -81,6 +81,21 @@ async def test_a_group_that_kills_its_samplers_is_given_up(desk: Desk) -> None:
     assert not await desk.rollouts()
 
 
+async def test_a_group_whose_parts_are_unreadable_is_written_anew(desk: Desk) -> None:
+    desk.publish(0)
+    await desk.plan(0, num_samples=8, sampling={"max_tokens": 61, "temperature": 9.0})
+    [entry] = await desk.queue.claim([desk.prompts], keys.SAMPLERS_GROUP, "other", 1)
+    assert await desk.queue.append_partial(desk.scope, entry, "other", 0, b"\xff") is Outcome.DONE
+    await desk.queue.hand_back([entry], "other")
+    desk.cluster.settings = desk.cluster.settings.model_copy(update={"sampler_keep_s": 0.01})
+    await desk.cluster.start("sampler")
+    await desk.lease("sampler-0")
+    await desk.wait_for(*[f"0/{index}" for index in range(8)])
+    assert not await desk.failures()
+    await wait_until(desk.is_drained, timeout_s=5, what="the group to leave the queue")
+    assert await desk.queue.partials(entry) == []
+
+
 async def test_a_closed_epoch_drops_the_work(desk: Desk) -> None:
     desk.publish(0)
     ctx = await desk.cluster.start("sampler")

@@ -233,6 +233,7 @@ class Shift:
         try:
             work.resume(parts)
         except (WireError, DecodeError) as error:
+            work.is_kept = False
             self._ctx.log.error(
                 "unreadable parts of a group: it is written anew", entry=work.entry.id, error=str(error)
             )
@@ -341,7 +342,7 @@ class Shift:
 
     async def _keep(self, work: Work) -> None:
         """Put what its samples gained beside the group; whoever claims it next goes on from there."""
-        while not self.is_closed and work.exact_version is None and (part := work.next_part()):
+        while not self.is_closed and work.is_kept and work.exact_version is None and (part := work.next_part()):
             outcome = await self._claims.append_partial(self._scope, work.entry, work.num_parts, part)
             if outcome is Outcome.CLOSED:
                 self._close()

@@ -35,6 +35,8 @@ class Work:
     halted: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when nothing more of it is to be written."""
     is_writing: bool = False
+    is_kept: bool = True
+    """What it gains is kept beside the entry. Not where something unreadable lies: no part can follow that."""
     num_parts: int = 0
     """Parts that are kept beside the entry."""
     _kept: dict[int, int] = field(default_factory=dict)
