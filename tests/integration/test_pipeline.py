@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from stillhouse.core.errors import UnavailableError
 from stillhouse.core.queue import keys
+from stillhouse.core.queue.registry import ServiceInfo
 from stillhouse.core.tensors import ids_list
 from stillhouse.sampler.service import SamplerServicer
 from stillhouse.teacher import messages as teacher_messages
@@ -301,6 +302,24 @@ async def test_a_job_that_cannot_work_fails_and_says_why(
     assert record.error is not None
     for word in words:
         assert word in record.error["message"]
+
+
+@pytest.mark.parametrize("max_length", [20, 256])
+async def test_a_job_says_at_its_start_that_a_sampler_reads_less_than_its_student(
+    deployment: Cluster, max_length: int
+) -> None:
+    """vLLM with `vllm_max_length`: its completions end there."""
+    short = ServiceInfo("sampler", "sampler-9", "a:1", 1, 0.0, 0.0, extra={"max_length": str(max_length)})
+    await deployment.ctx.registry.beat(short)
+    job_id = await deployment.submit(job_spec(samplers={"max": 1}, stages__0__schedule__steps=1))
+    assert (await deployment.ended(job_id)).status == "succeeded"
+    said = [event["message"] for event in await deployment.ctx.jobs.events(job_id) if event["type"] == "sampling.short"]
+    if max_length == 256:
+        assert not said
+    else:
+        assert len(said) == 1
+        assert "sampler 'sampler-9' reads 20 tokens" in said[0]
+        assert "completions of 5 of 5 prompts end there, before max_tokens 8" in said[0]
 
 
 def _refs(made: Cluster, job_id: str) -> list[manifests.ManifestRef]:

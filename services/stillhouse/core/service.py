@@ -225,6 +225,7 @@ async def heartbeat_forever(
             extra={
                 "threads": str(ctx.settings.threads),
                 "engine": ctx.settings.engine,
+                "max_length": str(ctx.settings.vllm_max_length if ctx.settings.engine == "vllm" else 0),
                 "silent_s": f"{ctx.pulse.silent_s():.1f}",
                 "transfer_silent_s": f"{ctx.transfer.silent_s():.1f}",
                 "problem": ctx.problem,

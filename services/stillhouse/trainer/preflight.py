@@ -148,3 +148,22 @@ def filtered_warning(stage: StageSpec) -> str:
         "learns the teacher's probabilities of the others, and of the rest only how much it is together; "
         "loss/reverse_kl is measured on those tokens, too"
     )
+
+
+def short_warning(prompts: Sequence[Prompt], max_tokens: int, samplers: Mapping[str, int]) -> str:
+    """What samplers that read less than the student does mean for completions of `max_tokens`; "" = nothing.
+
+    `samplers` = longest sequence of each, prompt and completion, tokens; 0 = as long as the student can.
+    """
+    limits = {instance: limit for instance, limit in samplers.items() if limit}
+    if not limits:
+        return ""
+    limit, instance = min((limit, instance) for instance, limit in limits.items())
+    number = sum(len(prompt.prompt_ids) + max_tokens > limit for prompt in prompts)
+    if not number:
+        return ""
+    return (
+        f"sampler '{instance}' reads {limit} tokens, prompt and completion (its vllm_max_length): completions of "
+        f"{number} of {len(prompts)} prompts end there, before max_tokens {max_tokens}; raise vllm_max_length or lower "
+        "max_tokens"
+    )

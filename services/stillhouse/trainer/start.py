@@ -25,7 +25,14 @@ from stillhouse.trainer.heads import ensure_loaded, fetch_head, make_task
 from stillhouse.trainer.ledger import Ledger
 from stillhouse.trainer.loop import Interrupt
 from stillhouse.trainer.manifests import Opening
-from stillhouse.trainer.preflight import Readers, all_stop_ids, filtered_warning, load_prompts, open_readers
+from stillhouse.trainer.preflight import (
+    Readers,
+    all_stop_ids,
+    filtered_warning,
+    load_prompts,
+    open_readers,
+    short_warning,
+)
 from stillhouse.trainer.progress import Progress
 from stillhouse.trainer.prompts import Prompt, PromptOrder
 from stillhouse.trainer.publish import Publisher
@@ -168,7 +175,17 @@ class Start:
         await self._tell_cut([len(prompt.completion_ids or ()) > most for prompt in prompts])
         if warning := filtered_warning(stage):
             await self.ctx.jobs.event(self.scope.job_id, "sampling.filtered", warning, level="warning")
+        if self.spec.asks_samplers():
+            await self._tell_short(prompts, most)
+        await self._tell_short(held_out, self.spec.evaluation.max_tokens)
         return prompts, held_out
+
+    async def _tell_short(self, prompts: list[Prompt], max_tokens: int) -> None:
+        """Say that samplers which are there now read less than the student."""
+        samplers = await self.ctx.registry.services("sampler")
+        lengths = {info.instance: int(info.extra.get("max_length") or 0) for info in samplers}
+        if warning := short_warning(prompts, max_tokens, lengths):
+            await self.ctx.jobs.event(self.scope.job_id, "sampling.short", warning, level="warning")
 
     async def _tell_cut(self, is_cut: Sequence[bool]) -> None:
         """Say that completions of the data lose their end: the student would learn to go on for ever."""
