@@ -122,7 +122,7 @@ class Ours:
             for index, result in zip(batch.indices, batch.results, strict=True):
                 assert isinstance(result, Scored), result
                 scope, rollout = Scope("bench", 1), rollouts[index]
-                score = make_score(rollout, items[index], result, resident, scope, self._blobs, "bench", batch.score_s)
+                score = make_score(rollout, items[index], result, batch, scope, self._blobs, "bench")
                 score.SerializeToString()
                 self._blobs.release(blob_key(score))
                 found.append(result.teacher_logprobs)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,8 +29,9 @@ from stillhouse.core.tensors import DTYPE_NAMES, from_bytes, from_tensor, ids_li
 from stillhouse.teacher.app import build as build_teacher
 from stillhouse.teacher.engines.base import EngineDeadError, ScoreItem
 from stillhouse.teacher.engines.transformers import TransformersEngine
+from stillhouse.teacher.pool import Resident
 from stillhouse.v1 import rollout_pb2 as pb
-from stillhouse.v1 import teacher_pb2, teacher_pb2_grpc, tensor_pb2
+from stillhouse.v1 import teacher_pb2, teacher_pb2_grpc, tensor_pb2, weights_pb2
 from tests.cluster import Cluster, job_spec
 from tests.tiny import TOKENIZER_SIZE
 from tests.waiting import wait_until
@@ -467,6 +469,27 @@ async def test_direct_scores_and_models(desk: Desk) -> None:
     assert [model.model for model in info.models] == ["teacher"]
     assert len(info.kinds) == 5
     assert info.scored_tokens == sum(len(ids_list(rollout.completion_ids)) for rollout in rollouts)
+
+
+async def test_a_direct_score_names_the_weights_that_judged(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if its teacher follows a student, and has newer weights before the call ends."""
+
+    async def follow(_: Any, resident: Resident, *__: Any) -> None:
+        version = resident.weights.policy_version + 1 if resident.weights else 0
+        resident.weights = weights_pb2.WeightsRef(policy_version=version, sha256=f"average-{version}")
+        resident.engine.__dict__["_described_head"] = SimpleNamespace(sha256=f"head-{version}")
+
+    monkeypatch.setattr("stillhouse.teacher.following.Follower.follow", follow)
+    monkeypatch.setattr("stillhouse.teacher.service.DIRECT_BATCHES", 1)
+    await desk.cluster.start("teacher")
+    task = pb.TeacherTask(model="student", job_id="job_x", epoch=1, follows_student=True)
+    long = ids_tensor([5] * 50)
+    rollouts = [desk.rollout(group, pb.SCORE_KIND_HIDDEN, completion_ids=long) for group in range(3)]
+    request = teacher_pb2.ScoreRequest(task=task, rollouts=rollouts)
+    got = [part.score async for part in (await desk.peer()).stream("Score", request, timeout_s=20)]
+    assert sorted(score.teacher_sha256 for score in got) == ["average-0", "average-1", "average-2"]
+    for score in got:
+        assert score.hidden.head_sha256 == score.teacher_sha256.replace("average", "head")
 
 
 async def test_calls_say_what_is_wrong(desk: Desk) -> None:

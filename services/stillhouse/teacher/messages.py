@@ -11,7 +11,7 @@ from stillhouse.core.queue.streams import MAX_ENTRY_BYTES, Scope
 from stillhouse.core.tensors import from_tensor, ids_list, ids_tensor, to_tensor
 from stillhouse.teacher.blobstore import BlobStore
 from stillhouse.teacher.engines.base import Scored, ScoreItem, Spans
-from stillhouse.teacher.pool import Resident
+from stillhouse.teacher.scoring import Batch
 from stillhouse.v1 import rollout_pb2 as pb
 from stillhouse.v1 import tensor_pb2
 
@@ -69,11 +69,10 @@ def make_score(
     rollout: pb.Rollout,
     item: ScoreItem,
     scored: Scored,
-    resident: Resident,
+    batch: Batch,
     scope: Scope,
     blobs: BlobStore,
     instance: str,
-    score_s: float,
     *,
     is_inline: bool = False,
 ) -> pb.Score:
@@ -83,9 +82,10 @@ def make_score(
     score = pb.Score(
         schema_version=SCHEMA_VERSION,
         rollout=rollout,
-        teacher_sha256=resident.sha256,
+        teacher_sha256=batch.sha256,
         teacher_instance=instance,
-        score_s=score_s,
+        score_s=batch.score_s,
+        is_cached=batch.is_cached,
     )
     teacher_logprobs = to_tensor(scored.teacher_logprobs)
     if item.spans is not None:
@@ -102,7 +102,7 @@ def make_score(
         score.hidden.dtype = hidden.dtype
         score.hidden.shape.extend(hidden.shape)
         score.hidden.teacher_logprobs.CopyFrom(teacher_logprobs)
-        score.hidden.head_sha256 = resident.engine.head().sha256
+        score.hidden.head_sha256 = batch.head_sha256
     elif rollout.score.kind == pb.SCORE_KIND_TOPK:
         assert scored.topk_ids is not None, "the engine gives what the kind asks for"
         assert scored.topk_logprobs is not None

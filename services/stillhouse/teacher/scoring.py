@@ -32,6 +32,10 @@ class Batch:
     results: list[Scored | Unscored]
     score_s: float
     """Seconds per item."""
+    sha256: str
+    """Of the weights that judged: what follows a student may have newer ones soon after."""
+    head_sha256: str
+    """Of the output head that goes with hidden states; empty = none were asked for."""
     is_cached: bool = False
 
 
@@ -72,13 +76,15 @@ class Scorer:
         """Score the items, at most `budget` padded tokens at once. `is_exact`: each alone and none from the cache,
         since the last bits of a row depend on what else is in its batch.
         """
+        wants_head = any(item.kind == rollout_pb2.SCORE_KIND_HIDDEN for item in items)
+        names = (resident.sha256, (await self.head(resident)).sha256 if wants_head else "")
         identity, left = (resident.sha256, resident.dtype), list(range(len(items)))
         if not is_exact:
             found = {index: self.cache.find(identity, items[index]) for index in left}
             hits = {index: scored for index, scored in found.items() if scored is not None}
             if hits:
                 self.accounts.cached(job_id, sum(len(items[index].completion_ids) for index in hits))
-                yield Batch(list(hits), list(hits.values()), 0.0, is_cached=True)
+                yield Batch(list(hits), list(hits.values()), 0.0, *names, is_cached=True)
             left = [index for index in left if index not in hits]
         for batch in plan_batches([items[index].length for index in left], 0 if is_exact else budget):
             indices = [left[number] for number in batch]
@@ -87,7 +93,7 @@ class Scorer:
             for item, result in zip(chosen, results, strict=True):
                 if isinstance(result, Scored) and not is_exact:
                     self.cache.keep(identity, item, result)
-            yield Batch(indices, results, score_s)
+            yield Batch(indices, results, score_s, *names)
 
     async def _score(
         self, resident: Resident, items: Sequence[ScoreItem], job_id: str

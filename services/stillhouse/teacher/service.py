@@ -16,7 +16,6 @@ from stillhouse.teacher.blobstore import BlobStore
 from stillhouse.teacher.engines.base import Abilities, EngineDeadError, Scored, ScoreItem, Unscored
 from stillhouse.teacher.following import Follower, at_least
 from stillhouse.teacher.messages import make_failure, make_score, score_bytes
-from stillhouse.teacher.pool import Resident
 from stillhouse.teacher.scoring import Batch, Scorer
 from stillhouse.teacher.spans import Reader
 from stillhouse.v1 import rollout_pb2, teacher_pb2_grpc, tensor_pb2
@@ -84,20 +83,11 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
         job_id = request.task.job_id
         scope = Scope(request.task.job_id, request.task.epoch)
         for index, rollout in enumerate(request.rollouts):
-            result, batch, resident = results[index]
+            result, batch = results[index]
             if isinstance(result, Scored):
                 score = make_score(
-                    rollout,
-                    items[index],
-                    result,
-                    resident,
-                    scope,
-                    self._blobs,
-                    self._ctx.instance,
-                    batch.score_s,
-                    is_inline=True,
+                    rollout, items[index], result, batch, scope, self._blobs, self._ctx.instance, is_inline=True
                 )
-                score.is_cached = batch.is_cached
                 self._scorer.accounts.sent(job_id, score_bytes(score))
             elif result.reason in CALLER_REASONS:
                 raise WireError(f"sample {rollout.sample_id}: {result.message}")
@@ -107,9 +97,9 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
 
     async def _scored(
         self, request: pb.ScoreRequest, items: Sequence[ScoreItem]
-    ) -> dict[int, tuple[Scored | Unscored, Batch, Resident]]:
+    ) -> dict[int, tuple[Scored | Unscored, Batch]]:
         """Results by index, made in as many turns as it takes."""
-        results: dict[int, tuple[Scored | Unscored, Batch, Resident]] = {}
+        results: dict[int, tuple[Scored | Unscored, Batch]] = {}
         budget, job_id = self._ctx.settings.teacher_batch_tokens, request.task.job_id
         for portion in plan_batches([item.length for item in items], DIRECT_BATCHES * budget):
             async with self._scorer.turn():
@@ -118,11 +108,9 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
                     newest = at_least([request.rollouts[index] for index in portion], request.task.epoch)
                     await self._follower.follow(resident, request.task, newest)
                 chosen = [items[index] for index in portion]
-                if any(item.kind == rollout_pb2.SCORE_KIND_HIDDEN for item in chosen):
-                    await self._scorer.head(resident)  # hashed once, off the event loop
                 async for batch in self._scorer.batches(resident, chosen, budget=budget, job_id=job_id):
                     for index, result in zip(batch.indices, batch.results, strict=True):
-                        results[portion[index]] = (result, batch, resident)
+                        results[portion[index]] = (result, batch)
         return results
 
     async def FetchScore(

@@ -248,8 +248,6 @@ class TeacherWorker:
         self, claims: Claims, task: pb.TeacherTask, works: Sequence[_Work], resident: Resident, num_loads: int
     ) -> None:
         """Score rollouts of one stream; what is not done when the process stops is handed back."""
-        if any(work.item.kind == pb.SCORE_KIND_HIDDEN for work in works):
-            await self._scorer.head(resident)  # hashed once, off the event loop
         num_ended = 0
         batches = self._scorer.batches(
             resident,
@@ -262,7 +260,7 @@ class TeacherWorker:
             async for batch in batches:
                 failpoint("teacher.scored")
                 for index, result in zip(batch.indices, batch.results, strict=True):
-                    score = self._make(task, works[index], result, resident, batch)
+                    score = self._make(task, works[index], result, batch)
                     score.model_loads, num_loads = num_loads, 0
                     outcome = await self._end(claims, task, works[index], score)
                     if outcome is Outcome.CLOSED:
@@ -284,18 +282,12 @@ class TeacherWorker:
             self._deterministic[scope] = bool(spec.get("deterministic"))
         return self._deterministic[scope]
 
-    def _make(
-        self, task: pb.TeacherTask, work: _Work, result: Scored | Unscored, resident: Resident, batch: Batch
-    ) -> pb.Score:
+    def _make(self, task: pb.TeacherTask, work: _Work, result: Scored | Unscored, batch: Batch) -> pb.Score:
         """The end of a sample, as score or as failure."""
         if isinstance(result, Unscored):
             return self._failure(task, work.entry, work.rollout, result.reason, result.message)
         scope = Scope(task.job_id, task.epoch)
-        score = make_score(
-            work.rollout, work.item, result, resident, scope, self._blobs, self._ctx.instance, batch.score_s
-        )
-        score.is_cached = batch.is_cached
-        return score
+        return make_score(work.rollout, work.item, result, batch, scope, self._blobs, self._ctx.instance)
 
     async def _end(self, claims: Claims, task: pb.TeacherTask, work: _Work, score: pb.Score) -> Outcome:
         """Hand a sample over; its payload is kept as long as somebody may ask for it."""
