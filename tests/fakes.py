@@ -116,8 +116,8 @@ class MemoryQueue:
             letters = self._streams.setdefault(keys.dead(scope.job_id, scope.epoch), _Stream())
             letters.entries[letters.next_id] = dead
             letters.next_id += 1
-        if last and await self.ack_delete([source]):
-            self._partials.pop((source.stream, source.id), None)
+        if last:
+            await self.ack_delete([source])
         return outcome
 
     async def append_partial(self, scope: Scope, source: Entry, consumer: str, num_parts: int, part: bytes) -> Outcome:
@@ -151,6 +151,7 @@ class MemoryQueue:
             held = self._streams.get(entry.stream)
             if held is not None and held.groups.get(entry.group, {}).pop(int(entry.id), None) is not None:
                 held.entries.pop(int(entry.id))
+                self._partials.pop((entry.stream, entry.id), None)
                 removed += 1
         return removed
 

@@ -349,6 +349,22 @@ async def test_parts_leave_with_their_entry_and_with_the_epoch(queue: QueueBacke
     assert await queue.partials(left) == []
 
 
+async def test_parts_leave_with_an_entry_that_is_dropped(queue: QueueBackend) -> None:
+    for number in range(3):
+        await queue.add(JOB, PROMPTS, f"plan:{number}", b"group")
+    first, bare, other = await queue.claim([PROMPTS], keys.SAMPLERS_GROUP, "a", 3, NOW_MS)
+    for entry in (first, other):
+        await queue.append_partial(JOB, entry, "a", 0, b"part")
+    assert await queue.ack_delete([bare, first]) == 2
+    assert (await queue.partials(first), await queue.partials(other)) == ([], [b"part"])
+    assert await queue.ack_delete([first]) == 0
+    assert await queue.append_partial(JOB, first, "a", 0, b"late") is Outcome.LOST
+
+
+async def test_the_parts_of_an_epoch_are_found_from_its_streams() -> None:
+    assert {keys.partials_beside(stream) for stream in (PROMPTS, ROLLOUTS)} == {keys.partials(JOB.job_id, JOB.epoch)}
+
+
 async def test_a_closed_epoch_takes_no_parts(backend: tuple[QueueBackend, SetEpoch], queue: QueueBackend) -> None:
     await queue.add(JOB, PROMPTS, "plan:0", b"0")
     zombie = await claim_one(queue)

@@ -78,6 +78,11 @@ def partials(job_id: str, epoch: int) -> str:
     return f"sh:job:{job_id}:{epoch}:partials"
 
 
+def partials_beside(stream: str) -> str:
+    """`partials` of the epoch that a stream is of."""
+    return ":".join([*stream.split(":")[:4], "partials"])
+
+
 def partial(stream: str, entry_id: str) -> str:
     return f"{stream}:partial:{entry_id}"
 

@@ -62,12 +62,13 @@ redis.call('XCLAIM', KEYS[3], ARGV[2], ARGV[4], 0, ARGV[3], 'RETRYCOUNT', 1, 'JU
 return 'DONE'
 """
 
-# KEYS stream; ARGV group, ids...
+# KEYS stream, partials set, partial of each; ARGV group, ids...
 ACK_DELETE: Final = """
 local n = 0
 for i = 2, #ARGV do
   if redis.call('XACK', KEYS[1], ARGV[1], ARGV[i]) == 1 then
     redis.call('XDEL', KEYS[1], ARGV[i])
+    if redis.call('SREM', KEYS[2], KEYS[i + 1]) == 1 then redis.call('UNLINK', KEYS[i + 1]) end
     n = n + 1
   end
 end

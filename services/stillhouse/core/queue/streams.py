@@ -131,7 +131,7 @@ class QueueBackend(Protocol):
     async def append_partial(self, scope: Scope, source: Entry, consumer: str, num_parts: int, part: bytes) -> Outcome:
         """Keep what the work on a claimed entry has gained, beside `num_parts` parts that are there.
 
-        Its deliveries count anew. All parts are gone once the entry is handed over, or with the epoch.
+        Its deliveries count anew. All parts are gone once the entry is, or with the epoch.
         """
         ...
 
@@ -147,7 +147,9 @@ class QueueBackend(Protocol):
         ...
 
     async def ack_delete(self, entries: Sequence[Entry]) -> int:
-        """Remove entries whose content is durable elsewhere; returns how many were still there."""
+        """Remove entries whose content is durable elsewhere or of no use, and what lies beside them; returns how many
+        were still there.
+        """
         ...
 
     async def length(self, stream: str) -> int:
@@ -296,7 +298,9 @@ class WorkQueue:
     async def ack_delete(self, entries: Sequence[Entry]) -> int:
         removed = 0
         for (stream, group), held in _by_stream(entries).items():
-            removed += int(await self._ack_delete(keys=[stream], args=[group, *(entry.id for entry in held)]))
+            ids = [entry.id for entry in held]
+            beside = [keys.partials_beside(stream), *(keys.partial(stream, entry_id) for entry_id in ids)]
+            removed += int(await self._ack_delete(keys=[stream, *beside], args=[group, *ids]))
         return removed
 
     async def length(self, stream: str) -> int:
