@@ -28,6 +28,7 @@ UNBOUNDED: Final = {
     # helpers: the limit is the caller's or the other side of the race
     "core/worker.py unless: asyncio.wait({task, stop})": "the work has a limit (PULL_WAIT_S), the stop cuts it short",
     "core/worker.py unless: stopped.wait()": "the other side of that race",
+    "core/tasks.py to_its_end: asyncio.wait([task])": "the work has a limit: the pulse, for weights on their way",
     "trainer/loop.py Interrupt.race: asyncio.wait({work, stop})": "stands still in sight of trainer/watch.py",
     "trainer/loop.py Interrupt.race: self._event.wait()": "the other side of that race",
     # ranks: torchrun ends the others when one does not come, and each connection has its timeout
@@ -45,7 +46,7 @@ UNBOUNDED: Final = {
     "sampler/engines/transformers.py _Listener.receive: self._arrived.wait()": "the pulse",
     # vLLM's engine process: the pulse ends ours when it owes tokens and gives none; if it dies, each of these is told
     "sampler/engines/vllm.py VllmEngine._outputs: reports.get()": "the pulse",
-    "sampler/engines/vllm.py VllmEngine._outputs: self._entering": "entering takes no time, loading has the pulse",
+    "sampler/engines/vllm.py VllmEngine._enter: self._entering": "entering takes no time, loading has the pulse",
     "sampler/engines/vllm.py VllmEngine.generate: pieces.get()": "writers put an end, whatever becomes of them",
     "sampler/engines/vllm.py VllmEngine.load_weights: self._entering": "as above",
     "sampler/engines/vllm_start.py EngineProcess._run: run_in_executor": "the pulse",
