@@ -22,6 +22,7 @@ from stillhouse.teacher.engines.base import Scored, ScoreItem, Unscored
 from stillhouse.teacher.pool import ModelPool, Resident
 from stillhouse.teacher.scoring import Scorer
 from stillhouse.v1 import rollout_pb2 as pb
+from stillhouse.v1 import weights_pb2
 from tests.tiny import make_tiny_model
 
 MIB = 1 << 20
@@ -251,6 +252,9 @@ async def test_whatever_changes_the_score_is_another_key(registry: ModelRegistry
     assert sorted(engine.keys) == sorted(["base", *(other.key for other in others)])
     other, _ = await scorer.model(task("b"))
     await scores(scorer, other, [base])
+    for one in (resident, other):  # the same tensors, registered with another configuration
+        one.weights = weights_pb2.WeightsRef(sha256="average")
+        await scores(scorer, one, [base])
     assert scorer.cache.hits == 0
 
 

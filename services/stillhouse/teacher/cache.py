@@ -1,7 +1,7 @@
 """Scores that were computed before: a sample that is scored again (a lost payload, a replay) costs nothing.
 
-Kept by what they depend on: the model's weights and element type, prompt, completion, what was asked. Least recently
-used first out. The last bits of a score depend on what else was in its batch, so deterministic jobs do without.
+Kept by what they depend on: the model, its weights and element type, prompt, completion, what was asked. Least
+recently used first out. The last bits of a score depend on what else was in its batch, so deterministic jobs do without.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class ScoreCache:
         self.size_bytes = 0
         self.hits = 0
 
-    def find(self, model: tuple[str, str], item: ScoreItem) -> Scored | None:
-        """The score of `item` by a model (sha256 of its weights, dtype), if it is here."""
+    def find(self, model: tuple[str, ...], item: ScoreItem) -> Scored | None:
+        """The score of `item` by a model (sha256 of its files, of its weights, dtype), if it is here."""
         if not self._scores:
             return None
         key = _key(model, item)
@@ -42,7 +42,7 @@ class ScoreCache:
         CACHE_HITS.inc()
         return replace(found, key=item.key)
 
-    def keep(self, model: tuple[str, str], item: ScoreItem, scored: Scored) -> None:
+    def keep(self, model: tuple[str, ...], item: ScoreItem, scored: Scored) -> None:
         """Remember a score; what has used the room for longest leaves."""
         size = _size_bytes(scored)
         if size > self._budget_bytes * MAX_SHARE:
@@ -62,10 +62,8 @@ def _size_bytes(scored: Scored) -> int:
     return sum(array.nbytes for array in arrays if isinstance(array, np.ndarray))
 
 
-def _key(model: tuple[str, str], item: ScoreItem) -> bytes:
-    """`model` is the hash of its weights and its element type. The prompt is hashed as the teacher reads it, so another
-    template or system prompt is another key.
-    """
+def _key(model: tuple[str, ...], item: ScoreItem) -> bytes:
+    """The prompt is hashed as the teacher reads it, so another template or system prompt is another key."""
     asked = (item.kind, item.temperature or 1.0, item.top_k, item.half, len(item.prompt_ids), len(item.completion_ids))
     digest = hashlib.sha256(repr((model, asked)).encode())
     digest.update(np.array([*item.prompt_ids, *item.completion_ids], dtype=np.int64).tobytes())

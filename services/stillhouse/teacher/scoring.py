@@ -78,7 +78,8 @@ class Scorer:
         """
         wants_head = any(item.kind == rollout_pb2.SCORE_KIND_HIDDEN for item in items)
         names = (resident.sha256, (await self.head(resident)).sha256 if wants_head else "")
-        identity, left = (resident.sha256, resident.dtype), list(range(len(items)))
+        # an average is named by its tensors: two registrations may share them and differ in their configuration
+        identity, left = (resident.entry.sha256, resident.sha256, resident.dtype), list(range(len(items)))
         if not is_exact:
             found = {index: self.cache.find(identity, items[index]) for index in left}
             hits = {index: scored for index, scored in found.items() if scored is not None}
