@@ -17,7 +17,7 @@ from stillhouse.core.tensors import DTYPE_NAMES
 from stillhouse.core.worker import ComputeThread
 from stillhouse.teacher.accounts import MAX_JOBS, Accounts
 from stillhouse.teacher.ahead import ReadAhead
-from stillhouse.teacher.cache import ScoreCache
+from stillhouse.teacher.cache import ENTRY_BYTES, ScoreCache
 from stillhouse.teacher.engines.base import Scored, ScoreItem, Unscored
 from stillhouse.teacher.pool import ModelPool, Resident
 from stillhouse.teacher.scoring import Scorer
@@ -266,14 +266,15 @@ async def test_exact_scores_neither_come_from_the_cache_nor_go_there(registry: M
 
 
 def test_the_cache_keeps_to_its_budget() -> None:
-    cache = ScoreCache(1000)
+    size = ENTRY_BYTES + 4 * 25
+    cache = ScoreCache(10 * size)
     made = [replace(item(str(number)), completion_ids=[number] * 25) for number in range(20)]
-    for one in made:
-        cache.keep(("m", "float32"), one, right(one))  # 100 bytes each
-        assert cache.size_bytes <= 1000
+    for number, one in enumerate(made, start=1):
+        cache.keep(("m", "float32"), one, right(one))
+        assert cache.size_bytes == min(number, 10) * size
         assert cache.find(("m", "float32"), made[0]), "what is used stays"
     assert [bool(cache.find(("m", "float32"), one)) for one in made] == [True] + [False] * 10 + [True] * 9
-    large = replace(item("large"), completion_ids=[1] * 32)
+    large = replace(item("large"), completion_ids=[1] * (size // 4))
     cache.keep(("m", "float32"), large, right(large))
     assert cache.find(("m", "float32"), large) is None, "more than an eighth of the cache"
     off = ScoreCache(0)
