@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import structlog
 from pydantic import ValidationError
 
+from stillhouse.core.errors import UnavailableError
 from stillhouse.core.queue.streams import Scope
 from stillhouse.core.spec import EmaSpec, JobSpec
 from stillhouse.trainer.followed import Followed
@@ -122,6 +126,34 @@ async def test_a_version_is_published_with_every_step_and_copied_when_it_moves()
     assert copies == 3
     assert shas[0] != shas[1] == shas[2] != shas[3]
     assert len(followed.refs) == 1, "only the newest is held"
+
+
+async def test_a_teacher_that_does_not_answer_hides_the_hint_from_nobody() -> None:
+    hinted: asyncio.Queue[str] = asyncio.Queue()
+
+    class Teacher:
+        def __init__(self, address: str) -> None:
+            self.address = address
+
+        async def unary(self, method: str, request: Any, *, timeout_s: float) -> None:
+            if self.address == "gone":
+                raise UnavailableError("gone")
+            hinted.put_nowait(f"{method} {self.address} {request.weights.policy_version}")
+
+    async def services(role: str) -> list[Any]:
+        return [SimpleNamespace(address=address, instance=address) for address in ("gone", "a", "b")]
+
+    async def copy() -> list[tuple[str, np.ndarray, str]]:
+        return [("weight", np.ones(4, np.float32), "float32")]
+
+    registry: Any = SimpleNamespace(services=services)
+    peers: Any = SimpleNamespace(get=lambda address, *_: Teacher(address))
+    followed = Followed(
+        Scope("job_a", 3), EmaSpec(decay=0.5), registry=registry, peers=peers, log=structlog.get_logger()
+    )
+    await followed.publish(5, copy)
+    for name in "ab":
+        assert await asyncio.wait_for(hinted.get(), 5) == f"SyncWeights {name} 5"
 
 
 FOLLOWER = {"model": "student", "ema_of_student": {"decay": 0.9}}

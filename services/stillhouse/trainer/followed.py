@@ -15,7 +15,7 @@ import numpy as np
 from redis.exceptions import RedisError
 
 from stillhouse.core.errors import StillhouseError
-from stillhouse.core.queue.registry import Registry
+from stillhouse.core.queue.registry import Registry, ServiceInfo
 from stillhouse.core.queue.streams import Scope
 from stillhouse.core.rpc import Peers
 from stillhouse.core.spec import EmaSpec
@@ -53,8 +53,15 @@ class Followed(Shelf):
         """Tell all teachers; one that misses it pulls when a rollout needs newer weights than it has."""
         request = teacher_pb2.TeacherServiceSyncWeightsRequest(job_id=self._scope.job_id, weights=ref)
         try:
-            for info in await self._registry.services("teacher"):
-                peer = self._peers.get(info.address, teacher_pb2_grpc.TeacherServiceStub, f"teacher {info.instance}")
-                await peer.unary("SyncWeights", request, timeout_s=HINT_TIMEOUT_S)
-        except (StillhouseError, RedisError) as error:
-            self._log.debug("SyncWeights missed", error=str(error))
+            teachers = await self._registry.services("teacher")
+        except RedisError as error:
+            self._log.debug("SyncWeights missed by all", error=str(error))
+            return
+        await asyncio.gather(*(self._hint_one(info, request) for info in teachers))
+
+    async def _hint_one(self, info: ServiceInfo, request: teacher_pb2.TeacherServiceSyncWeightsRequest) -> None:
+        peer = self._peers.get(info.address, teacher_pb2_grpc.TeacherServiceStub, f"teacher {info.instance}")
+        try:
+            await peer.unary("SyncWeights", request, timeout_s=HINT_TIMEOUT_S)
+        except StillhouseError as error:
+            self._log.debug("SyncWeights missed", teacher=info.instance, error=error.message)
