@@ -37,6 +37,8 @@ from tests.tiny import TOKENIZER_SIZE
 from tests.waiting import wait_until
 
 PEER = "teacher-0"
+PULL_S = 0.3
+"""How long the pull of an average takes here."""
 
 
 class Desk:
@@ -490,6 +492,28 @@ async def test_a_direct_score_names_the_weights_that_judged(desk: Desk, monkeypa
     assert sorted(score.teacher_sha256 for score in got) == ["average-0", "average-1", "average-2"]
     for score in got:
         assert score.hidden.head_sha256 == score.teacher_sha256.replace("average", "head")
+
+
+async def test_the_pull_of_an_average_is_part_of_its_turn(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    charged: list[float] = []
+
+    async def follow(*_: Any) -> None:
+        await asyncio.sleep(PULL_S)
+
+    monkeypatch.setattr("stillhouse.teacher.following.Follower.follow", follow)
+    monkeypatch.setattr("stillhouse.teacher.schedule.Schedule.served", lambda *args: charged.append(args[-1]))
+
+    async def charged_seconds() -> list[float]:
+        return charged
+
+    task = await desk.open("student")
+    task.follows_student = True
+    redis: Any = desk.cluster.ctx.redis
+    await redis.hset(keys.teacher(task.model_sha256), desk.rollouts_stream, task.SerializeToString())
+    await desk.add(desk.rollout(0))
+    await desk.cluster.start("teacher")
+    await desk.wait_for(1)
+    assert (await wait_until(charged_seconds, timeout_s=5, what="the turn's end"))[0] >= PULL_S
 
 
 async def test_calls_say_what_is_wrong(desk: Desk) -> None:

@@ -89,7 +89,7 @@ class Schedule:
         return min(outside, key=lambda stream: self._since.get(stream.model, 0), default=None)
 
     def served(self, stream: Stream, tokens: int, seconds: float) -> None:
-        """A turn is over: its padded tokens and the time it took, loading left out."""
+        """A turn is over: its padded tokens and the time it took, with the pull of an average, without a load."""
         self._level = self._served.get(stream.job_id, 0.0)
         self._served[stream.job_id] = self._level + tokens
         self._used_s[stream.model] = self._used_s.get(stream.model, 0.0) + seconds

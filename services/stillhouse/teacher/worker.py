@@ -185,6 +185,7 @@ class TeacherWorker:
         resident = {one.key for one in self._scorer.pool.residents()}
         try:
             model, load_s = await self._scorer.model(task, self._schedule.at_work(waiting, resident))
+            started = time.monotonic()  # an average that is pulled is part of the turn
             if task.follows_student:
                 await self._follower.follow(model, task, at_least([work.rollout for work in works], task.epoch))
         except StillhouseError as error:
@@ -193,7 +194,6 @@ class TeacherWorker:
         if load_s:
             self._schedule.loaded(stream.model, load_s)
             self._ahead.loaded(stream.model)
-        started = time.monotonic()
         await self._score(claims, task, works, model, num_loads=int(load_s > 0))
         tokens = sum(work.item.length for work in works)
         self._schedule.served(stream, tokens, time.monotonic() - started)
