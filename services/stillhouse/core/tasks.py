@@ -25,27 +25,18 @@ async def cancel_all(tasks: Iterable[asyncio.Task[Any]]) -> None:
         _, pending = await asyncio.wait(pending, timeout=AGAIN_S)
 
 
-END_S = 10.0
-"""What was cancelled and should go to its end is given up after so long: who it waits for hangs."""
-
-
 async def to_its_end(work: Coroutine[Any, Any, T]) -> T:
-    """Do `work`, which must not stop half-way: a cancellation, or several, waits for its end, at most END_S, and is
-    raised then.
+    """Do `work`, which must not stop half-way: a cancellation, or several, waits for its end and is raised then.
 
     An error of `work` is raised, cancelled or not. The deadline is that of `work`.
     """
-    loop = asyncio.get_running_loop()
-    task, give_up_at = asyncio.create_task(work), None
+    task, is_cancelled = asyncio.create_task(work), False
     while not task.done():
         try:
-            await asyncio.wait([task], timeout=None if give_up_at is None else max(0.0, give_up_at - loop.time()))
+            await asyncio.wait([task])
         except asyncio.CancelledError:
-            give_up_at = give_up_at or loop.time() + END_S
-        if give_up_at is not None and loop.time() >= give_up_at and not task.done():
-            task.cancel()
-            raise asyncio.CancelledError
+            is_cancelled = True
     result = task.result()
-    if give_up_at is not None:
+    if is_cancelled:
         raise asyncio.CancelledError
     return result

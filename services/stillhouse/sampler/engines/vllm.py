@@ -26,6 +26,7 @@ from stillhouse.core.config import Settings
 from stillhouse.core.models import ModelEntry
 from stillhouse.core.pulse import BULK, Pulse
 from stillhouse.core.tasks import cancel_all, to_its_end
+from stillhouse.core.worker import unless
 from stillhouse.sampler.engines.base import EngineDeadError, Piece, SampleRequest, failed
 from stillhouse.sampler.engines.vllm_rows import Clock, Row, end_ids
 from stillhouse.sampler.engines.vllm_start import EngineProcess, usable_vocabulary
@@ -63,6 +64,8 @@ class VllmEngine:
         """Sets of weights so far."""
         self._entering = asyncio.Lock()
         """Held while a completion enters, or weights do: it is clear which weights read its prompt."""
+        self._closed = asyncio.Event()
+        """Set when nobody will answer any more."""
         self._on_death = on_death
         self._watch = asyncio.create_task(self._look(), name="watch engine")
         self.vocab_size = usable_vocabulary(entry)
@@ -216,13 +219,16 @@ class VllmEngine:
     async def _call(self, work: Coroutine[Any, Any, None], patience: int = 1) -> None:
         """Asks something of the engine's process: it may not hang, and has our name for its death.
 
-        A caller that is cancelled waits for the answer: nothing is left half done in there.
+        A caller that is cancelled waits for the answer: nothing is left half done in there. If the engine is closed, as
+        one that hangs is when its process ends, there will be none.
         """
         try:
             with self._pulse.work(patience):
-                await to_its_end(work)
+                is_answered = await to_its_end(unless(self._closed, work))
         except VllmDeadError as error:
             raise self._dead() from error
+        if not is_answered:
+            raise self._dead()
 
     async def pause(self) -> None:
         await self._call(self._llm.pause_generation(mode="keep", clear_cache=False))
@@ -265,6 +271,7 @@ class VllmEngine:
         return EngineDeadError(f"engine_died: vLLM's engine process {how}; this process ends, to be started again")
 
     async def close(self) -> None:
+        self._closed.set()
         await cancel_all([self._watch])
         await self._abort([row.name for row in self._rows.values()])
         with self._pulse.work(BULK):
