@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from stillhouse.core.blobs import sha256_bytes, xxh3
-from stillhouse.core.errors import ConflictError, NotFoundError, UnavailableError, WireError
+from stillhouse.core.errors import ConflictError, EngineDeadError, NotFoundError, UnavailableError, WireError
 from stillhouse.core.models import ModelEntry
 from stillhouse.core.queue import keys
 from stillhouse.core.queue.streams import MAX_DELIVERIES, Outcome, Scope
@@ -27,7 +27,7 @@ from stillhouse.core.rpc import Peer, collect
 from stillhouse.core.service import open_context, serve
 from stillhouse.core.tensors import DTYPE_NAMES, from_bytes, from_tensor, ids_list, ids_tensor, to_tensor
 from stillhouse.teacher.app import build as build_teacher
-from stillhouse.teacher.engines.base import EngineDeadError, ScoreItem
+from stillhouse.teacher.engines.base import ScoreItem
 from stillhouse.teacher.engines.transformers import TransformersEngine
 from stillhouse.teacher.pool import Resident
 from stillhouse.v1 import rollout_pb2 as pb

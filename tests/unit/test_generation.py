@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from stillhouse.sampler.engines.base import EngineDeadError, SampleRequest
+from stillhouse.core.errors import EngineDeadError
+from stillhouse.sampler.engines.base import SampleRequest
 from stillhouse.sampler.generation import Completion, Generator
 from stillhouse.v1 import weights_pb2
 from tests.chaos.sim.toys import ToySampler

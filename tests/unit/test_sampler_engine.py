@@ -17,11 +17,11 @@ import torch
 import transformers as hf
 from transformers import AutoModelForCausalLM
 
-from stillhouse.core.errors import SpecError
+from stillhouse.core.errors import EngineDeadError, SpecError
 from stillhouse.core.models import inspect_model
 from stillhouse.core.tensors import DTYPE_NAMES
 from stillhouse.core.worker import ComputeThread
-from stillhouse.sampler.engines.base import EngineDeadError, SampleRequest
+from stillhouse.sampler.engines.base import SampleRequest
 from stillhouse.sampler.engines.cache import BLOCK
 from stillhouse.sampler.engines.draw import Distributions
 from stillhouse.sampler.engines.transformers import TransformersEngine

@@ -17,8 +17,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from stillhouse.core.errors import EngineDeadError
 from stillhouse.core.models import inspect_model
-from stillhouse.teacher.engines.base import EngineDeadError, Scored, ScoreItem, Unscored
+from stillhouse.teacher.engines.base import Scored, ScoreItem, Unscored
 from stillhouse.teacher.engines.transformers import TransformersEngine
 from stillhouse.teacher.engines.vllm_scores import MIN_TAIL, V2_RUNNER, Running, VllmEngine, tail, vllm_abilities
 from stillhouse.v1 import rollout_pb2 as pb

@@ -136,6 +136,16 @@ class EngineStartError(StillhouseError):
     code = "engine_not_started"
 
 
+class EngineDeadError(RuntimeError):
+    """An engine is gone and will not come back: the process ends, to be started again. Not a StillhouseError, which
+    workers wait out: it may be a sample that ends one engine after the other, and then its deliveries must count.
+    """
+
+
+ENGINE_ERRORS: Final = (RuntimeError, ValueError, IndexError, MemoryError, ArithmeticError)
+"""What an engine raises about its input or its memory; anything else is a bug and ends the process."""
+
+
 class UnavailableError(StillhouseError, ConnectionError):
     """A service that is needed does not answer (yet)."""
 

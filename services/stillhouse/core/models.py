@@ -70,6 +70,11 @@ class ModelEntry(Closed):
     source: str = ""
     """Where it came from, for people."""
 
+    @property
+    def num_usable_ids(self) -> int:
+        """Token ids that may be read and written: rows of the head beyond the tokenizer are padding."""
+        return min(self.tokenizer_size, self.vocab_size)
+
 
 def inspect_model(name: str, folder: Path, *, source: str = "") -> ModelEntry:
     """Check a folder against the intake rules and collect its facts. Reads JSON and safetensors headers only.

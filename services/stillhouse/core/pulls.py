@@ -14,9 +14,10 @@ from stillhouse.core.blobs import xxh3
 from stillhouse.core.errors import WeightsError, WireError
 from stillhouse.core.queue.streams import Scope
 from stillhouse.core.rpc import Peer, collect
+from stillhouse.core.service import Context
 from stillhouse.core.tensors import from_bytes
 from stillhouse.core.weights import weights_sha256
-from stillhouse.v1 import trainer_pb2, weights_pb2
+from stillhouse.v1 import trainer_pb2, trainer_pb2_grpc, weights_pb2
 
 PULL_TIMEOUT_S: Final = 300.0
 """A 7B bf16 student is 14 GB; at 1 GB/s a pull takes 14 s. Twenty times that means the trainer is gone."""
@@ -31,6 +32,18 @@ class Weights:
     """By state-dict name; bfloat16 as uint16 bits. Empty if the caller has the same weights under another name."""
     dtypes: dict[str, int]
     """Wire element types."""
+
+
+async def leader(ctx: Context, job_id: str) -> Peer:
+    """The trainer that leads a job.
+
+    Raises:
+        NotFoundError: no such job.
+        UnavailableError: nobody leads it, or the trainer is gone.
+    """
+    instance = (await ctx.jobs.get(job_id)).trainer
+    info = await ctx.registry.find("trainer", instance)
+    return ctx.peers.get(info.address, trainer_pb2_grpc.TrainerServiceStub, f"trainer {instance}")
 
 
 async def fetch_weights(

@@ -14,6 +14,12 @@ def sample_id(group: pb.PromptGroup, index: int) -> str:
     return f"{group.group_id}/{index}"
 
 
+def score_mark(name: str, attempt: int = 0) -> str:
+    """Mark of a sample's end in an attempt at scoring it. A sampler that ends it shares attempt 0 with the teacher's
+    score: whoever comes first is the end."""
+    return f"score:{name}:{attempt}"
+
+
 def blank_rollout(group: pb.PromptGroup, index: int) -> pb.Rollout:
     """A sample of the group without its completion, and without whoever writes it."""
     rollout = pb.Rollout(

@@ -11,7 +11,7 @@ import os
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -46,6 +46,15 @@ class Cause:
     def read(self) -> str:
         """Empty if none was left: it was killed, or has not failed."""
         return Path(self._file.name).read_text().strip()
+
+    def obituary(self, exit_codes: Sequence[int | None]) -> str:
+        """How the engine ended, whose processes have these exit codes; None = it has not ended."""
+        if why := self.read():
+            return f"failed: {why}"
+        code = next((code for code in exit_codes if code is not None), None)
+        if code is None:
+            return "does not answer"
+        return f"ended with {code}" if code >= 0 else f"was killed by signal {-code}; out of memory?"
 
     def close(self) -> None:
         self._file.close()

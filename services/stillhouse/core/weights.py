@@ -1,4 +1,6 @@
-"""The identity of a set of weights: what a `WeightsRef.sha256` is computed over, the same for maker and reader."""
+"""The identity of a set of weights: what a `WeightsRef.sha256` is computed over, the same for maker and reader; and
+which of two sets is newer.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from stillhouse.core.tensors import dtype_name
+from stillhouse.v1 import weights_pb2
 
 
 class NamedTensor(Protocol):
@@ -32,3 +35,8 @@ def weights_sha256(entries: Iterable[NamedTensor]) -> str:
         for entry in entries
     )
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def order(ref: weights_pb2.WeightsRef) -> tuple[int, int]:
+    """What weights of a job are ordered by; equal = the same set."""
+    return ref.epoch, ref.policy_version

@@ -123,7 +123,7 @@ def tokenize(tokenizer: Tokenizer, entry: ModelEntry, request: ScoreRequest) -> 
         InvalidError: an item is too short or too long or holds unknown ids, or all together are too long.
     """
     items = [_tokens(tokenizer, item) for item in request.items]
-    known = min(entry.tokenizer_size, entry.vocab_size)
+    known = entry.num_usable_ids
     findings: list[Finding] = []
     for index, item in enumerate(items):
         length = len(item.prompt_ids) + len(item.token_ids)

@@ -8,14 +8,14 @@ from functools import partial
 from importlib.util import find_spec
 
 from stillhouse.core.config import Settings
-from stillhouse.core.errors import ConfigError
+from stillhouse.core.errors import ConfigError, EngineDeadError
 from stillhouse.core.models import ModelEntry
 from stillhouse.core.pulse import BULK
 from stillhouse.core.rpc import Server
 from stillhouse.core.service import Context
 from stillhouse.core.vllm_env import prepare
 from stillhouse.core.worker import ComputeThread, unless
-from stillhouse.sampler.engines.base import Engine, EngineDeadError, LoadEngine
+from stillhouse.sampler.engines.base import Engine, LoadEngine
 from stillhouse.sampler.generation import Generator
 from stillhouse.sampler.service import SamplerServicer
 from stillhouse.sampler.student import Student

@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from stillhouse.core.errors import EngineDeadError
 from stillhouse.core.failpoints import failpoint
 from stillhouse.core.telemetry import SAMPLED_TOKENS
-from stillhouse.sampler.engines.base import Engine, EngineDeadError, Piece, SampleRequest
+from stillhouse.core.weights import order
+from stillhouse.sampler.engines.base import Engine, Piece, SampleRequest
 from stillhouse.v1 import weights_pb2
 
 NamesWeights = Callable[[int], weights_pb2.WeightsRef | None]
@@ -63,7 +65,7 @@ class Completion:
 
     def write_with(self, weights: weights_pb2.WeightsRef, first_token: int) -> None:
         """From `first_token` on it is written by these weights."""
-        if self.spans and _order(self.spans[-1][1]) == _order(weights):
+        if self.spans and order(self.spans[-1][1]) == order(weights):
             self.spans[-1] = (self.spans[-1][0], weights)
         else:
             self.spans.append((first_token, weights))
@@ -98,10 +100,6 @@ def _rows(chunks: list[np.ndarray[Any, Any]], start: int, end: int) -> np.ndarra
         if first <= start:
             return np.concatenate(picked[::-1])[start - first : end - first]
     return None
-
-
-def _order(weights: weights_pb2.WeightsRef) -> tuple[int, int]:
-    return weights.epoch, weights.policy_version
 
 
 class Generator:

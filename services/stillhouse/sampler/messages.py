@@ -9,7 +9,7 @@ from typing import Final
 from stillhouse.core.errors import WireError
 from stillhouse.core.queue import keys
 from stillhouse.core.queue.streams import Scope
-from stillhouse.core.rollouts import SCHEMA_VERSION, blank_rollout, sample_id
+from stillhouse.core.rollouts import SCHEMA_VERSION, blank_rollout, sample_id, score_mark
 from stillhouse.core.tensors import floats_tensor, from_tensor, ids_list, ids_tensor
 from stillhouse.sampler.engines.base import SampleRequest
 from stillhouse.sampler.generation import Completion
@@ -153,8 +153,3 @@ def destination(rollout: pb.Rollout, scope: Scope) -> tuple[str, str, bytes]:
 def rollout_mark(name: str) -> str:
     """Mark of a sample's rollout; the sampler's attempt is always 0."""
     return f"rollout:{name}:0"
-
-
-def score_mark(name: str) -> str:
-    """Mark of a sample's end, shared with the teacher's score of attempt 0: whoever comes first is the end."""
-    return f"score:{name}:0"

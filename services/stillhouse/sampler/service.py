@@ -10,13 +10,14 @@ from typing import Any
 from stillhouse.core.errors import ConflictError, SpecError, UnimplementedError, WireError
 from stillhouse.core.service import VERSION, Context
 from stillhouse.core.tensors import dtype_name, floats_tensor, ids_list, ids_tensor
+from stillhouse.core.weights import order
 from stillhouse.sampler.engines.base import Engine, SampleRequest
 from stillhouse.sampler.generation import Completion, Generator, NamesWeights
 from stillhouse.sampler.messages import FINISH_REASONS, make_request
 from stillhouse.sampler.student import Student
 from stillhouse.sampler.worker import SamplerWorker
 from stillhouse.v1 import sampler_pb2 as pb
-from stillhouse.v1 import sampler_pb2_grpc, weights_pb2
+from stillhouse.v1 import sampler_pb2_grpc
 
 
 class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
@@ -55,7 +56,7 @@ class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
                 f"weights of {request.job_id} epoch {request.weights.epoch}, but this sampler serves {serves}"
             )
         hint = self._student.hint
-        if hint is None or _order(hint) < _order(request.weights):
+        if hint is None or order(hint) < order(request.weights):
             self._student.hint = request.weights
         self._worker.wake.set()
         return pb.SamplerServiceSyncWeightsResponse(weights=self._student.weights)
@@ -123,7 +124,3 @@ class SamplerServicer(sampler_pb2_grpc.SamplerServiceServicer):
 
     async def Abort(self, request: pb.AbortRequest, context: Any) -> pb.AbortResponse:
         return pb.AbortResponse(aborted=self._generator.abort(request.sample_ids))
-
-
-def _order(ref: weights_pb2.WeightsRef) -> tuple[int, int]:
-    return ref.epoch, ref.policy_version

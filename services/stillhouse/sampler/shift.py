@@ -22,7 +22,7 @@ from stillhouse.core.queue import keys
 from stillhouse.core.queue.claims import QUEUE_ERRORS, Claims
 from stillhouse.core.queue.client import BLOCK_MS
 from stillhouse.core.queue.streams import Entry, Outcome, Scope
-from stillhouse.core.rollouts import sample_id
+from stillhouse.core.rollouts import sample_id, score_mark
 from stillhouse.core.service import Context
 from stillhouse.core.tasks import cancel_all
 from stillhouse.core.telemetry import DROPPED, SAMPLED_ROLLOUTS
@@ -36,7 +36,6 @@ from stillhouse.sampler.messages import (
     make_failure,
     make_rollout,
     rollout_mark,
-    score_mark,
 )
 from stillhouse.sampler.student import Student
 from stillhouse.sampler.work import Work

@@ -17,17 +17,16 @@ from typing import Final
 from stillhouse.core.errors import ConflictError, StaleWeightsError, StillhouseError, WeightsError
 from stillhouse.core.failpoints import failpoint
 from stillhouse.core.models import ModelEntry, verify_files
-from stillhouse.core.pulls import Weights, fetch_weights
+from stillhouse.core.pulls import Weights, fetch_weights, leader
 from stillhouse.core.pulse import BULK
 from stillhouse.core.queue.streams import Scope
-from stillhouse.core.rpc import Peer
 from stillhouse.core.service import Context
 from stillhouse.core.telemetry import POLICY_VERSION, WEIGHT_PULL_SECONDS, WEIGHT_PULLS
 from stillhouse.core.tensors import DTYPE_NAMES, itemsize
 from stillhouse.core.worker import ComputeThread
 from stillhouse.sampler.engines.base import Engine, LoadEngine
 from stillhouse.sampler.stops import StoppingEngine
-from stillhouse.v1 import trainer_pb2_grpc, weights_pb2
+from stillhouse.v1 import weights_pb2
 
 PULL_WAIT_S: Final = 30.0
 """How long a sampler waits under its claims for weights that the trainer does not have yet; then it hands back."""
@@ -204,8 +203,7 @@ class Student:
 
     async def _pull(self, scope: Scope, exact_version: int | None) -> None:
         started = time.monotonic()
-        record = await self._ctx.jobs.get(scope.job_id)
-        trainer = await self._trainer(record.trainer)
+        trainer = await leader(self._ctx, scope.job_id)
         have = self.weights.sha256 if self.weights is not None else ""
         transfer = self._ctx.transfer
 
@@ -249,7 +247,3 @@ class Student:
             raise
         finally:
             await engine.resume()
-
-    async def _trainer(self, instance: str) -> Peer:
-        info = await self._ctx.registry.find("trainer", instance)
-        return self._ctx.peers.get(info.address, trainer_pb2_grpc.TrainerServiceStub, f"trainer {instance}")

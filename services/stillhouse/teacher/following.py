@@ -12,14 +12,15 @@ from collections.abc import Collection
 from typing import Any
 
 from stillhouse.core.errors import StaleWeightsError, StillhouseError
-from stillhouse.core.pulls import Weights, fetch_weights
+from stillhouse.core.pulls import Weights, fetch_weights, leader
 from stillhouse.core.pulse import BULK
 from stillhouse.core.queue.streams import Scope
 from stillhouse.core.service import Context
 from stillhouse.core.telemetry import POLICY_VERSION
+from stillhouse.core.weights import order
 from stillhouse.core.worker import ComputeThread
 from stillhouse.teacher.pool import Resident
-from stillhouse.v1 import rollout_pb2, trainer_pb2_grpc, weights_pb2
+from stillhouse.v1 import rollout_pb2, weights_pb2
 
 
 class Follower:
@@ -34,7 +35,7 @@ class Follower:
     def hint(self, job_id: str, ref: weights_pb2.WeightsRef) -> None:
         """There is a newer average."""
         known = self._hints.get(job_id)
-        if known is None or _order(known) < _order(ref):
+        if known is None or order(known) < order(ref):
             self._hints[job_id] = ref
 
     def forget_others(self, job_ids: Collection[str]) -> None:
@@ -70,9 +71,7 @@ class Follower:
     async def _pull(self, resident: Resident, task: rollout_pb2.TeacherTask) -> None:
         started = time.monotonic()
         scope = Scope(task.job_id, task.epoch)
-        record = await self._ctx.jobs.get(task.job_id)
-        info = await self._ctx.registry.find("trainer", record.trainer)
-        trainer = self._ctx.peers.get(info.address, trainer_pb2_grpc.TrainerServiceStub, f"trainer {record.trainer}")
+        trainer = await leader(self._ctx, task.job_id)
         have = resident.weights.sha256 if resident.weights is not None else ""
         transfer = self._ctx.transfer
         with transfer.work():
@@ -101,10 +100,6 @@ def _version(resident: Resident, task: rollout_pb2.TeacherTask) -> int | None:
     """Policy version of the average in the model, if it is of the task's claim."""
     weights = resident.weights
     return weights.policy_version if weights is not None and weights.epoch == task.epoch else None
-
-
-def _order(ref: weights_pb2.WeightsRef) -> tuple[int, int]:
-    return ref.epoch, ref.policy_version
 
 
 def _load_into(engine: Any, weights: Weights) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 
 from stillhouse.core.errors import WireError
 from stillhouse.core.queue.streams import MAX_ENTRY_BYTES, Scope
+from stillhouse.core.rollouts import SCHEMA_VERSION
 from stillhouse.core.tensors import from_tensor, ids_list, ids_tensor, to_tensor
 from stillhouse.teacher.blobstore import BlobStore
 from stillhouse.teacher.engines.base import Scored, ScoreItem, Spans
@@ -16,7 +17,6 @@ from stillhouse.v1 import rollout_pb2 as pb
 from stillhouse.v1 import tensor_pb2
 
 ListScore = TypeVar("ListScore", pb.TopKScore, pb.TargetsScore)
-SCHEMA_VERSION: Final = 1
 INLINE_BYTES: Final = 256 << 10
 """Larger top-k and targets payloads stay here and are fetched: most of an entry of the queue is for the rollout."""
 ENTRY_BYTES: Final = MAX_ENTRY_BYTES - (4 << 10)
@@ -162,8 +162,3 @@ def without_tokens(rollout: pb.Rollout) -> pb.Rollout:
     for name in PER_TOKEN:
         small.ClearField(name)
     return small
-
-
-def score_mark(rollout: pb.Rollout) -> str:
-    """Mark of a sample's end in this attempt at scoring it."""
-    return f"score:{rollout.sample_id}:{rollout.attempt}"

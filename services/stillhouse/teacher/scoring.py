@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncGenerator, Collection, Sequence
 from dataclasses import dataclass
 
+from stillhouse.core.errors import ENGINE_ERRORS, EngineDeadError
 from stillhouse.core.failpoints import failpoint
 from stillhouse.core.pulse import BULK
 from stillhouse.core.telemetry import SCORE_SECONDS, SCORED_TOKENS
@@ -15,13 +16,10 @@ from stillhouse.teacher.accounts import Accounts
 from stillhouse.teacher.batching import plan_batches
 from stillhouse.teacher.cache import ScoreCache
 from stillhouse.teacher.checks import checked
-from stillhouse.teacher.engines.base import EngineDeadError, Head, Scored, ScoreItem, Unscored
+from stillhouse.teacher.engines.base import Head, Scored, ScoreItem, Unscored
 from stillhouse.teacher.pool import ModelPool, Resident
 from stillhouse.teacher.schedule import ModelKey
 from stillhouse.v1 import rollout_pb2
-
-ENGINE_ERRORS = (RuntimeError, ValueError, IndexError, MemoryError, ArithmeticError)
-"""What an engine raises about its input or its memory; anything else is a bug and ends the process."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Final
 
-from stillhouse.core.errors import SpecError, UnavailableError, UnimplementedError, WireError
+from stillhouse.core.errors import EngineDeadError, SpecError, UnavailableError, UnimplementedError, WireError
 from stillhouse.core.failpoints import failpoint
 from stillhouse.core.queue.streams import Scope
 from stillhouse.core.rpc import chunks
@@ -13,7 +13,7 @@ from stillhouse.core.service import VERSION, Context
 from stillhouse.core.tensors import DTYPE_NAMES
 from stillhouse.teacher.batching import plan_batches
 from stillhouse.teacher.blobstore import BlobStore
-from stillhouse.teacher.engines.base import Abilities, EngineDeadError, Scored, ScoreItem, Unscored
+from stillhouse.teacher.engines.base import Abilities, Scored, ScoreItem, Unscored
 from stillhouse.teacher.following import Follower, at_least
 from stillhouse.teacher.messages import make_failure, make_score, score_bytes
 from stillhouse.teacher.scoring import Batch, Scorer

@@ -16,6 +16,7 @@ from stillhouse.core.queue import keys
 from stillhouse.core.queue.claims import NO_WAIT_MS, Claims
 from stillhouse.core.queue.client import BLOCK_MS
 from stillhouse.core.queue.streams import Entry, Outcome, Scope
+from stillhouse.core.rollouts import score_mark
 from stillhouse.core.service import Context
 from stillhouse.core.telemetry import DROPPED, SCORED_ROLLOUTS
 from stillhouse.core.worker import pause, run_turns
@@ -28,7 +29,6 @@ from stillhouse.teacher.messages import (
     make_failure,
     make_score,
     score_bytes,
-    score_mark,
     without_tokens,
 )
 from stillhouse.teacher.pool import Resident
@@ -322,7 +322,7 @@ class TeacherWorker:
             Scope(task.job_id, task.epoch),
             entry,
             keys.scored(task.job_id, task.epoch),
-            score_mark(score.rollout),
+            score_mark(score.rollout.sample_id, score.rollout.attempt),
             payload,
             dead=dead,
         )

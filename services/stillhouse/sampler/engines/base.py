@@ -75,12 +75,6 @@ def failed(request: SampleRequest, reason: str, message: str) -> Piece:
     return Piece(request.key, [], [], finish_reason="failed", reason=reason, message=message)
 
 
-class EngineDeadError(RuntimeError):
-    """The engine is gone and will not come back: the process ends, to be started again. Not a StillhouseError, which
-    workers wait out: it may be a prompt that ends one engine after the other, and then its deliveries must count.
-    """
-
-
 class Engine(Protocol):
     """A causal language model that writes. Used from the event loop."""
 

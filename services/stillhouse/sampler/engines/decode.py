@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stillhouse.core.errors import ENGINE_ERRORS
 from stillhouse.sampler.engines.base import SampleRequest
 from stillhouse.sampler.engines.cache import BLOCK
 from stillhouse.sampler.engines.draw import Distributions, uniforms
@@ -25,8 +26,6 @@ from stillhouse.sampler.engines.rows import Call, Row
 
 PREFILL_TOKENS: Final = 512
 """Prompt tokens per forward pass: bounds its memory, and the time without a beat."""
-ENGINE_ERRORS: Final = (RuntimeError, ValueError, IndexError, MemoryError, ArithmeticError)
-"""What a model raises about its input or its memory; anything else is a bug and ends the process."""
 
 
 @dataclass(frozen=True, slots=True)

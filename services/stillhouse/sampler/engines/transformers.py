@@ -14,10 +14,11 @@ from typing import Any, Final
 import numpy as np
 import torch
 
+from stillhouse.core.errors import EngineDeadError
 from stillhouse.core.models import ModelEntry
 from stillhouse.core.pulse import BULK
 from stillhouse.core.worker import ComputeThread
-from stillhouse.sampler.engines.base import EngineDeadError, Piece, SampleRequest
+from stillhouse.sampler.engines.base import Piece, SampleRequest
 from stillhouse.sampler.engines.decode import Decoder
 from stillhouse.sampler.engines.model import Model
 from stillhouse.sampler.engines.rows import Call

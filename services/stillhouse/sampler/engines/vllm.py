@@ -23,13 +23,14 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError as VllmDeadError
 
 from stillhouse.core.config import Settings
+from stillhouse.core.errors import EngineDeadError
 from stillhouse.core.models import ModelEntry
 from stillhouse.core.pulse import BULK, Pulse
 from stillhouse.core.tasks import cancel_all, to_its_end
 from stillhouse.core.worker import unless
-from stillhouse.sampler.engines.base import EngineDeadError, Piece, SampleRequest, failed
+from stillhouse.sampler.engines.base import Piece, SampleRequest, failed
 from stillhouse.sampler.engines.vllm_rows import Clock, Row, end_ids
-from stillhouse.sampler.engines.vllm_start import EngineProcess, usable_vocabulary
+from stillhouse.sampler.engines.vllm_start import EngineProcess
 from stillhouse.sampler.engines.vllm_weights import check, memory_file, shapes_in
 from stillhouse.sampler.engines.vllm_wire import OURS, hash_file
 
@@ -68,7 +69,7 @@ class VllmEngine:
         """Set when nobody will answer any more."""
         self._on_death = on_death
         self._watch = asyncio.create_task(self._look(), name="watch engine")
-        self.vocab_size = usable_vocabulary(entry)
+        self.vocab_size = entry.num_usable_ids
         self.max_sequence_length = self._llm.model_config.max_model_len
         self.max_sequences = settings.sampler_max_sequences
 

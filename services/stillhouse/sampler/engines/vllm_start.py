@@ -18,13 +18,10 @@ from stillhouse.core.config import Settings
 from stillhouse.core.errors import EngineStartError
 from stillhouse.core.models import ModelEntry
 from stillhouse.core.vllm_child import Cause
+from stillhouse.core.vllm_env import CLOSE_S, engine_options
 from stillhouse.sampler.engines.vllm_wire import OURS, WORKER_EXTENSION
 
 T = TypeVar("T")
-CPU_CACHE_GIB: Final = 1.0
-"""Default of vllm_cache_gib on a CPU, where vLLM would take most of the machine: 45k tokens of a 135M model in fp32."""
-CLOSE_S: Final = 1.0
-"""Time the engine has to end by itself before it is killed; it holds nothing that anyone needs."""
 HINT: Final = (
     "if memory is short, lower vllm_cache_gib, sampler_max_sequences or vllm_max_length; the service's log has vLLM's "
     "own report"
@@ -53,7 +50,7 @@ class EngineProcess:
         try:
             args = engine_args(entry, dtype, settings)
             process.llm = await process._run(_launch, args, process._cause)
-            await process.llm.collective_rpc("stillhouse_begin", args=(usable_vocabulary(entry),))
+            await process.llm.collective_rpc("stillhouse_begin", args=(entry.num_usable_ids,))
             await process.llm.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {}})
         except BaseException:
             await process.close()
@@ -66,12 +63,7 @@ class EngineProcess:
     def ending(self) -> str:
         """How the engine's process ended."""
         manager: Any = self.llm.engine_core.resources.engine_manager
-        codes = [process.exitcode for process in manager.processes] if manager else []
-        if why := self._cause.read():
-            return f"failed: {why}"
-        if not codes or codes[0] is None:
-            return "does not answer"
-        return f"ended with {codes[0]}" if codes[0] >= 0 else f"was killed by signal {-codes[0]}; out of memory?"
+        return self._cause.obituary([process.exitcode for process in manager.processes] if manager else [])
 
     async def close(self) -> None:
         """End the engine."""
@@ -83,36 +75,16 @@ class EngineProcess:
         self._cause.close()
 
 
-def usable_vocabulary(entry: ModelEntry) -> int:
-    """Token ids that may be read and written: rows of the head beyond the tokenizer are padding."""
-    return min(entry.tokenizer_size, entry.vocab_size)
-
-
 def engine_args(entry: ModelEntry, dtype: str, settings: Settings) -> AsyncEngineArgs:
-    """What we want of vLLM: a local model, token ids in and out, nothing on disk or in the net."""
-    cache_gib = settings.vllm_cache_gib or (0 if torch.cuda.is_available() else CPU_CACHE_GIB)
-    options: dict[str, Any] = {"dtype": dtype}
-    if cache_gib:
-        options["kv_cache_memory_bytes"] = int(cache_gib * 2**30)
-    if settings.vllm_max_length:
-        options["max_model_len"] = min(settings.vllm_max_length, entry.max_sequence_length)
+    """What a sampler wants of vLLM."""
     return AsyncEngineArgs(
-        model=entry.path,
-        load_format="safetensors",
-        skip_tokenizer_init=True,
-        generation_config="vllm",  # no defaults from the model's folder
-        enforce_eager=settings.vllm_eager,
-        tensor_parallel_size=settings.vllm_tensor_parallel,
-        gpu_memory_utilization=settings.vllm_memory_fraction,
         max_num_seqs=settings.sampler_max_sequences,
         enable_prefix_caching=True,  # the samples of a prompt share its prefill
-        max_logprobs=-1,
         logprobs_mode="processed_logprobs",
         worker_extension_cls=WORKER_EXTENSION,
         weight_transfer_config=WeightTransferConfig(backend=OURS),
-        disable_log_stats=True,
         enable_log_requests=False,
-        **options,
+        **engine_options(entry, dtype, settings, has_gpu=torch.cuda.is_available()),
     )
 
 

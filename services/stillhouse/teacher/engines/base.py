@@ -154,13 +154,6 @@ class Abilities:
 TRANSFORMERS: Final = Abilities(engine="transformers")
 
 
-class EngineDeadError(RuntimeError):
-    """An engine's own process is gone or of no more use: the service has to end, to be started again.
-
-    No StillhouseError: what a worker holds then may be what killed it, so that its delivery must count.
-    """
-
-
 class Engine(Protocol):
     """A model that judges. Used from the compute thread only."""
 

@@ -21,16 +21,13 @@ from stillhouse.core.errors import EngineStartError
 from stillhouse.core.models import ModelEntry
 from stillhouse.core.tensors import DTYPE_NAMES, itemsize
 from stillhouse.core.vllm_child import Cause
+from stillhouse.core.vllm_env import CLOSE_S, engine_options
 from stillhouse.teacher.engines.vllm_scores import Running, VllmEngine
 
-CPU_CACHE_GIB: Final = 1.0
-"""Default of vllm_cache_gib on a CPU, where vLLM would take most of the machine."""
 LOGITS_BYTES: Final = 256 << 20
 """Logits of one step, float32: vLLM computes them for all its prompt tokens at once, and a copy for the softmax."""
 STEP_TOKENS: Final = (64, 4096)
 """Least and most prompt tokens of a step: longer prompts are read in parts."""
-CLOSE_S: Final = 1.0
-"""Time the engine has to end by itself before it is killed; it holds nothing that anyone needs."""
 WORKER_EXTENSION: Final = "stillhouse.teacher.engines.vllm_worker.Extension"
 
 
@@ -71,37 +68,21 @@ def load(entry: ModelEntry, dtype: str, settings: Settings, beat: Callable[[], N
         stop=stop,
     )
     size_bytes = entry.num_parameters * itemsize(DTYPE_NAMES[dtype])
-    vocab_size = min(entry.tokenizer_size, entry.vocab_size)
-    return VllmEngine(running, vocab_size=vocab_size, size_bytes=size_bytes, beat=beat)
+    return VllmEngine(running, vocab_size=entry.num_usable_ids, size_bytes=size_bytes, beat=beat)
 
 
 def engine_args(entry: ModelEntry, dtype: str, settings: Settings) -> EngineArgs:
-    """A local model, token ids in, log-probabilities of all of them out."""
-    cache_gib = settings.vllm_cache_gib or (0 if torch.cuda.is_available() else CPU_CACHE_GIB)
-    options: dict[str, Any] = {"dtype": dtype}
-    if cache_gib:
-        options["kv_cache_memory_bytes"] = int(cache_gib * 2**30)
-    if settings.vllm_max_length:
-        options["max_model_len"] = min(settings.vllm_max_length, entry.max_sequence_length)
+    """What a teacher wants of vLLM: log-probabilities of all tokens that it reads."""
     step_tokens = min(max(LOGITS_BYTES // (4 * entry.vocab_size), STEP_TOKENS[0]), STEP_TOKENS[1])
     return EngineArgs(
-        model=entry.path,
         hf_overrides={"head_dtype": "float32"},  # log-probabilities of bfloat16 logits are off by up to 0.06 nats
-        load_format="safetensors",
-        skip_tokenizer_init=True,
-        generation_config="vllm",  # no defaults from the model's folder
-        enforce_eager=settings.vllm_eager,
-        tensor_parallel_size=settings.vllm_tensor_parallel,
-        gpu_memory_utilization=settings.vllm_memory_fraction,
         enable_prefix_caching=False,  # what is not computed has no log-probabilities
         enable_chunked_prefill=True,
         max_num_batched_tokens=step_tokens,
         max_num_seqs=STEP_TOKENS[0],
-        max_logprobs=-1,
         logprobs_mode="raw_logprobs",
         worker_extension_cls=WORKER_EXTENSION,
-        disable_log_stats=True,
-        **options,
+        **engine_options(entry, dtype, settings, has_gpu=torch.cuda.is_available()),
     )
 
 
@@ -119,11 +100,7 @@ def _tell_of_its_death(llm: Any, processes: Sequence[Any]) -> None:
 
 def _obituary(processes: Sequence[Any], cause: Cause) -> str:
     """How the engine's process ended."""
-    if why := cause.read():
-        return f"failed: {why}"
-    for process in processes:
-        process.join(CLOSE_S)
-    code = next((process.exitcode for process in processes if process.exitcode is not None), None)
-    if code is None:
-        return "does not answer"
-    return f"ended with {code}" if code >= 0 else f"was killed by signal {-code}; out of memory?"
+    if not cause.read():
+        for process in processes:
+            process.join(CLOSE_S)
+    return cause.obituary([process.exitcode for process in processes])

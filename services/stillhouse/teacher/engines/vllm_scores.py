@@ -16,7 +16,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from stillhouse.teacher.engines.base import Abilities, EngineDeadError, Scored, ScoreItem, Unscored
+from stillhouse.core.errors import EngineDeadError
+from stillhouse.teacher.engines.base import Abilities, Scored, ScoreItem, Unscored
 from stillhouse.teacher.engines.items import problem
 from stillhouse.v1 import rollout_pb2 as pb
 
