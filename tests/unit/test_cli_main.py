@@ -67,7 +67,7 @@ def test_every_command_teaches_with_an_example() -> None:
     callbacks = [ls, *(command.callback for group in groups for command in group.registered_commands)]
     names = {callback.__name__ for callback in callbacks if callback}
     expected = "up down ps doctor healthcheck version submit watch jobs job events dead_letters cancel download plot "
-    expected += "verify gc add ls rm try_ score"
+    expected += "verify gc add ls rm try_ score recipes init"
     assert names == set(expected.split())
     for callback in callbacks:
         assert callback is not None

@@ -255,7 +255,7 @@ def test_a_tar_with_links_or_damage_is_refused(tmp_path: Path) -> None:
 
 
 def test_both_clients_have_the_same_methods() -> None:
-    pairs = [(getattr(client, name), getattr(aio, name)) for name in ("Jobs", "Files", "Listing")]
+    pairs = [(getattr(client, name), getattr(aio, name)) for name in ("Jobs", "Files", "Listing", "Recipes")]
     for sync, twin in [*pairs, (Client, AsyncClient)]:
         public = {key for key in vars(sync) if not key.startswith("_")}
         assert public == {key for key in vars(twin) if not key.startswith("_")}

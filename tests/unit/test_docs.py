@@ -58,7 +58,8 @@ def check_snippet(document: Any) -> str:
         Settings.model_validate(document)
         return "settings"
     if document.keys() <= StageSpec.model_fields.keys():
-        JobSpec.model_validate(JOB | {"stages": [STAGE | document]})
+        base = {"data": STAGE["data"]} if "recipe" in document else STAGE
+        JobSpec.model_validate(JOB | {"stages": [base | document]})
         return "stage"
     JobSpec.model_validate(JOB | document)
     return "part of a job"

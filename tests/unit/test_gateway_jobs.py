@@ -16,6 +16,7 @@ import pytest
 from stillhouse.core.blobs import read_json, write_json
 from stillhouse.core.queue import keys
 from stillhouse.core.queue.streams import Scope
+from stillhouse.core.recipes import recipes
 from stillhouse.gateway.routes import deadline, system
 from tests.gateway_kit import Gateway, make_spec, open_gateway, problem
 
@@ -340,3 +341,31 @@ async def test_rest_lists_the_verifiers(gateway: Gateway) -> None:
         "source": "built in",
         "problem": "",
     }
+
+
+async def test_rest_explains_recipes_and_takes_them(gateway: Gateway) -> None:
+    listed = (await gateway.http.get("/v1/recipes")).json()["data"]
+    assert [item["id"] for item in listed] == list(recipes())
+    one = await gateway.http.get("/v1/recipes/mopd")
+    assert one.json() == next(item for item in listed if item["id"] == "mopd")
+    preset = one.json()["presets"][0]
+    assert preset["values"]["schedule.prompts_per_step"]["source"].startswith("arXiv:2606.30406, ")
+    assert "unknown recipe 'nope'" in problem(await gateway.http.get("/v1/recipes/nope"), 404)["detail"]
+
+    rows = {"rows": [{"prompt": "one"}, {"prompt": "two"}]}
+    stage = {"recipe": "mopd", "data": rows, "sampling": {"max_tokens": 8}, "schedule": {"prompts_per_step": 2}}
+    accepted = await gateway.submit(make_spec(stages=[stage]))
+    assert accepted.status_code == 201, accepted.text
+    stored = accepted.json()["spec"]["stages"][0]
+    assert stored["recipe"] == "mopd"
+    assert stored["loss"]["advantage_clip"] == preset["stage"]["loss"]["advantage_clip"] == 5
+    assert stored["schedule"]["steps"] == preset["stage"]["schedule"]["steps"]
+    assert (stored["schedule"]["prompts_per_step"], stored["sampling"]["max_tokens"]) == (2, 8)
+    refused = await gateway.refused(make_spec(stages=[{**stage, "recipe": "mopt"}]))
+    assert [item["param"] for item in refused["errors"]] == ["stages.0.recipe"]
+
+
+async def test_the_openapi_document_lets_recipes_stand_for_loss_and_schedule(gateway: Gateway) -> None:
+    stage = (await gateway.http.get("/openapi.json")).json()["components"]["schemas"]["StageSpec"]
+    assert stage["required"] == ["data"]
+    assert {"recipe", "loss", "schedule"} <= stage["properties"].keys()

@@ -17,6 +17,7 @@ from stillhouse.cli import (
     commands_jobs,
     commands_local,
     commands_models,
+    commands_recipes,
     commands_score,
     commands_verifiers,
     commands_verify,
@@ -63,6 +64,7 @@ commands_local.register(app)
 commands_models.register(app)
 commands_score.register(app)
 commands_jobs.register(app)
+commands_recipes.register(app)
 commands_verify.register(app)
 commands_verifiers.register(app)
 commands_gc.register(app)

@@ -38,6 +38,7 @@ class AsyncClient:
         self.files = Files(self._sender)
         self.models = Listing(self._sender, "/v1/models")
         self.verifiers = Listing(self._sender, "/v1/verifiers")
+        self.recipes = Recipes(self._sender, "/v1/recipes")
         self.services = Listing(self._sender, "/v1/services")
 
     async def health(self) -> Json:
@@ -122,6 +123,14 @@ class Listing:
     async def list(self) -> list[Json]:
         """All of them."""
         return (await self._sender.send(calls.get_path(self._path)))["data"]
+
+
+class Recipes(Listing):
+    """Presets for stages."""
+
+    async def get(self, name: str) -> Json:
+        """A recipe: what it is for, and its presets with every value and its source."""
+        return await self._sender.send(calls.get_path(f"{self._path}/{name}"))
 
 
 class Files:

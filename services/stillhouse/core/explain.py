@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Final
 
 from pydantic import BaseModel
 
+from stillhouse.core import recipes
 from stillhouse.core.spec import JobSpec
 
 MAX_FINDINGS: Final = 20
@@ -41,10 +42,13 @@ class Finding:
 def explain(errors: Sequence[Mapping[str, Any]], body: Any, model: type[BaseModel] = JobSpec) -> list[Finding]:
     """Findings for FastAPI's `errors`, whose paths start with the value's origin: "body" (a `model`), "query" ..."""
     findings = []
+    if model is JobSpec:
+        body = recipes.with_presets(body)  # as it was checked
     for error in _without_echoes(errors):
         loc = list(error["loc"][1:])
         if error["loc"][0] == "body":
-            findings.append(_finding(error, _user_path(loc, body), _known_keys(model, loc[:-1])))
+            finding = _finding(error, _user_path(loc, body), _known_keys(model, loc[:-1]))
+            findings.append(_with_origin(finding, error, body))
         else:
             findings.append(_finding(error, [str(part) for part in loc], ()))
     return findings[:MAX_FINDINGS]
@@ -80,10 +84,25 @@ def _finding(error: Mapping[str, Any], path: list[str], known: Sequence[str]) ->
     return Finding(".".join(path) or None, message, fix)
 
 
+def _with_origin(finding: Finding, error: Mapping[str, Any], body: Any) -> Finding:
+    """Where fields do not go together, some may be none that the user wrote."""
+    name = recipes.named_in(body, tuple(error["loc"][1:]))
+    if not name or error["type"] != "value_error" or not isinstance(error.get("input"), Mapping):
+        return finding
+    return replace(finding, fix=f"{finding.fix} (what you did not write is from recipe '{name}')")
+
+
 def _without_echoes(errors: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Drops "at least 1 item, not 0" about a list that has items, all of them wrong: pydantic counts the valid ones."""
+    """Drops what only follows from another error.
+
+    "At least 1 item, not 0" about a list that has items, all of them wrong: pydantic counts the valid ones. And "is
+    required" in a stage whose recipe there is not: it would have given the field.
+    """
+    stages = [tuple(error["loc"][:-1]) for error in errors if error["loc"][-1] == "recipe"]
 
     def echoes(error: Mapping[str, Any]) -> bool:
+        if error["type"] in ("missing", "union_tag_not_found"):
+            return any(tuple(error["loc"][: len(stage)]) == stage for stage in stages)
         return error["type"] == "too_short" and len(error["input"]) >= error["ctx"]["min_length"]
 
     return [error for error in errors if not echoes(error)] or list(errors)

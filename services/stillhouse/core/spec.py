@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from stillhouse.core.recipes import FromRecipe
 from stillhouse.core.spec_base import Closed, Dtype, Name
 from stillhouse.core.spec_data import (
     DataSpec,
@@ -151,7 +152,7 @@ class ScheduleSpec(Closed):
     apart exactly (checked when it loads). off: sorted by length and padded. auto: on where that is also fast."""
 
 
-class StageSpec(Closed):
+class StageSpec(FromRecipe):
     """One phase of training: data, how to sample, what to minimise, for how long."""
 
     name: Name = "main"

@@ -244,6 +244,46 @@ class Verifier(Answer):
     """Why it cannot be used; empty = nothing is known against it."""
 
 
+class RecipePreset(Answer):
+    """What a recipe gives one stage."""
+
+    id: str
+    """What `recipe` of a stage says."""
+    about: str
+    """What happens in the stage."""
+    stage: dict[str, Any]
+    """The values as part of a stage."""
+    values: dict[str, dict[str, Any]]
+    """By path in the stage: {value, source}; a source that begins with `ours:` is no publication."""
+    variations: list[dict[str, Any]]
+    """Other forms: {about, stage, rows}."""
+    rows: list[dict[str, Any]]
+    """Rows of the kind it trains on."""
+
+
+class Recipe(Answer):
+    """A published method, or a baseline, as presets for stages."""
+
+    id: str
+    object: Literal["recipe"] = "recipe"
+    title: str
+    problem: str
+    """What it is for."""
+    sends: str
+    """What teachers send and what is stored, in bytes a token."""
+    when: str
+    """When to choose it."""
+    paper: str
+    """What its source does, and reports."""
+    ours: str
+    """What the presets do."""
+    differences: list[str]
+    """What differs, and why."""
+    sources: list[str]
+    is_baseline: bool
+    presets: list[RecipePreset]
+
+
 class Service(Answer):
     """A live process."""
 

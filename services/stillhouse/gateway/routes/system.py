@@ -1,4 +1,4 @@
-"""Models, services, health and metrics."""
+"""Models, verifiers, recipes, services, health and metrics."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from fastapi import APIRouter, Depends, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from redis.exceptions import RedisError
 
+from stillhouse.core import recipes
 from stillhouse.core.errors import UnavailableError
 from stillhouse.core.service import VERSION, Context
 from stillhouse.core.telemetry import METRICS
 from stillhouse.core.verifiers import verifiers
 from stillhouse.gateway.deps import get_context
 from stillhouse.gateway.routes.deadline import DeadlineRoute
-from stillhouse.gateway.schemas import Health, Model, Page, Service, Verifier
+from stillhouse.gateway.schemas import Health, Model, Page, Recipe, Service, Verifier
 from stillhouse.gateway.views import model_view, service_view, verifier_view
 
 router = APIRouter(prefix="/v1", tags=["system"], route_class=DeadlineRoute)
@@ -43,6 +44,18 @@ async def get_model(ctx: Ctx, name: str) -> Model:
 async def list_verifiers() -> Page[Verifier]:
     """Verifiers that rows and rewards may name, as installed beside the gateway."""
     return Page(data=[verifier_view(info) for info in verifiers().values()])
+
+
+@router.get("/recipes")
+async def list_recipes() -> Page[Recipe]:
+    """Presets that stages may name, with the source of every value."""
+    return Page(data=[Recipe.model_validate(recipes.described(name)) for name in recipes.recipes()])
+
+
+@router.get("/recipes/{name}")
+async def get_recipe(name: str) -> Recipe:
+    """A recipe."""
+    return Recipe.model_validate(recipes.described(name))
 
 
 @router.get("/services")
