@@ -22,7 +22,8 @@ from stillhouse.core.tensors import floats_tensor, from_tensor, ids_tensor
 from stillhouse.trainer import manifests
 from stillhouse.trainer.journal import encode, read_step
 from stillhouse.trainer.ledger import Ledger
-from stillhouse.trainer.prompts import PromptOrder, sample_seed
+from stillhouse.trainer.mix import Passes
+from stillhouse.trainer.prompts import sample_seed
 from stillhouse.v1 import journal_pb2, rollout_pb2
 from tests.cluster import job_spec
 
@@ -47,7 +48,7 @@ class Job:
         )
         self.spec = JobSpec.model_validate(spec)
         self.artifacts = Artifacts(root).job(JOB_ID)
-        self.order = PromptOrder(range(ROWS), self.spec.seed, shuffle=True)  # type: ignore[arg-type]
+        self.order = Passes(range(ROWS), f"{self.spec.seed}/pass", shuffle=True)
         self.epoch = 0
         self.step = 0
         """Steps in the learner."""
@@ -187,13 +188,13 @@ class Job:
             group=group,
             index=index,
             teacher="main",
-            prompt_ids=ids_tensor([1, int(self.order[group])]),  # type: ignore[arg-type]
+            prompt_ids=ids_tensor([1, self.order[group]]),
             completion_ids=ids_tensor([(seed + position) % 97 for position in range(num_tokens)]),
             rollout_logprobs=floats_tensor([-1.0] * num_tokens),
             finish_reason=rollout_pb2.FINISH_REASON_STOP,
             spans=[rollout_pb2.Span(first_token=0, policy_version=version, epoch=self.epoch)],
             seed=seed,
-            row=int(self.order[group]),  # type: ignore[arg-type]
+            row=self.order[group],
             weights_sha256=f"{self.epoch}-{version}",
         )
         sampled = rollout_pb2.SampledScore(teacher_logprobs=floats_tensor([-2.0] * num_tokens))

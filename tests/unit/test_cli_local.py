@@ -122,16 +122,41 @@ def points(steps: int) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("steps", [1, 5, 200])
 def test_plot_draws_jobs_of_any_length(tmp_path: Path, steps: int) -> None:
     target = tmp_path / "curves.png"
-    plot.plot({"id": "job_1", "name": r"costs $5, not $\frac", "status": "running"}, points(steps), target)
+    plot.plot({"id": "job_1", "name": r"costs $5, not $\frac", "status": "running"}, points(steps), [], target)
     assert target.read_bytes().startswith(b"\x89PNG")
     assert target.stat().st_size > 20_000
 
 
+def test_plot_draws_every_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: dict[str, tuple[str, ...]] = {}
+    draw = plot._draw
+    monkeypatch.setattr(
+        plot,
+        "_draw",
+        lambda axes, panel, picture: (drawn.update({panel.title: panel.curves}), draw(axes, panel, picture)),
+    )
+    steps = points(30)
+    for point in steps:
+        for number in range(12):
+            name = f"teacher-{number}"
+            point["values"] |= {f"loss/reverse_kl/{name}": 1.0 * number, f"tokens/share/{name}": 1 / 12}
+        point["values"]["reward/mean"] = 0.5
+    by_teacher = {"teacher-0": {"reverse_kl": 1.0, "accuracy": 0.5}, "teacher-1": {"reverse_kl": 2.0}}
+    evaluations = [{"step": step, "reverse_kl": 1.5, "accuracy": 0.5, "by_teacher": by_teacher} for step in (0, 30)]
+    plot.plot({"id": "job_1", "status": "succeeded"}, steps, evaluations, tmp_path / "curves.png")
+    assert len(drawn["reverse KL by teacher"]) == 13, "and their mean"
+    assert len(drawn["share of the trained tokens"]) == 12
+    assert [label for _, label in drawn["held-out accuracy"]] == ["mean", "teacher-0"]
+    assert [label for _, label in drawn["held-out reverse KL"]] == ["mean", "teacher-0", "teacher-1"]
+    assert {"reward", "loss"} <= drawn.keys()
+    assert "reward by teacher" not in drawn
+
+
 def test_plot_explains_what_it_cannot_draw(tmp_path: Path) -> None:
     with pytest.raises(CliError, match="no finished step"):
-        plot.plot({"id": "job_1", "status": "queued"}, [], tmp_path / "curves.png")
+        plot.plot({"id": "job_1", "status": "queued"}, [], [], tmp_path / "curves.png")
     with pytest.raises(CliError, match="cannot write"):
-        plot.plot({"id": "job_1", "status": "running"}, points(2), tmp_path / "curves.docx")
+        plot.plot({"id": "job_1", "status": "running"}, points(2), [], tmp_path / "curves.docx")
 
 
 def test_running_mean_ignores_gaps_and_keeps_constants() -> None:

@@ -219,3 +219,38 @@ def test_numbers_for_people() -> None:
     assert [size(b) for b in (0, 1023, 1536, 150 << 20, 5 << 40)] == ["0 B", "1023 B", "1.5 KiB", "150 MiB", "5120 GiB"]
     assert [count(c) for c in (7, 1234, 135e6, 2.5e9, None, math.nan)] == ["7", "1.2k", "135M", "2.5B", "-", "-"]
     assert [number(n) for n in (0.123456, 12345.6, None, math.inf)] == ["0.1235", "1.235e+04", "-", "-"]
+
+
+class Evaluated(FakeJobs):
+    """Held-out measures before the first step and after the last, of two teachers."""
+
+    def events(self, job_id: str, *, after: str | None = None, follow: bool = True) -> list[dict[str, Any]]:
+        found = [self.evaluation(0)] if after is None else []
+        return [*found, self.evaluation(self.steps)] if self.step == self.steps else found
+
+    def evaluation(self, step: int) -> dict[str, Any]:
+        kls = {"math": 2.0 / (1 + step), "code": 4.0 / (1 + step)}
+        by_teacher = {name: {"reverse_kl": kl, "num_prompts": 2} for name, kl in kls.items()}
+        by_teacher["math"]["accuracy"] = step / 8
+        data = {"step": step, "averaged": False, "reverse_kl": 3.0 / (1 + step), "accuracy": step / 8}
+        message = f"step {step}: held-out reverse KL"
+        return {"id": f"1-{step}", "type": "evaluation", "message": message, "data": data | {"by_teacher": by_teacher}}
+
+
+def test_held_out_measures_are_shown_by_teacher() -> None:
+    lines: list[str] = []
+    run(Evaluated(), views.LineView(lines.append))
+    assert [lines.count(f"step {step}: held-out reverse KL") for step in (0, 4)] == [1, 1]
+    run(Evaluated(), views.JsonView(lines.append))
+    found = [json.loads(line) for line in lines if '"evaluation"' in line]
+    assert [line["by_teacher"]["math"]["accuracy"] for line in found] == [0.0, 0.5]
+
+    follower = Follower(Evaluated(), "job_1")
+    for _ in range(5):
+        follower.poll()
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(views.screen(follower.picture, 100))
+    rows = {line.split("reverse KL")[0].strip(): line for line in console.export_text().splitlines()}
+    assert "reverse KL 3 -> 0.6   accuracy 0 -> 0.5" in rows["held out"]
+    assert "reverse KL 2 -> 0.4   accuracy 0 -> 0.5" in rows["math"]
+    assert rows["code"].rstrip().endswith("reverse KL 4 -> 0.8")

@@ -66,6 +66,17 @@ WRONG_FIELDS = [
     ("teachers.spare", {"model": "big"}, "stages.0.data.rows.0", "name the row's 'teacher'"),
     ("evaluation", {"data": {"rows": [{"prompt": "two"}]}}, "evaluation.data.rows.0", "also a training prompt"),
     ("evaluation", {"data": {"rows": [{"prompt": "3"}]}, "num_prompts": 2}, "evaluation.num_prompts", "at most 1"),
+    ("stages.0.data.mix", {"code": 1}, "stages.0.data.mix.code", "there is no teacher 'code', the job has main"),
+    ("stages.0.data.mix", {"main": 0}, "stages.0.data.mix.main", "> 0"),
+    ("evaluation", {"data": {"rows": [{"prompt": "3"}], "mix": {"main": 1}}}, "evaluation", "leave it out"),
+    ("evaluation", {"verifier": "exact"}, "evaluation", "give both"),
+    ("evaluation", {"data": {"rows": [{"prompt": "3"}]}, "verifier": "exact"}, "evaluation.data.rows.0", "'answer'"),
+    (
+        "evaluation",
+        {"data": {"rows": [{"prompt": "3", "verifier": "x"}]}},
+        "evaluation.data.rows.0",
+        "unknown verifier",
+    ),
 ]
 
 

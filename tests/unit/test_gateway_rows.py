@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from stillhouse.core.spec import JobSpec
-from stillhouse.gateway import validation
+from stillhouse.gateway import judging, validation
 from tests.gateway_kit import Gateway, add_model, make_spec, open_gateway
 
 TWO = [{"prompt": "one"}, {"prompt": "two"}]
@@ -36,6 +36,12 @@ def grpo(*rows: dict[str, Any], **changes: Any) -> dict[str, Any]:
     return job(loss, [*rows], teachers={}, schedule={"steps": 2, "group_size": 2})
 
 
+def mixed(mix: dict[str, float], *domains: str) -> dict[str, Any]:
+    rows = [{"prompt": f"row {number}", "teacher": name} for number, name in enumerate(domains)]
+    teachers = {"a": {"model": "big"}, "b": {"model": "big"}}
+    return job({"objective": "policy_gradient"}, [], teachers=teachers, data={"rows": rows, "mix": mix})
+
+
 @pytest.mark.parametrize(
     "spec",
     [
@@ -44,8 +50,9 @@ def grpo(*rows: dict[str, Any], **changes: Any) -> dict[str, Any]:
         grpo({"prompt": "1 + 1", "verifier": "numeric", "answer": "2"}),
         grpo({"prompt": "1 + 1", "answer": "2"}, reward={"verifier": "exact"}),
         job({"objective": "policy_gradient"}, [{"prompt": "x", "completion": "y", "verifier": "nobody"}]),
+        mixed({"a": 2, "b": 1}, "a", "b", "b"),
     ],
-    ids=["sft", "seq_kd", "grpo", "grpo, verifier of the loss", "columns that nothing reads"],
+    ids=["sft", "seq_kd", "grpo", "grpo, verifier of the loss", "columns that nothing reads", "a mix"],
 )
 async def test_these_are_accepted(gateway: Gateway, spec: dict[str, Any]) -> None:
     answer = await gateway.submit(spec)
@@ -75,6 +82,8 @@ async def test_these_are_accepted(gateway: Gateway, spec: dict[str, Any]) -> Non
         (grpo({"prompt": "x", "answer": "y"}), "stages.0.data.rows.0", ["no verifier", "loss.reward.verifier"]),
         (grpo({"prompt": "x", "verifier": "exakt"}), "stages.0.data.rows.0", ["unknown verifier 'exakt'", "exact"]),
         (grpo({"prompt": "x", "verifier": "exact"}), "stages.0.data.rows.0", ["row 0", "'answer'"]),
+        (mixed({"a": 1, "b": 1}, "a"), "stages.0.data.mix.b", ["routed to 'b'", "rows for a", "remove its share"]),
+        (mixed({"a": 1}, "a", "b"), "teachers.b", ["no share for this teacher", "give it a share"]),
     ],
     ids=[
         "no completion",
@@ -85,6 +94,8 @@ async def test_these_are_accepted(gateway: Gateway, spec: dict[str, Any]) -> Non
         "no verifier",
         "an unknown verifier",
         "no answer",
+        "a share without rows",
+        "a teacher without a share",
     ],
 )
 async def test_these_are_refused_with_their_fix(
@@ -108,10 +119,10 @@ def test_slow_patterns_are_left_to_the_workers(monkeypatch: pytest.MonkeyPatch) 
         assert stage.data.rows is not None
         source = validation.Source("data", stage.data, list(stage.data.rows), [*range(len(rows))], 10, stage)
         case = validation.Case(spec, [], None, {}, [source], None, [])
-        return [finding.param for finding in validation.check_verifiers(case)]
+        return [finding.param for finding in judging.check_verifiers(case)]
 
     assert found("(", slow) == ["data.rows.0", "data.rows.2"]
-    monkeypatch.setattr(validation, "COMPILE_S", 0.001)
+    monkeypatch.setattr(judging, "COMPILE_S", 0.001)
     assert found(slow + ".", "(") == ["data.rows.2"]
 
 

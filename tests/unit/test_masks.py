@@ -162,12 +162,13 @@ def test_metrics_say_what_trains() -> None:
         sample([5] * 4, index=2, is_filtered=True),
     ]
     spec = TokensSpec.model_validate({"drop_truncated": True, "horizon": {"start": 6, "end": 6, "steps": 1}})
-    assert token_metrics(mask_tokens(samples, spec, 0)) == {
+    assert token_metrics(mask_tokens(samples, spec, 0), ("a", "b", "c")) == {
         "tokens/selected_fraction": 10 / 20,
         "completion/dropped_truncated": 1.0,
         "completion/filtered_fraction": 1 / 3,
-        "tokens/teacher/a": 4 / 10,
-        "tokens/teacher/b": 6 / 10,
+        "tokens/share/a": 4 / 10,
+        "tokens/share/b": 6 / 10,
+        "tokens/share/c": 0.0,
     }
     one = token_metrics([replace(sample([5]), loss_mask=np.zeros(1, np.uint8))])
     assert (one["tokens/selected_fraction"], one["completion/dropped_truncated"]) == (0.0, 0.0)

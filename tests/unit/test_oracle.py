@@ -324,7 +324,7 @@ def test_rows_are_covered_and_planned_once(tmp_path: Path) -> None:
     job.journal(2, scores, planned=["4/0", "4/1", "5/0", "4/0"])
     assert verify_job(job.artifacts).broken_rules() == {"plan"}
     for score in scores:
-        score.rollout.row = int(job.order[0])  # type: ignore[arg-type]
+        score.rollout.row = job.order[0]
     job.journal(2, scores)
     assert {"rows", "coverage"} <= verify_job(job.artifacts).broken_rules()
 

@@ -48,6 +48,8 @@ class Picture:
     job: dict[str, Any] = field(default_factory=dict)
     points: dict[int, dict[str, float]] = field(default_factory=dict)
     """Metrics by step; after a takeover the newest of a repeated step."""
+    evaluations: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """Held-out measures by step, as their events tell them, with the event's `message`."""
     warnings: list[str] = field(default_factory=list)
     """The newest few."""
     offline_since: float | None = None
@@ -143,6 +145,8 @@ class Follower:
     def _add_events(self) -> None:
         for event in self._jobs.events(self._job_id, after=self._last_event, follow=False):
             self._last_event = event["id"]
+            if event.get("type") == "evaluation":
+                self.picture.evaluations[int(event["data"]["step"])] = {**event["data"], "message": event["message"]}
             if event.get("level") in ("warning", "warn", "error"):
                 self.picture.warnings = [*self.picture.warnings, str(event["message"])][-MAX_WARNINGS:]
 

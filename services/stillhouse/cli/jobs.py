@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from stillhouse.cli import follow, jobfile
+from stillhouse.cli import follow, held_out, jobfile
 from stillhouse.cli.console import (
     EXIT_INTERRUPTED,
     EXIT_UNWATCHED,
@@ -118,11 +118,12 @@ def show_job(job_id: str, *, as_json: bool) -> None:
     if evaluations:
         say("\nheld out")
         print_table(
-            (">step", ">reverse KL", ">teacher NLL", ">repeated 4-grams", ">tokens"),
+            (">step", ">reverse KL", ">accuracy", ">teacher NLL", ">repeated 4-grams", ">tokens"),
             [
                 (
                     str(row["step"]),
                     number(row.get("reverse_kl")),
+                    number(row.get("accuracy"), 3),
                     number(row.get("teacher_nll_greedy")),
                     number(row.get("repeated_4grams"), 3),
                     count(row.get("num_tokens")),
@@ -130,6 +131,8 @@ def show_job(job_id: str, *, as_json: bool) -> None:
                 for row in evaluations
             ],
         )
+        for label, text in held_out.by_teacher(evaluations[0], evaluations[-1]):
+            say(f"{label:<12}{text}")
     if checkpoints:
         say("\ncheckpoints")
         print_table(
@@ -228,7 +231,8 @@ def plot(job_id: str, output: Path) -> None:
 
     with Client() as client:
         job, points = client.jobs.get(job_id), list(client.jobs.metrics(job_id))
-    implementation.plot(job, points, output)
+        evaluations = list(client.jobs.evaluations(job_id))
+    implementation.plot(job, points, evaluations, output)
     say(f"wrote {output}")
 
 

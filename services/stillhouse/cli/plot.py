@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -27,6 +28,8 @@ class Panel:
     """Also draw a running mean: the raw curve is noisy."""
     is_from_zero: bool = False
     """Let the axis begin at 0: the size counts, not only the change."""
+    is_sparse: bool = False
+    """Measured now and then: points, joined over the steps between."""
 
 
 PANELS: Final = (
@@ -52,15 +55,24 @@ PANELS: Final = (
         is_from_zero=True,
     ),
 )
+"""Of every job."""
 REWARD: Final = Panel("reward", "mean of the step", (("reward/mean", ""),), is_smoothed=True)
-"""In place of the first panel, where no teacher was asked."""
+FAMILIES: Final = (
+    Panel("reverse KL by teacher", "nats per token", (("loss/reverse_kl/", ""),), is_smoothed=True),
+    Panel("reward by teacher", "mean of the step", (("reward/mean/", ""),), is_smoothed=True),
+    Panel("share of the trained tokens", "", (("tokens/share/", ""),), is_from_zero=True),
+    Panel("held-out reverse KL", "nats per token", (("held_out/reverse_kl/", ""),), is_sparse=True),
+    Panel("held-out accuracy", "", (("held_out/accuracy/", ""),), is_from_zero=True, is_sparse=True),
+)
+"""Of jobs that have such metrics: a curve for each whose name begins so, labelled by the rest."""
+COLUMNS: Final = 3
 SMOOTHING_SHARE: Final = 20
 """The running mean covers 1/20 of the curve: the trend stays, the noise of single batches goes."""
-_BLUE, _COLOURS = "#2563eb", ("#2563eb", "#d97706", "#059669")
+_COLOURS: Final = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2", "#db2777", "#65a30d", "#475569")
 
 
-def plot(job: dict[str, Any], points: list[dict[str, Any]], target: Path) -> None:
-    """Draw the curves of a job into `target` (png, svg or pdf by its suffix).
+def plot(job: dict[str, Any], points: list[dict[str, Any]], evaluations: list[dict[str, Any]], target: Path) -> None:
+    """Draw a job's metrics and held-out measures into `target` (png, svg or pdf by its suffix).
 
     Raises:
         CliError: matplotlib is missing, there is nothing to draw yet, or the file cannot be written.
@@ -72,31 +84,62 @@ def plot(job: dict[str, Any], points: list[dict[str, Any]], target: Path) -> Non
     if not points:
         raise CliError(f"job {job['id']} has no finished step yet", fix=f"stillhouse watch {job['id']}")
     picture = Picture(job=job, points={int(point["step"]): _numbers(point["values"]) for point in points})
-    steps = sorted(picture.points)
-    figure = Figure(figsize=(12, 6.5), dpi=150, layout="constrained")
-    is_rewarded = picture.last("reward/mean") is not None
-    panels = (REWARD, *PANELS[1:]) if is_rewarded and picture.last(KL) is None else PANELS
-    for axes, panel in zip(figure.subplots(2, 3).flat, panels, strict=True):
-        _draw(axes, panel, steps, picture)
+    panels = _panels(picture)
+    num_steps = len(picture.points)
+    for evaluation in evaluations:
+        picture.points.setdefault(int(evaluation["step"]), {}).update(_held_out(evaluation))
+    panels += _families(picture)
+    rows = math.ceil(len(panels) / COLUMNS)
+    figure = Figure(figsize=(12, 3.25 * rows), dpi=150, layout="constrained")
+    places = list(figure.subplots(rows, COLUMNS).flat)
+    for axes, panel in zip(places, panels, strict=False):
+        _draw(axes, panel, picture)
+    for axes in places[len(panels) :]:
+        axes.set_axis_off()
     name = f"{job.get('name') or ''}  {job['id']}".strip()
-    figure.suptitle(f"{name}   {picture.status}, {len(steps)} steps", fontsize=12, parse_math=False)
+    figure.suptitle(f"{name}   {picture.status}, {num_steps} steps", fontsize=12, parse_math=False)
     try:
         figure.savefig(target)
     except (OSError, ValueError) as error:
         raise CliError(f"cannot write {target}: {error}", fix="use a .png, .svg or .pdf file name") from None
 
 
-def _draw(axes: Axes, panel: Panel, steps: list[int], picture: Picture) -> None:
+def _panels(picture: Picture) -> list[Panel]:
+    """Those of every job, and the reward's: in place of the first, where no teacher was asked."""
+    if picture.last("reward/mean") is None:
+        return [*PANELS]
+    return [REWARD, *PANELS[1:]] if picture.last(KL) is None else [*PANELS, REWARD]
+
+
+def _families(picture: Picture) -> list[Panel]:
+    """Panels of the families that the job has more of than the mean."""
+    names = sorted({name for values in picture.points.values() for name in values})
+    found = []
+    for family in FAMILIES:
+        ((prefix, _),) = family.curves
+        curves = tuple((name, name.removeprefix(prefix)) for name in names if name.startswith(prefix))
+        if any(name != KL for name, _ in curves):
+            found.append(replace(family, curves=curves))
+    return found
+
+
+def _held_out(evaluation: dict[str, Any]) -> dict[str, float]:
+    """Measures of an evaluation as metrics: of all prompts, and of each of several teachers."""
+    by_teacher = evaluation.get("by_teacher") or {}
+    parts = {**(by_teacher if len(by_teacher) > 1 else {}), "mean": evaluation}
+    return {
+        f"held_out/{measure}/{name}": float(part[measure])
+        for name, part in parts.items()
+        for measure in ("reverse_kl", "accuracy")
+        if part.get(measure) is not None
+    }
+
+
+def _draw(axes: Axes, panel: Panel, picture: Picture) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    for (metric, label), colour in zip(panel.curves, _COLOURS, strict=False):
-        values = picture.curve(metric)
-        is_faint = panel.is_smoothed and len(steps) >= SMOOTHING_SHARE
-        # a single point has no line: mark it
-        style = "o" if len(steps) == 1 else "-"
-        axes.plot(steps, values, style, color=colour, label=label, linewidth=1.4, alpha=0.3 if is_faint else 1.0)
-        if is_faint:
-            axes.plot(steps, running_mean(values, len(steps) // SMOOTHING_SHARE), color=_BLUE, linewidth=1.8)
+    for (metric, label), colour in zip(panel.curves, cycle(_COLOURS), strict=False):
+        _draw_curve(axes, panel, picture, metric, label=label, color=colour)
     if panel.is_from_zero and not all(math.isnan(v) for metric, _ in panel.curves for v in picture.curve(metric)):
         axes.set_ylim(bottom=0)
     axes.set_title(panel.title, fontsize=10, loc="left")
@@ -107,7 +150,22 @@ def _draw(axes: Axes, panel: Panel, steps: list[int], picture: Picture) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(panel.curves) > 1:
-        axes.legend(fontsize=8, frameon=False)
+        axes.legend(fontsize=8, frameon=False, ncols=1 + len(panel.curves) // 6)
+
+
+def _draw_curve(axes: Axes, panel: Panel, picture: Picture, metric: str, **look: Any) -> None:
+    steps, values = sorted(picture.points), picture.curve(metric)
+    if panel.is_sparse:
+        known = [(step, value) for step, value in zip(steps, values, strict=True) if math.isfinite(value)]
+        axes.plot([step for step, _ in known], [value for _, value in known], "o-", linewidth=1.4, markersize=4, **look)
+        return
+    is_faint = panel.is_smoothed and len(steps) >= SMOOTHING_SHARE
+    # a single point has no line: mark it
+    style = "o" if sum(map(math.isfinite, values)) == 1 else "-"
+    axes.plot(steps, values, style, linewidth=1.4, alpha=0.3 if is_faint else 1.0, **look)
+    if is_faint:
+        mean = running_mean(values, len(steps) // SMOOTHING_SHARE)
+        axes.plot(steps, mean, color=look["color"], linewidth=1.8)
 
 
 def running_mean(values: list[float], window: int) -> list[float]:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
+from stillhouse.cli import held_out
 from stillhouse.cli.console import count, duration, number, say, sparkline
 from stillhouse.cli.follow import Picture
 
@@ -29,6 +30,7 @@ class LineView:
         self._write = write
         self._status = ""
         self._steps: set[int] | None = None
+        self._evaluations: dict[int, str] = {}
         self._warnings: list[str] = []
         self._was_offline = False
 
@@ -43,6 +45,10 @@ class LineView:
             self._write(f"{picture.job.get('id', '')} {status}")
             self._status = status
         self._steps_of(picture)
+        for step, found in picture.evaluations.items():
+            if self._evaluations.get(step) != found["message"]:
+                self._evaluations[step] = found["message"]
+                self._write(found["message"])
         for warning in picture.warnings:
             if warning not in self._warnings:
                 self._write(f"warning: {warning}")
@@ -61,12 +67,13 @@ class LineView:
 
 
 class JsonView:
-    """One JSON object per line: {"type": "status" | "step", ...}."""
+    """One JSON object per line: {"type": "status" | "step" | "evaluation", ...}."""
 
     def __init__(self, write: Callable[[str], None] = say) -> None:
         self._write = write
         self._status: tuple[str, str] | None = None
         self._steps: dict[int, dict[str, float]] = {}
+        self._evaluations: dict[int, dict[str, Any]] = {}
 
     def show(self, picture: Picture) -> None:
         for step in sorted(picture.points):
@@ -75,6 +82,10 @@ class JsonView:
                 self._steps[step] = values
                 finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
                 self._write(json.dumps({"type": "step", "step": step, "values": finite}))
+        for step, found in picture.evaluations.items():
+            if self._evaluations.get(step) != found:
+                self._evaluations[step] = found
+                self._write(json.dumps({"type": "evaluation", **found}))
         status = (picture.status, str(picture.progress.get("phase", "")))
         if picture.job and status != self._status:
             self._status = status
@@ -148,6 +159,7 @@ def _facts(picture: Picture, width: int) -> list[tuple[str, str]]:
         for name, key in (("reverse KL", KL), ("reward", REWARD))
         if key == KL or picture.last(key) is not None
     ]
+    rows += held_out.facts([picture.evaluations[step] for step in sorted(picture.evaluations)])
     rows.append(("tokens/s", "   ".join(f"{stage} {count(speeds.get(stage))}" for stage in STAGES)))
     rows.append(
         (
@@ -184,9 +196,12 @@ def outcome(picture: Picture) -> str:
     """The last line: how it ended, and what can be done now."""
     job_id, error = picture.job.get("id", ""), picture.job.get("error") or {}
     if picture.status == "succeeded":
-        kl = ((picture.job.get("result") or {}).get("evaluation") or {}).get("reverse_kl") or {}
-        held_out = f"; held-out reverse KL {number(kl['before'])} -> {number(kl['after'])} nats" if kl else ""
-        return f"succeeded after {picture.step} steps{held_out}\n  next: stillhouse download {job_id} -o student"
+        evaluation = (picture.job.get("result") or {}).get("evaluation") or {}
+        kl = evaluation.get("reverse_kl")
+        measured = f"; held-out reverse KL {number(kl['before'])} -> {number(kl['after'])} nats" if kl else ""
+        if right := evaluation.get("accuracy"):
+            measured += f", accuracy {number(right['before'], 3)} -> {number(right['after'], 3)}"
+        return f"succeeded after {picture.step} steps{measured}\n  next: stillhouse download {job_id} -o student"
     if picture.status == "failed":
         reason = error.get("message") or picture.job.get("status_message") or "no reason given"
         code = f" ({error['code']})" if error.get("code") else ""

@@ -22,6 +22,7 @@ from stillhouse.core.spec_data import (
     TemplateArguments,
     TokensSpec,
 )
+from stillhouse.core.spec_evaluation import EvaluationSpec
 from stillhouse.core.spec_loss import (
     CrossEntropyLoss,
     FullVocabularyLoss,
@@ -64,9 +65,6 @@ __all__ = [  # the whole format, from one module
     "TopKLoss",
     "json_schema",
 ]
-
-SHOWN_MAX = 16
-"""Held-out prompts whose completions are kept as text, at most: they lie in the job's record."""
 
 
 class LoraSpec(Closed):
@@ -284,21 +282,6 @@ class CheckpointSpec(Closed):
     """Older checkpoints are deleted. At least two that verify are always kept."""
     keep_best: int = Field(default=1, ge=0, le=1000)
     """Of the checkpoints that were evaluated, so many with the lowest held-out reverse KL stay, however old."""
-
-
-class EvaluationSpec(Closed):
-    """Held-out measurements before the first step, after the last and in between."""
-
-    data: DataSpec | None = None
-    """Held-out prompts; none = no evaluation. They must not be training prompts."""
-    num_prompts: int = Field(default=32, ge=1, le=4096)
-    """The first so many rows are used."""
-    max_tokens: int = Field(default=48, ge=1, le=32_768)
-    """Completion length, tokens."""
-    every_steps: int = Field(default=0, ge=0, le=1_000_000)
-    """Also every so many steps; 0 = only before and after."""
-    show: int = Field(default=3, ge=0, le=SHOWN_MAX)
-    """The first so many prompts are kept with the student's and the teacher's greedy completions as text."""
 
 
 class SamplersSpec(Closed):

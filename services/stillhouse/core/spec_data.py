@@ -103,6 +103,9 @@ class DataSpec(Closed):
     """The prompts themselves."""
     shuffle: bool = True
     """New order in every pass over the data, drawn from the job's seed."""
+    mix: dict[Name, Annotated[float, Field(gt=0, le=1000)]] | None = Field(default=None, min_length=1, max_length=64)
+    """Which share of the prompts goes to which teacher, in any unit: `{math: 2, code: 1}` takes two of three from the
+    rows of `math`. Each teacher's rows then have passes of their own. None = rows as they come."""
     chat_template_kwargs: TemplateArguments = Field(default_factory=dict)
     """Arguments of the chat template for all rows, for example `{enable_thinking: false}`."""
 

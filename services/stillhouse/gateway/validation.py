@@ -7,7 +7,7 @@ What needs the models themselves (initial KL, replica agreement, memory) is chec
 from __future__ import annotations
 
 import json
-import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +16,9 @@ from typing import Final
 from stillhouse.core.blobs import Artifacts
 from stillhouse.core.explain import MAX_FINDINGS, Finding
 from stillhouse.core.models import ModelEntry, ModelRegistry
-from stillhouse.core.spec import DataSpec, JobSpec, PolicyGradientLoss, Row, StageSpec
-from stillhouse.core.verifiers import problem_of, verifiers
+from stillhouse.core.spec import DataSpec, JobSpec, Row, StageSpec
 from stillhouse.core.vocabulary import difference, tokenizer_of
+from stillhouse.gateway.judging import check_verifiers
 from stillhouse.gateway.problems import InvalidError
 from stillhouse.gateway.reading import (
     check_chat_template,
@@ -33,9 +33,6 @@ MAX_ROLLOUT_BYTES: Final = 900 << 10
 """A queue entry holds 1 MiB; the rest is for names, text and the message's own bytes."""
 COUNT_BATCH: Final = 256
 """Texts tokenized at once."""
-COMPILE_S: Final = 2.0
-"""After so long no more patterns of rows are compiled, or one job could hold up all others for hours; the trainer's
-workers compile each within its verdict's deadline, and say what is wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,10 +214,28 @@ def check_teachers_used(case: Case) -> Iterator[Finding]:
             message = "the loss asks no teacher, and there is no held-out evaluation that would"
             yield Finding(f"teachers.{name}", message, "remove it, or add evaluation.data")
         return
-    used = {case.teacher_of(row) for source in case.training for row in source.rows}
+    routed = [(source.data.mix, case.teacher_of(row)) for source in case.training for row in source.rows]
+    used, drawn = {name for _, name in routed}, {name for mix, name in routed if mix is None or name in mix}
     for name in case.spec.teachers:
         if name not in used:
             yield Finding(f"teachers.{name}", "no row is routed to this teacher", "remove it, or route rows to it")
+        elif name not in drawn:
+            message = "'data.mix' has no share for this teacher, so that its rows are never drawn"
+            yield Finding(f"teachers.{name}", message, "give it a share, or remove the teacher and its rows")
+
+
+def check_mix(case: Case) -> Iterator[Finding]:
+    """Every domain of a mix is a teacher of the job and has rows."""
+    for source in case.training:
+        rows = Counter(case.teacher_of(row) or "" for row in source.rows)
+        for name in source.data.mix or ():
+            param = f"{source.param}.mix.{name}"
+            if name not in case.spec.teachers:
+                have = ", ".join(sorted(case.spec.teachers)) or "none"
+                yield Finding(param, f"there is no teacher '{name}', the job has {have}", "use one of these names")
+            elif rows and not rows[name]:
+                message = f"no row is routed to '{name}'; there are rows for {', '.join(sorted(rows))}"
+                yield Finding(param, message, "remove its share, or route rows to it")
 
 
 def check_completions(case: Case) -> Iterator[Finding]:
@@ -233,25 +248,6 @@ def check_completions(case: Case) -> Iterator[Finding]:
                 message = f"{source.name(index)}: 'completion' is {'missing' if row.completion is None else 'empty'}, "
                 message += f"and the stage trains on it (on_policy_fraction {source.stage.on_policy_fraction:g})"
                 yield Finding(source.where(index), message, "add it, or set off_policy_source to teacher")
-
-
-def check_verifiers(case: Case) -> Iterator[Finding]:
-    """Rows can be judged where a stage asks for an outcome reward; elsewhere they may name what they like."""
-    known = verifiers()
-    compiling_s = 0.0
-    for source in case.training:
-        loss = source.stage.loss if source.stage is not None else None
-        reward = loss.reward if isinstance(loss, PolicyGradientLoss) else None
-        for index, row in enumerate(source.rows if reward is not None else ()):
-            name = row.verifier or (reward.verifier if reward is not None else None)
-            started = time.monotonic()
-            problem = "no verifier judges its completions"
-            if name:
-                problem = problem_of(name, row.answer, known, compiles=compiling_s < COMPILE_S)
-            compiling_s += time.monotonic() - started if name == "regex" else 0.0
-            if problem:
-                fix = "correct the row" if name else "set the row's 'verifier', or loss.reward.verifier"
-                yield Finding(source.where(index), f"{source.name(index)}: {problem}", fix)
 
 
 def check_lengths(case: Case) -> Iterator[Finding]:
@@ -369,6 +365,7 @@ CHECKS: Final[tuple[Check, ...]] = (
     check_stop_ids,
     check_files,
     check_routes,
+    check_mix,
     check_teachers_used,
     check_completions,
     check_verifiers,

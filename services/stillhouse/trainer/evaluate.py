@@ -1,10 +1,10 @@
-"""Held-out measurements between steps: exact reverse KL on the student's own completions, greedy texts, repetition.
+"""Held-out measurements between steps: exact reverse KL on the student's own completions, greedy texts, accuracy.
 
 The student writes two completions of every held-out prompt: one sampled at temperature 1 with a fixed seed, scored with
 float32 hidden states for the exact KL(student || teacher); one greedy, whose teacher log-likelihood and repetition say
-whether the text got better. Teachers with other tokenizers judge spans of text: then the KL is the one-sample estimate
-log p(text) - log q(text), per token of the student. Both go over the same queue as training, so a dying sampler only
-delays them.
+whether the text got better, and which is judged where the row has a verifier. Teachers with other tokenizers judge
+spans of text: then the KL is the one-sample estimate log p(text) - log q(text), per token of the student. Both go over
+the same queue as training, so a dying sampler only delays them.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ from stillhouse.core.tensors import DTYPE_NAMES, ids_list, ids_tensor
 from stillhouse.trainer.asks import held_out_kinds, held_out_score
 from stillhouse.trainer.batch import TeacherHead, TrainSample
 from stillhouse.trainer.exchange import ScoredGroup, ScoredSample
+from stillhouse.trainer.measures import Kl, measures
 from stillhouse.trainer.preflight import Readers
 from stillhouse.trainer.prompts import Prompt
 from stillhouse.trainer.samplers import SamplerPool
 from stillhouse.trainer.space import Space
 from stillhouse.trainer.spans import sums
 from stillhouse.trainer.train import LearnerThread, to_sample
+from stillhouse.trainer.verify.judges import Verdict
 from stillhouse.v1 import rollout_pb2, sampler_pb2
 
 NGRAM: Final = 4
@@ -57,6 +59,7 @@ class HeldOut:
         teachers: Mapping[str, TeacherSpec],
         samplers: SamplerPool,
         readers: Readers,
+        judge: Callable[[Sequence[ScoredSample]], Awaitable[dict[str, Verdict]]],
         by_spans: bool,
         stop: Sequence[str],
         stop_ids: Sequence[int],
@@ -75,6 +78,8 @@ class HeldOut:
         self._teachers = teachers
         self._samplers = samplers
         self._readers = readers
+        self._judge = judge
+        """Verdicts on greedy completions, by sample id; only of rows that have a verifier."""
         self._by_spans = by_spans
         """Teachers may have other tokenizers than the student."""
         self._stop = stop
@@ -98,18 +103,22 @@ class HeldOut:
         greedy_futures = await self._start(step, "greedy", 0.0, for_greedy)
         sampled = await self._collect(step, sampled_futures)
         greedy = await self._collect(step, greedy_futures)
-        reverse_kl, num_tokens = await self._reverse_kl([to_sample(sample, 1.0) for sample in sampled])
+        kls = await self._reverse_kls([to_sample(sample, 1.0) for sample in sampled])
+        verdicts = await self._judge(greedy)
+        rewards = [
+            (sample.score.rollout.teacher, verdicts[sample.sample_id].reward)
+            for sample in greedy
+            if sample.sample_id in verdicts
+        ]
         greedy_ids = {sample.sample_id: ids_list(sample.score.rollout.completion_ids) for sample in greedy}
         result: dict[str, Any] = {
             "step": step,
             "averaged": is_averaged,
-            "reverse_kl": reverse_kl,
-            "num_prompts": len(sampled),
-            "num_tokens": num_tokens,
+            **measures(kls, rewards),
             "teacher_nll_greedy": _mean_nll([to_sample(sample, 1.0) for sample in greedy]),
             "repeated_4grams": _mean([repeated_ngrams(self._text_ids(ids)) for ids in greedy_ids.values()]),
             "completion_length_mean": _mean([float(len(ids)) for ids in greedy_ids.values()]),
-            "samples": await self._texts(greedy),
+            "samples": await self._texts(greedy, verdicts),
             "seconds": round(time.monotonic() - start, 2),
             "created_at": time.time(),
         }
@@ -118,15 +127,13 @@ class HeldOut:
         await self._space.insist("an evaluation", lambda: asyncio.to_thread(write_json, path, result))
         return result
 
-    async def _reverse_kl(self, samples: Sequence[TrainSample]) -> tuple[float, int]:
-        """(KL(student || teacher) per token, nats; tokens)."""
+    async def _reverse_kls(self, samples: Sequence[TrainSample]) -> list[Kl]:
+        """Of each sample."""
         if self._by_spans:
-            found = [sums(sample) for sample in samples]
-            total, num_tokens = sum(log_p - log_q for log_p, log_q, _ in found), sum(number for *_, number in found)
-        else:
-            rows = await self._learner.evaluate(samples, self._heads)
-            total, num_tokens = sum(row["reverse_kl_sum"] for row in rows), sum(row["num_tokens"] for row in rows)
-        return total / max(num_tokens, 1), num_tokens
+            sums_of = [(sample.teacher, *sums(sample)) for sample in samples]
+            return [Kl(teacher, log_p - log_q, number) for teacher, log_p, log_q, number in sums_of]
+        rows = await self._learner.evaluate(samples, self._heads)
+        return [Kl(row["teacher"], row["reverse_kl_sum"], row["num_tokens"]) for row in rows]
 
     def read(self, step: int) -> dict[str, Any]:
         """An earlier result."""
@@ -179,15 +186,21 @@ class HeldOut:
     def _text_ids(self, ids: Sequence[int]) -> list[int]:
         return [token for token in ids if token not in self._stop_ids]
 
-    async def _texts(self, greedy: Sequence[ScoredSample]) -> list[dict[str, str]]:
-        by_row = {sample.score.rollout.row: ids_list(sample.score.rollout.completion_ids) for sample in greedy}
+    async def _texts(
+        self, greedy: Sequence[ScoredSample], verdicts: Mapping[str, Verdict]
+    ) -> list[dict[str, str | float]]:
+        by_row = {sample.score.rollout.row: sample for sample in greedy}
         shown = []
         for index, prompt in enumerate(self._prompts[: self._spec.show]):
+            sample = by_row.get(prompt.row)
+            ids = [] if sample is None else ids_list(sample.score.rollout.completion_ids)
+            verdict = None if sample is None else verdicts.get(sample.sample_id)
             shown.append(
                 {
                     "prompt": prompt.text,
-                    "student": self._readers.renderer.text(by_row.get(prompt.row, [])),
+                    "student": self._readers.renderer.text(ids),
                     "teacher": await self._teacher_text(index),
+                    **({} if verdict is None else {"reward": verdict.reward, "note": verdict.note}),
                 }
             )
         return shown

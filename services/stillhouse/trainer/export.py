@@ -42,6 +42,9 @@ _LABELS: Final = {
     "data_sha256": "Training data (sha256)",
     "heldout_reverse_kl_before": "Held-out KL(student || teacher) before, nats per token",
     "heldout_reverse_kl_after": "Held-out KL(student || teacher) after, nats per token",
+    "heldout_accuracy_before": "Held-out accuracy before, by the rows' verifiers",
+    "heldout_accuracy_after": "Held-out accuracy after",
+    "heldout_by_teacher": "Held-out by teacher",
     "job_id": "Job",
 }
 """Known keys of a card, in the order they are shown."""

@@ -32,6 +32,7 @@ from stillhouse.core.tasks import cancel_all
 from stillhouse.trainer import manifests
 from stillhouse.trainer.loop import Collaborators, Interrupt, Interrupted, Pace, run_opd
 from stillhouse.trainer.manifests import Opening
+from stillhouse.trainer.measures import card_facts, change
 from stillhouse.trainer.progress import Progress
 from stillhouse.trainer.run import Run
 from stillhouse.trainer.samplers import SamplerPool
@@ -223,10 +224,7 @@ class Lead:
         }
         if run.held_out is not None:
             before, after = run.held_out.read(0), run.held_out.read(self.spec.stop_step())
-            result["evaluation"] = {
-                name: {"before": before[name], "after": after[name]}
-                for name in ("reverse_kl", "teacher_nll_greedy", "repeated_4grams")
-            }
+            result["evaluation"] = change(before, after)
         return result
 
     def _card(self, result: dict[str, Any]) -> dict[str, Any]:
@@ -255,8 +253,7 @@ class Lead:
         if decay is not None:
             card["ema_decay"] = decay
         if "evaluation" in result:
-            kl = result["evaluation"]["reverse_kl"]
-            card.update(heldout_reverse_kl_before=kl["before"], heldout_reverse_kl_after=kl["after"])
+            card |= card_facts(result["evaluation"])
         return card
 
     # -- ends --------------------------------------------------------------------------------------------------------

@@ -75,9 +75,10 @@ class Learner:
         """The last step is behind it: what is published, evaluated and exported now is the average, if there is one."""
         return self.policy_version >= self.total_steps
 
-    def plan(self, samples: Sequence[TrainSample]) -> list[list[int]]:
-        """Micro-batches as indices into `samples`."""
-        return plan_micro_batches(samples, self.stage.schedule.micro_batch_tokens, is_packed=self.engine.packs)
+    def plan(self, samples: Sequence[TrainSample], heads: Mapping[str, TeacherHead]) -> list[list[int]]:
+        """Micro-batches as indices into `samples`; those of one head together."""
+        budget = self.stage.schedule.micro_batch_tokens
+        return plan_micro_batches(samples, budget, is_packed=self.engine.packs, heads=heads)
 
     def step(
         self, samples: Sequence[TrainSample], heads: Mapping[str, TeacherHead], plan: Sequence[Sequence[int]]
@@ -101,7 +102,7 @@ class Learner:
         weights = loss_weights(
             samples, [self._weight(sample) for sample in samples], loss.reduction, per_teacher=loss.per_teacher
         )
-        measures = StepMeasures(samples, counts_forbidden=loss.payload() not in ("hidden", "spans"))
+        measures = StepMeasures(samples, self.teachers, counts_forbidden=loss.payload() not in ("hidden", "spans"))
         bad: dict[str, str] = {}
         self.engine.clear_gradients()
         try:
@@ -153,7 +154,7 @@ class Learner:
         temperature = self.stage.sampling.temperature if temperature is None else temperature
         self.engine.show_average(self.is_done)
         sums = np.zeros(len(samples))
-        for batches in self._batches(samples, self.plan(samples), [0.0] * len(samples), heads):
+        for batches in self._batches(samples, self.plan(samples, heads), [0.0] * len(samples), heads):
             for batch, kls in zip(batches, self.engine.exact_kl(batches, heads, temperature), strict=True):
                 np.add.at(sums, batch.sample_of_row, kls)
             self.on_progress()

@@ -44,9 +44,9 @@ def horizon(spec: HorizonSpec, step: int) -> int:
     return spec.start + (spec.end - spec.start) * min(step, spec.steps) // spec.steps
 
 
-def token_metrics(samples: Sequence[TrainSample]) -> dict[str, float]:
-    """What of a step's completions trains."""
-    by_teacher: dict[str, int] = {}
+def token_metrics(samples: Sequence[TrainSample], teachers: Collection[str] = ()) -> dict[str, float]:
+    """What of a step's completions trains, and the share of each of several teachers in that."""
+    by_teacher = dict.fromkeys(teachers, 0)
     for sample in samples:
         by_teacher[sample.teacher] = by_teacher.get(sample.teacher, 0) + sample.num_loss_tokens
     trained = sum(by_teacher.values())
@@ -56,8 +56,8 @@ def token_metrics(samples: Sequence[TrainSample]) -> dict[str, float]:
         "completion/dropped_truncated": float(dropped),
         "completion/filtered_fraction": sum(sample.is_filtered for sample in samples) / max(1, len(samples)),
     }
-    if len(by_teacher) > 1:
-        metrics |= {f"tokens/teacher/{name}": count / max(1, trained) for name, count in by_teacher.items()}
+    if len(teachers) > 1:
+        metrics |= {f"tokens/share/{name}": count / max(1, trained) for name, count in by_teacher.items()}
     return metrics
 
 

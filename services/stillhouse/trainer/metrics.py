@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,6 +18,8 @@ class StepMeasures:
     """Collects the rows of all micro-batches of a step; the student's terms are those before the update."""
 
     samples: Sequence[TrainSample]
+    teachers: Collection[str] = ()
+    """Names of the job's teachers: each of several has metrics of its own."""
     counts_forbidden: bool = True
     """False: the objective takes log q as it is, from the whole vocabulary."""
     loss: float = 0.0
@@ -58,7 +60,7 @@ class StepMeasures:
                 metrics |= {"gate/mean": _mean(gate), "gate/dropped_fraction": _mean(gate == 0)}
             if self.forbidden and (forbidden := np.concatenate(self.forbidden)).any():
                 metrics["teacher/forbidden_fraction"] = _mean(forbidden)
-            if len(by_teacher) > 1:
+            if len(self.teachers) > 1:
                 metrics |= {f"loss/reverse_kl/{teacher}": _mean(rows) for teacher, rows in by_teacher.items()}
         if self.samples:
             own = [sample for sample in self.samples if sample.is_on_policy]
@@ -70,7 +72,7 @@ class StepMeasures:
                 "tokens/on_policy_fraction": _share(own, self.samples),
                 "completion/length_mean": float(np.mean([len(sample.completion_ids) for sample in self.samples])),
                 "completion/truncated_fraction": float(np.mean(truncated)),
-                **token_metrics(self.samples),
+                **token_metrics(self.samples, self.teachers),
             }
         return metrics
 

@@ -8,27 +8,40 @@ Letters: B samples, L padded tokens, R rows, D width of the teacher's hidden sta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from stillhouse.core.errors import WireError
-from stillhouse.trainer.batch import TrainSample
+from stillhouse.trainer.batch import TeacherHead, TrainSample
 from stillhouse.trainer.support import union
 
 PADDING_ID = 0
 """Any id will do: with padding on the right, causal attention hides it from every real token."""
 
 
-def plan_micro_batches(samples: Sequence[TrainSample], max_tokens: int, *, is_packed: bool = False) -> list[list[int]]:
+def plan_micro_batches(
+    samples: Sequence[TrainSample],
+    max_tokens: int,
+    *,
+    is_packed: bool = False,
+    heads: Mapping[str, TeacherHead] | None = None,
+) -> list[list[int]]:
     """Indices into `samples`, by micro-batch: one teacher each, at most `max_tokens` tokens of work (or one sample).
 
-    Teachers come in order of their names, so that each head is loaded once a step; within a teacher the longest
-    samples come first, so that neighbours need little padding and a budget that is too large fails at once.
+    Teachers come in order of their `heads` and then of their names, so that each head is loaded once a step, also one
+    that several teachers share; within a teacher the longest samples come first, so that neighbours need little padding
+    and a budget that is too large fails at once.
     """
-    order = sorted(range(len(samples)), key=lambda i: (samples[i].teacher, -samples[i].num_tokens, i))
+    digests = {name: head.sha256 for name, head in (heads or {}).items()}
+
+    def place(index: int) -> tuple[str, str, int, int]:
+        sample = samples[index]
+        return digests.get(sample.teacher, ""), sample.teacher, -sample.num_tokens, index
+
+    order = sorted(range(len(samples)), key=place)
     plan: list[list[int]] = []
     for index in order:
         batch = plan[-1] if plan else []

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from stillhouse.core.errors import PreflightError, SpecError
 from stillhouse.core.spec import DataSpec, Row, TeacherSpec
 from stillhouse.core.spec_base import NO_TEACHER
 from stillhouse.core.tensors import ids_tensor
+from stillhouse.trainer.mix import draws
 from stillhouse.trainer.templates import Conversation, Renderer, naming
 from stillhouse.v1 import rollout_pb2
 
@@ -178,40 +178,36 @@ def check_lengths(
 
 
 class PromptOrder:
-    """Which prompt is group g: a new seeded permutation in every pass over the data.
+    """Which prompt is group g: rows as mix.py draws them.
 
     Within a step, groups of one teacher follow each other, so that a teacher process with little memory loads each
     model once a step; every other step the other way round, so that it begins with the model that is there. A step
     trains on the same prompts as without that.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], seed: int, shuffle: bool, prompts_per_step: int = 1) -> None:
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        seed: int | str,
+        shuffle: bool,
+        prompts_per_step: int = 1,
+        mix: Mapping[str, float] | None = None,
+    ) -> None:
         self._prompts = prompts
-        self._seed = seed
-        self._shuffle = shuffle
+        self._rows = draws([prompt.teacher for prompt in prompts], seed, shuffle=shuffle, mix=mix)
         self._per_step = prompts_per_step
-        self._pass = -1
-        self._order: list[int] = []
         self._step = -1
         self._of_step: list[Prompt] = []
 
     def __getitem__(self, group: int) -> Prompt:
         step, position = divmod(group, self._per_step)
         if step != self._step:
-            self._of_step = [self._drawn(step * self._per_step + index) for index in range(self._per_step)]
+            first = step * self._per_step
+            self._of_step = [self._prompts[self._rows[first + index]] for index in range(self._per_step)]
             if self._per_step > 1:
                 self._of_step.sort(key=lambda prompt: prompt.teacher, reverse=step % 2 == 1)
             self._step = step
         return self._of_step[position]
-
-    def _drawn(self, group: int) -> Prompt:
-        number, position = divmod(group, len(self._prompts))
-        if number != self._pass:
-            self._order = list(range(len(self._prompts)))
-            if self._shuffle:
-                random.Random(f"{self._seed}/pass/{number}").shuffle(self._order)
-            self._pass = number
-        return self._prompts[self._order[position]]
 
 
 def sample_seed(job_seed: int, group_id: str, index: int) -> int:

@@ -8,7 +8,7 @@ A replay takes the journal's rewards: nothing is judged twice. Verifiers run in 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -48,7 +48,8 @@ class Rewards:
         Raises:
             VerifierError: one cannot be loaded.
         """
-        await self.race(self.judges.load(Counter(self._verifier(prompt.source) for prompt in self.prompts)))
+        names = Counter(prompt.source.verifier or self.spec.verifier or "" for prompt in self.prompts)
+        await self.race(self.judges.load(names))
 
     async def judge(self, samples: Sequence[ScoredSample]) -> list[str]:
         """Fill in the rewards of a step's samples; gives what went wrong with verdicts, a line each.
@@ -68,16 +69,18 @@ class Rewards:
 
     def _item(self, sample: ScoredSample) -> Item:
         rollout = sample.score.rollout
-        row = self.prompts[rollout.row].source
-        return Item(
-            verifier=self._verifier(row),
-            text=self.text(ids_list(rollout.completion_ids)),
-            answer=row.answer,
-            row=row.model_dump(mode="json", exclude_none=True),
-        )
+        text = self.text(ids_list(rollout.completion_ids))
+        return make_item(self.prompts[rollout.row].source, text, self.spec.verifier)
 
-    def _verifier(self, row: Row) -> str:
-        return row.verifier or self.spec.verifier or ""
+
+def make_item(row: Row, text: str, verifier: str | None) -> Item:
+    """A completion of a row, to judge; `verifier` if the row names none."""
+    return Item(
+        verifier=row.verifier or verifier or "",
+        text=text,
+        answer=row.answer,
+        row=row.model_dump(mode="json", exclude_none=True),
+    )
 
 
 def outcomes(samples: Sequence[ScoredSample], spec: RewardSpec) -> dict[str, float]:
@@ -90,14 +93,17 @@ def outcomes(samples: Sequence[ScoredSample], spec: RewardSpec) -> dict[str, flo
     return advantages
 
 
-def reward_metrics(samples: Sequence[ScoredSample]) -> dict[str, float]:
-    """The rewards of a step; a group without spread teaches nothing."""
+def reward_metrics(samples: Sequence[ScoredSample], teachers: Collection[str] = ()) -> dict[str, float]:
+    """The rewards of a step, also of each of several teachers; a group without spread teaches nothing."""
     rewards = np.array([sample.score.reward for sample in samples])
     flat = [not _spread(group).any() for group in _groups(samples).values()]
+    names = np.array([sample.score.rollout.teacher for sample in samples])
+    present = sorted(set(teachers).intersection(names.tolist())) if len(teachers) > 1 else []
     return {
         "reward/mean": float(rewards.mean()),
         "reward/std": float(rewards.std()),
         "reward/zero_spread_groups": float(sum(flat)),
+        **{f"reward/mean/{name}": float(rewards[names == name].mean()) for name in present},
     }
 
 

@@ -25,6 +25,7 @@ from stillhouse.trainer.journal import JournalledStep, StepJournal, read_step
 from stillhouse.trainer.ledger import Ledger
 from stillhouse.trainer.manifests import ManifestRef, Opening
 from stillhouse.trainer.masks import mask_tokens
+from stillhouse.trainer.measures import sentence, told
 from stillhouse.trainer.progress import Progress
 from stillhouse.trainer.prompts import Prompt, PromptOrder, is_on_policy, make_group, sample_seed
 from stillhouse.trainer.publish import Publisher
@@ -136,7 +137,7 @@ class Run:
         self._reward_metrics = await self._judge(step, scored)
         with self.progress.timed("journal"):
             samples = self._samples(scored, step)
-            plan = await self.learner.plan(samples)
+            plan = await self.learner.plan(samples, self.heads)
             await self._write_journal(
                 step,
                 [sample.score for group in groups for sample in group.samples],
@@ -159,7 +160,7 @@ class Run:
             await self.jobs.event(
                 self.scope.job_id, "reward.failed", message, level="warning", step=step, count=len(problems)
             )
-        return {**reward_metrics(scored), "reward/failed": float(len(problems))}
+        return {**reward_metrics(scored, self.spec.teachers), "reward/failed": float(len(problems))}
 
     async def _write_journal(self, step: int, scores: Sequence[rollout_pb2.Score], **header: Any) -> None:
         await self.space.insist(
@@ -252,7 +253,7 @@ class Run:
             if self.spec.deterministic:  # the next groups want the weights of the versions before
                 await self.publisher.hold(ref.step, await self.learner.state_arrays())
             metrics = await self._train(ref.step, samples, plan_from_journal(samples, journalled.header.micro_batches))
-            metrics |= reward_metrics(scored) if self.rewards is not None else {}
+            metrics |= reward_metrics(scored, self.spec.teachers) if self.rewards is not None else {}
             failpoint("trainer.replayed")
             await self.progress.step_done(self.step_done, metrics, self._busy_seconds(scored))
 
@@ -351,17 +352,7 @@ class Run:
             is_averaged = step == self.spec.stop_step() and self.stage.optimizer.ema_decay is not None
             result = await self.held_out.evaluate(step, is_averaged=is_averaged)
         await self.progress.show("training")
-        await self.jobs.event(
-            self.scope.job_id,
-            "evaluation",
-            f"step {step}: held-out reverse KL {result['reverse_kl']:.4f} nats/token"
-            + (" (moving average of the weights)" if is_averaged else ""),
-            step=step,
-            averaged=is_averaged,
-            reverse_kl=result["reverse_kl"],
-            teacher_nll_greedy=result["teacher_nll_greedy"],
-            repeated_4grams=result["repeated_4grams"],
-        )
+        await self.jobs.event(self.scope.job_id, "evaluation", sentence(result), **told(result))
 
     # -- details -----------------------------------------------------------------------------------------------------
 

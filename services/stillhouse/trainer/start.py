@@ -16,6 +16,7 @@ from stillhouse.core.queue.streams import Scope
 from stillhouse.core.service import Context
 from stillhouse.core.spec import JobSpec, PolicyGradientLoss
 from stillhouse.trainer import manifests
+from stillhouse.trainer.accuracy import Accuracy
 from stillhouse.trainer.asks import asks
 from stillhouse.trainer.batch import TeacherHead
 from stillhouse.trainer.evaluate import HeldOut
@@ -109,7 +110,9 @@ class Start:
             publisher=Publisher(self.scope, self.ctx.jobs, self.samplers, stage.schedule.max_staleness + 1),
             followed=self._followed(),
             progress=self.progress,
-            order=PromptOrder(prompts, self.spec.seed, stage.data.shuffle, stage.schedule.prompts_per_step),
+            order=PromptOrder(
+                prompts, self.spec.seed, stage.data.shuffle, stage.schedule.prompts_per_step, stage.data.mix
+            ),
             prompts=prompts,
             heads=heads,
             texts=texts,
@@ -284,9 +287,13 @@ class Start:
         loss = self.spec.stages[0].loss
         needs_heads = loss.payload() == "hidden" or (bool(held_out) and not loss.crosses_tokenizers())
         heads: dict[str, TeacherHead] = {}
+        of_models: dict[tuple[str, int], TeacherHead] = {}
         for name, task in self._tasks(teachers).items():
             if needs_heads:
-                heads[name] = await fetch_head(self.ctx.registry, self.ctx.peers, task, self._tell_waiting)
+                model = (task.model_sha256, task.dtype)
+                if model not in of_models:  # teachers of one model share its head
+                    of_models[model] = await fetch_head(self.ctx.registry, self.ctx.peers, task, self._tell_waiting)
+                heads[name] = of_models[model]
             else:
                 await ensure_loaded(self.ctx.registry, self.ctx.peers, task, self._tell_waiting)
         return heads
@@ -313,11 +320,20 @@ class Start:
             teachers=self.spec.teachers,
             samplers=self.samplers,
             readers=self.readers,
+            judge=self._accuracy(prompts).judge,
             by_spans=run.stage.loss.crosses_tokenizers(),
             stop=run.stage.sampling.stop,
             stop_ids=run.stop_ids,
             artifacts=self.artifacts,
         )
+
+    def _accuracy(self, prompts: Sequence[Prompt]) -> Accuracy:
+        """Judges held-out texts; trouble with a verifier is told, and ends nothing."""
+
+        async def warn(message: str) -> None:
+            await self.ctx.jobs.event(self.scope.job_id, "accuracy.failed", message, level="warning")
+
+        return Accuracy(self.spec.evaluation, prompts, self.readers.renderer.text, self.interrupt.race, warn)
 
     async def _restore(self, opening: Opening) -> tuple[int, Ledger]:
         """Bring the learner to the state the epoch opens from; returns its step and what is behind it."""

@@ -190,9 +190,9 @@ class LearnerThread:
 
         return RankedEngine(self._ranks, model_dir, **options)
 
-    async def plan(self, samples: Sequence[TrainSample]) -> list[list[int]]:
+    async def plan(self, samples: Sequence[TrainSample], heads: Mapping[str, TeacherHead]) -> list[list[int]]:
         """Micro-batches as indices into `samples`."""
-        return await self.call(lambda: self._learner.plan(samples))
+        return await self.call(lambda: self._learner.plan(samples, heads))
 
     async def step(
         self, samples: Sequence[TrainSample], heads: Mapping[str, TeacherHead], plan: list[list[int]]

@@ -66,7 +66,7 @@ _commit_if_due = Run.commit_if_due
 
 async def _prepare_only(self: Any, step: int, groups: Sequence[ScoredGroup], next_group: int) -> None:
     samples = self._samples([sample for group in groups for sample in group.scored], step)
-    self._batch = (samples, await self.learner.plan(samples))
+    self._batch = (samples, await self.learner.plan(samples, self.heads))
     self._busy = self._busy_seconds([sample for group in groups for sample in group.scored])
     self._planted = (step, groups, next_group)
 

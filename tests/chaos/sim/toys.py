@@ -198,7 +198,7 @@ class ToyLearner:
         self.trained: list[list[Any]] = []
         """[step, sample id] of everything behind the weights, in order."""
 
-    def plan(self, samples: Sequence[TrainSample]) -> list[list[int]]:
+    def plan(self, samples: Sequence[TrainSample], heads: Mapping[str, TeacherHead]) -> list[list[int]]:
         return plan_micro_batches(samples, self.micro_batch_tokens)
 
     def step(

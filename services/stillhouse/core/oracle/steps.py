@@ -6,7 +6,9 @@ import hashlib
 import json
 import random
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 import xxhash
@@ -52,16 +54,25 @@ class Sums:
 
 @dataclass
 class Rows:
-    """Which row of the data is group g, as far as the data is known: a permutation of all rows in every pass, and
-    within a step the rows of one teacher together, every other step the other way round.
+    """Which row of the data is group g, as far as the data is known: a permutation of all rows in every pass, or with a
+    mix of each domain's rows in passes of their own; within a step the rows of one teacher together, every other step
+    the other way round.
     """
 
     teachers: list[str] | None
     """Teacher of each row; None = unknown."""
-    seed: int
+    seed: int | str
     is_shuffled: bool
     per_step: int = 1
-    _orders: dict[int, list[int]] = field(default_factory=dict)
+    mix: Mapping[str, float] | None = None
+    _step: tuple[int, list[int]] = (-1, [])
+    """The step that was asked for last, and its rows."""
+    _orders: dict[str, tuple[int, list[int]]] = field(default_factory=dict)
+    """Domain ("" = all rows) -> its newest pass and the order of that."""
+    _turns: list[tuple[str, int]] = field(default_factory=list)
+    """Of each group so far: its domain, and how many groups that had before."""
+    _counts: Counter[str] = field(default_factory=Counter)
+    """Groups that each domain has had."""
 
     @property
     def number(self) -> int:
@@ -73,30 +84,60 @@ class Rows:
         if not self.teachers:
             return None
         step, position = divmod(group, self.per_step)
-        drawn = [self._drawn(step * self.per_step + index) for index in range(self.per_step)]
-        return sorted(drawn, key=self.teachers.__getitem__, reverse=step % 2 == 1)[position]
+        if step != self._step[0]:
+            drawn = [self._drawn(step * self.per_step + index) for index in range(self.per_step)]
+            self._step = (step, sorted(drawn, key=self.teachers.__getitem__, reverse=step % 2 == 1))
+        return self._step[1][position]
+
+    def pools(self, num_groups: int) -> list[tuple[list[int], int]]:
+        """Rows that share their passes, and how many of the first groups are theirs."""
+        if self.mix is None:
+            return [(self._rows_of(""), num_groups)]
+        drawn = Counter(self._turn(group)[0] for group in range(num_groups))
+        return [(self._rows_of(domain), drawn[domain]) for domain in self.mix]
 
     def _drawn(self, group: int) -> int:
-        turn, position = divmod(group, self.number)
-        if turn not in self._orders:
-            order = list(range(self.number))
+        domain, number = ("", group) if self.mix is None else self._turn(group)
+        turn, rows = self._orders.get(domain) or (-1, self._rows_of(domain))
+        if number // len(rows) != turn:
+            turn, rows = number // len(rows), self._rows_of(domain)
             if self.is_shuffled:
-                random.Random(f"{self.seed}/pass/{turn}").shuffle(order)
-            self._orders = {known: self._orders[known] for known in self._orders if known == turn - 1} | {turn: order}
-        return self._orders[turn][position]
+                label = f"{domain}/{turn}" if domain else f"{turn}"
+                random.Random(f"{self.seed}/pass/{label}").shuffle(rows)
+            self._orders[domain] = (turn, rows)
+        return rows[number % len(rows)]
+
+    def _rows_of(self, domain: str) -> list[int]:
+        """Rows of a domain in the data's order; "" = all."""
+        return [row for row, teacher in enumerate(self.teachers or ()) if domain in ("", teacher)]
+
+    def _turn(self, group: int) -> tuple[str, int]:
+        """The domain of a group, and how many groups that had before."""
+        while len(self._turns) <= group:
+            self._give_turn()
+        return self._turns[group]
+
+    def _give_turn(self) -> None:
+        """To the domain that lacks most of its share of all groups up to this one; of equals to the first by name."""
+        shares = {name: Fraction(str(share)) for name, share in (self.mix or {}).items()}
+        due = (len(self._turns) + 1) / sum(shares.values(), Fraction())
+        domain = min(shares, key=lambda name: (self._counts[name] - due * shares[name], name))
+        self._turns.append((domain, self._counts[domain]))
+        self._counts[domain] += 1
 
 
 def row_teachers(artifacts: JobArtifacts, spec: JobSpec, report: Report) -> list[str] | None:
-    """The teacher of each row of the job's data, "" where there is no choice; None if its file is gone."""
-    data, has_choice = spec.stages[0].data, len(spec.teachers) > 1
+    """The teacher of each row of the job's data; None if its file is gone."""
+    data, names = spec.stages[0].data, list(spec.teachers)
+    only = names[0] if len(names) == 1 else ""  # where there is no choice, rows need not say it
     if data.rows is not None:
-        return [row.teacher or "" if has_choice else "" for row in data.rows]
+        return [only or row.teacher or "" for row in data.rows]
     path = artifacts.root.parent.parent / "files" / f"{data.file}.jsonl"
     if not path.is_file():
         report.notes.append(f"the uploaded file {data.file} is gone: rows and coverage are not checked")
         return None
     with path.open("rb") as stream:
-        return [json.loads(line).get("teacher") or "" if has_choice else "" for line in stream if line.strip()]
+        return [only or json.loads(line).get("teacher") or "" for line in stream if line.strip()]
 
 
 class StepChecks:
@@ -110,8 +151,8 @@ class StepChecks:
         self._job_id = job_id
         schedule = spec.stages[0].schedule
         self._per_step, self._size = schedule.prompts_per_step, schedule.group_size
-        teachers, is_shuffled = row_teachers(artifacts, spec, report), spec.stages[0].data.shuffle
-        self._rows = Rows(teachers, spec.seed, is_shuffled, self._per_step)
+        teachers, data = row_teachers(artifacts, spec, report), spec.stages[0].data
+        self._rows = Rows(teachers, spec.seed, data.shuffle, self._per_step, data.mix)
         self._seen_rows: Counter[int] = Counter()
         self._ended: set[str] = set()
         self._sample = SampleCheck(spec, lineage, report, self._rows)
@@ -214,18 +255,18 @@ class StepChecks:
             self._report.violate("plan", message, epoch=epoch, step=step, sample=wrong[0])
 
     def _check_coverage(self, first: int, end: int) -> None:
-        """Whole passes over the data take every row equally often."""
-        number = self._rows.number
-        if not number or first:
+        """Whole passes take every row equally often."""
+        if not self._rows.number or first or not end:
             return
-        turns, rest = divmod(end * self._per_step, number)
-        wrong = [row for row in range(number) if not turns <= self._seen_rows[row] <= turns + (1 if rest else 0)]
-        if wrong:
-            message = (
-                f"{turns} passes over {number} rows: {len(wrong)} rows were not taken {turns} times, "
-                f"row {wrong[0]} was taken {self._seen_rows[wrong[0]]} times"
-            )
-            self._report.violate("coverage", message)
+        for rows, drawn in self._rows.pools(end * self._per_step):
+            turns, rest = divmod(drawn, len(rows))
+            wrong = [row for row in rows if not turns <= self._seen_rows[row] <= turns + (1 if rest else 0)]
+            if wrong:
+                message = (
+                    f"{turns} passes over {len(rows)} rows: {len(wrong)} rows were not taken {turns} times, "
+                    f"row {wrong[0]} was taken {self._seen_rows[wrong[0]]} times"
+                )
+                self._report.violate("coverage", message)
 
 
 def _from_ledger(ledger: dict[str, Any] | None) -> Sums | None:

@@ -1,0 +1,96 @@
+"""What a held-out evaluation says: of all prompts together, of each teacher's, and before beside after."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, NamedTuple
+
+COMPARED: Final = ("reverse_kl", "accuracy", "teacher_nll_greedy", "repeated_4grams")
+"""Measures that a job's result shows before and after training."""
+TOLD: Final = ("reverse_kl", "accuracy", "num_prompts")
+"""Measures of each teacher that events tell."""
+
+
+class Kl(NamedTuple):
+    """KL(student || teacher) on one held-out completion."""
+
+    teacher: str
+    total: float
+    """Summed over its tokens, nats."""
+    num_tokens: int
+
+
+def measures(kls: Sequence[Kl], rewards: Sequence[tuple[str, float]]) -> dict[str, Any]:
+    """Measures of all prompts, and in `by_teacher` of each teacher's; `rewards` = (teacher, reward) of those that were
+    judged."""
+    by_teacher = {
+        name: _measures([kl for kl in kls if kl.teacher == name], [value for owner, value in rewards if owner == name])
+        for name in sorted({kl.teacher for kl in kls})
+    }
+    return {**_measures(kls, [value for _, value in rewards]), "by_teacher": by_teacher}
+
+
+def _measures(kls: Sequence[Kl], rewards: Sequence[float]) -> dict[str, Any]:
+    num_tokens = sum(kl.num_tokens for kl in kls)
+    found: dict[str, Any] = {
+        "reverse_kl": sum(kl.total for kl in kls) / max(num_tokens, 1),
+        "num_prompts": len(kls),
+        "num_tokens": num_tokens,
+    }
+    if rewards:
+        found |= {"accuracy": sum(rewards) / len(rewards), "num_judged": len(rewards)}
+    return found
+
+
+def change(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """Two evaluations side by side: {measure: {before, after}}, and the same of each teacher in `by_teacher`."""
+    found: dict[str, Any] = {
+        name: {"before": before[name], "after": after[name]} for name in COMPARED if name in before and name in after
+    }
+    earlier, later = before.get("by_teacher", {}), after.get("by_teacher", {})
+    if common := [name for name in earlier if name in later]:
+        found["by_teacher"] = {name: change(earlier[name], later[name]) for name in common}
+    return found
+
+
+def told(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What the event of an evaluation says."""
+    named = {name: result[name] for name in ("step", "averaged", *COMPARED) if name in result}
+    of_each = {
+        teacher: {name: found[name] for name in TOLD if name in found}
+        for teacher, found in result["by_teacher"].items()
+    }
+    return {**named, "by_teacher": of_each}
+
+
+def sentence(result: Mapping[str, Any]) -> str:
+    """The same for people."""
+    text = f"step {result['step']}: held-out reverse KL {result['reverse_kl']:.4f} nats/token"
+    if "accuracy" in result:
+        text += f", accuracy {result['accuracy']:.3f}"
+    if len(result["by_teacher"]) > 1:
+        text += f"; by teacher: {', '.join(_short(*item) for item in result['by_teacher'].items())}"
+    return text + (" (moving average of the weights)" if result["averaged"] else "")
+
+
+def _short(teacher: str, found: Mapping[str, Any]) -> str:
+    accuracy = f" ({found['accuracy']:.3f} right)" if "accuracy" in found else ""
+    return f"{teacher} {found['reverse_kl']:.4f}{accuracy}"
+
+
+def card_facts(compared: Mapping[str, Any]) -> dict[str, Any]:
+    """What the model card says of `change(before, after)`."""
+    facts: dict[str, Any] = {}
+    for name in ("reverse_kl", "accuracy"):
+        if name in compared:
+            facts |= {f"heldout_{name}_{when}": value for when, value in compared[name].items()}
+    by_teacher = compared.get("by_teacher", {})
+    if len(by_teacher) > 1:
+        facts["heldout_by_teacher"] = {teacher: _both(found) for teacher, found in by_teacher.items()}
+    return facts
+
+
+def _both(found: Mapping[str, Any]) -> str:
+    labels = {"reverse_kl": "KL", "accuracy": "accuracy"}
+    pairs = [(label, found[name]) for name, label in labels.items() if name in found]
+    return " and ".join(f"{label} {pair['before']:.3g} -> {pair['after']:.3g}" for label, pair in pairs)
