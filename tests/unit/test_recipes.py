@@ -19,8 +19,12 @@ from stillhouse.cli import jobfile
 from stillhouse.cli.console import EXIT_USAGE, CliError
 from stillhouse.cli.jobtemplate import job_file
 from stillhouse.cli.recipes import init, show
+from stillhouse.core.blobs import Artifacts
+from stillhouse.core.models import ModelRegistry, inspect_model
 from stillhouse.core.recipes import FOLDER, OURS, Setting, described, find_preset, presets, recipes, with_preset
 from stillhouse.core.spec import JobSpec, StageSpec
+from stillhouse.gateway.validation import preflight
+from tests.gateway_kit import make_model
 
 ROOT = Path(__file__).resolve().parents[2]
 PRESETS = {key: preset for name in recipes() for key, preset in presets(name).items()}
@@ -224,6 +228,22 @@ def test_a_new_job_file_is_accepted_once_models_and_prompts_are_named(tmp_path: 
         written = {field: value for field, value in stage.items() if field not in ("name", "recipe", "data")}
         assert written == preset.stage()
         assert dict(leaves(written)) == {path: setting.value for path, setting in preset.values.items()}
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_the_gateway_accepts_it_too(tmp_path: Path, name: str) -> None:
+    document = jobfile.load(filled_in(tmp_path, name)).document
+    models = ModelRegistry(tmp_path / "models.yaml")
+    for model in {document["student"]["model"], *(each["model"] for each in document.get("teachers", {}).values())}:
+        folder = make_model(tmp_path / "models" / model, max_length=8192)
+        (folder / "chat_template.jinja").write_text("{{ messages }} {{ enable_thinking }}")
+        models.add(inspect_model(model, folder))
+    for stage, preset in zip(document["stages"], recipes()[name].presets.values(), strict=True):
+        stage["data"] = {"rows": list(preset.rows)}
+        held_out = [{**row, "prompt": f"Not trained on: {row['prompt']}"} for row in preset.rows]
+        if "evaluation" in document:
+            document["evaluation"] = {"data": {"rows": held_out}}
+    preflight(JobSpec.model_validate(document), models, Artifacts(tmp_path / "artifacts"))
 
 
 @pytest.mark.parametrize("name", recipes())
