@@ -59,6 +59,9 @@ def _stage(stage: str, key: str, preset: Preset, recipe: Recipe) -> Iterator[str
     yield from _comment("Fill in: your prompts, beside this file, one row a line, for example", 6)
     yield from (f"      # {json.dumps(row, ensure_ascii=False)}" for row in preset.rows)
     yield "      path: prompts.jsonl"
+    if preset.mix is not None:
+        yield from _comment(preset.mix.source, 6)
+        yield f"      mix: {{{', '.join(f'{name}: {scalar(share)}' for name, share in preset.mix.shares.items())}}}"
     yield from _values(nested(dict(preset.values)), 4)
     for variation in preset.variations:
         yield from _comment(f"Or: {variation.about}", 4)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import yaml
 from pydantic import ConfigDict, Field, field_validator, model_validator
@@ -23,6 +23,8 @@ from stillhouse.core.spec_base import Closed, Name
 FOLDER: Final = Path(__file__).with_suffix("")
 OURS: Final = "ours: "
 """Begins the source of a value that no publication gives."""
+Source = Annotated[str, Field(pattern=r"^(arXiv:\d{4}\.\d{5}, |doi:10\.\d+/\S+, |code: \S+ at [0-9a-f]{7}, |ours: )\S")]
+"""Publication and place in it, or `ours: ` and the reason."""
 _FROM_PRESETS: Final = ("loss", "schedule")
 """Fields of a stage that every preset has, so that they need not be written beside one."""
 
@@ -32,8 +34,17 @@ class Setting(Closed):
 
     value: bool | int | float | str
     """As in a job."""
-    source: str = Field(pattern=r"^(arXiv:\d{4}\.\d{5}, |doi:10\.\d+/\S+, |code: \S+ at [0-9a-f]{7}, |ours: )\S")
-    """Publication and place in it, or `ours: ` and the reason."""
+    source: Source
+    """Where it is from."""
+
+
+class Mix(Closed):
+    """Shares of the teachers' prompts, for a new job file: only the user's job has teachers to give them to."""
+
+    shares: dict[Name, float]
+    """By teacher, as `data.mix` takes them."""
+    source: Source
+    """Where they are from."""
 
 
 class Variation(Closed):
@@ -54,6 +65,8 @@ class Preset(Closed):
     """What happens in the stage."""
     rows: tuple[dict[str, Any], ...] = Field(min_length=1)
     """Rows of the kind it trains on."""
+    mix: Mix | None = None
+    """Shares of its teachers' prompts; none = as the rows come."""
     values: dict[str, Setting]
     """By path in the stage: `loss.objective`."""
     variations: tuple[Variation, ...] = ()

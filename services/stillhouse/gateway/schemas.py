@@ -259,6 +259,8 @@ class RecipePreset(Answer):
     """Other forms: {about, stage, rows}."""
     rows: list[dict[str, Any]]
     """Rows of the kind it trains on."""
+    mix: dict[str, Any] | None
+    """Shares of its teachers' prompts: {shares, source}; null = as the rows come."""
 
 
 class Recipe(Answer):
