@@ -86,6 +86,9 @@ def _explain_use(preset: Preset) -> None:
     say("\n  rows like")
     for row in preset.rows:
         say(f"    {json.dumps(row, ensure_ascii=False)}")
+    if preset.mix is not None:
+        say("")
+        _paragraph("mix", f"{_flow(preset.mix.shares)}, {preset.mix.source}")
     for variation in preset.variations:
         say("")
         _paragraph("or", variation.about)
