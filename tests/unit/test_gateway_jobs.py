@@ -316,12 +316,13 @@ async def test_metrics_are_read_back_in_pages_and_the_last_of_a_step_wins(
 async def test_pre_flights_run_one_at_a_time(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
     running, most = 0, 0
 
-    def slow(*_: Any) -> None:
+    def slow(*_: Any) -> dict[str, Any]:
         nonlocal running, most
         running += 1
         most = max(most, running)
         threading.Event().wait(0.02)  # gives up the interpreter, so that another one could start
         running -= 1
+        return {}
 
     monkeypatch.setattr("stillhouse.gateway.jobs.preflight", slow)
     answers = await asyncio.gather(*(gateway.submit(make_spec(seed=seed)) for seed in range(4)))

@@ -17,7 +17,9 @@ def register(app: typer.Typer) -> None:
 @models_app.command("add")
 def add(
     name: Annotated[str, typer.Argument(help="Name that jobs use.")],
-    path: Annotated[str, typer.Argument(help="Model folder (safetensors), or OWNER/MODEL[@REV] of the hub.")],
+    path: Annotated[
+        str, typer.Argument(help="Model folder (safetensors), JOB_ID[/ckpt_...], or OWNER/MODEL[@REV] of the hub.")
+    ],
     source: Annotated[str, typer.Option(help="Where it came from; a note for people.")] = "",
 ) -> None:
     """Check a model and give it a name. Its files are pinned by sha256.

@@ -2,6 +2,8 @@
 
 checkpoint   of an ended job, beyond what its spec keeps
 zombie       a checkpoint on no lineage: written by a trainer that had lost the job
+model        what was made of an ended job's checkpoint for jobs that named it, once all of those have ended; what is
+             registered (`stillhouse models add`) stays
 leftover     a half-written file or folder of a process that died, an hour old
 spill        payloads of a teacher that is gone
 """
@@ -10,7 +12,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -19,8 +21,10 @@ from pydantic import ValidationError
 
 from stillhouse.cli.console import EXIT_USAGE, CliError, print_json, print_table, say, size
 from stillhouse.core.blobs import Artifacts, JobArtifacts, unsealed
+from stillhouse.core.checkpoints import named, registration
 from stillhouse.core.config import load_settings
 from stillhouse.core.errors import CorruptError, NotFoundError
+from stillhouse.core.models import ModelRegistry
 from stillhouse.core.spec import JobSpec
 from stillhouse.core.spill import dead_folders, remove_dead
 
@@ -37,7 +41,7 @@ class Item:
     kind: str
     path: Path
     size_bytes: int
-    delete: Callable[[], None]
+    delete: Callable[[], object]
 
     def as_json(self) -> dict[str, Any]:
         return {"job_id": self.job_id, "kind": self.kind, "path": str(self.path), "size_bytes": self.size_bytes}
@@ -48,7 +52,8 @@ def collect(job_id: str, *, is_dry: bool, artifacts: Path | None, older_than_day
     settings = load_settings()
     root = Artifacts(artifacts if artifacts is not None else settings.artifacts_dir())
     notes: list[str] = []
-    items = list(_of_jobs(root, job_id, older_than_days * DAY_S, notes))
+    registered = {Path(entry.path).resolve() for entry in ModelRegistry(settings.models_path()).all().values()}
+    items = list(_of_jobs(root, job_id, older_than_days * DAY_S, notes, registered))
     if not job_id:
         items += [_leftover("", path) for path in _temporary(root.root / "files")]
         if artifacts is None:
@@ -72,7 +77,9 @@ def collect(job_id: str, *, is_dry: bool, artifacts: Path | None, older_than_day
     say(f"{len(items)} things, {size(total)}" + (" would go (--dry-run)" if is_dry else " deleted"))
 
 
-def _of_jobs(root: Artifacts, job_id: str, older_than_s: float, notes: list[str]) -> Iterator[Item]:
+def _of_jobs(
+    root: Artifacts, job_id: str, older_than_s: float, notes: list[str], registered: Container[Path]
+) -> Iterator[Item]:
     known = root.job_ids()
     if job_id and job_id not in known:
         raise CliError(
@@ -84,8 +91,9 @@ def _of_jobs(root: Artifacts, job_id: str, older_than_s: float, notes: list[str]
         job = root.job(name)
         try:
             yield from _checkpoints(name, job, older_than_s, notes)
+            yield from _models(root, name, older_than_s, registered)
         except (CorruptError, NotFoundError, KeyError, TypeError, ValidationError) as error:
-            notes.append(f"{name}: its checkpoints stay, job.json cannot be read: {error}")
+            notes.append(f"{name}: its checkpoints stay, what jobs need of it cannot be read: {error}")
         for path in _temporary(job.root):
             yield _leftover(name, path)
 
@@ -93,7 +101,7 @@ def _of_jobs(root: Artifacts, job_id: str, older_than_s: float, notes: list[str]
 def _checkpoints(job_id: str, job: JobArtifacts, older_than_s: float, notes: list[str]) -> Iterator[Item]:
     # no torch behind these two, and nothing of them is needed by the other commands
     from stillhouse.trainer.manifests import lineage
-    from stillhouse.trainer.retention import Policy, delete, superfluous
+    from stillhouse.trainer.retention import Policy, delete, is_named, superfluous
 
     spec = JobSpec.model_validate(unsealed(job.job_json)["spec"])
     ended_at = _ended_at(job)
@@ -107,10 +115,28 @@ def _checkpoints(job_id: str, job: JobArtifacts, older_than_s: float, notes: lis
     for ref in superfluous(job, policy, damage.append, has_ended=ended_at is not None):
         is_zombie = ref not in past.manifests
         folder = ref.folder(job)
-        if is_zombie or is_due:
+        if (is_zombie or is_due) and not is_named(job, ref):
             kind = "zombie" if is_zombie else "checkpoint"
             yield Item(job_id, kind, folder, _bytes(folder), lambda ref=ref: delete(job, ref))
     notes += [f"{job_id}: {message}" for message in dict.fromkeys(damage)]
+
+
+def _models(root: Artifacts, job_id: str, older_than_s: float, registered: Container[Path]) -> Iterator[Item]:
+    job = root.job(job_id)
+    ended_at = _ended_at(job)
+    if ended_at is None or time.time() - ended_at < older_than_s:
+        return
+    needed = named(root)
+    for folder in sorted(job.models.glob("ckpt_*/")):
+
+        def delete(folder: Path = folder) -> None:
+            if f"{job_id}/{folder.name}" in named(root):  # by a job that came meanwhile
+                return
+            registration(job, folder.name).unlink(missing_ok=True)  # first: what is not registered is no model
+            shutil.rmtree(folder, ignore_errors=True)
+
+        if f"{job_id}/{folder.name}" not in needed and folder.resolve() not in registered:
+            yield Item(job_id, "model", folder, _bytes(folder), delete)
 
 
 def _ended_at(job: JobArtifacts) -> float | None:

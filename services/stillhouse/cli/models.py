@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, Final
 
 from stillhouse.cli.console import EXIT_USAGE, CliError, count, print_json, print_table, say, size
 from stillhouse.cli.deployment import Deployment
+from stillhouse.core.blobs import Artifacts
+from stillhouse.core.checkpoints import Models, locate, parse
 from stillhouse.core.config import load_settings
 from stillhouse.core.models import ModelRegistry, inspect_model
 
@@ -33,7 +37,7 @@ def registry() -> ModelRegistry:
 
 
 def add(name: str, path: str, source: str) -> None:
-    """Register a folder or a hub id; says what was registered."""
+    """Register a folder, a checkpoint of a job or a hub id; says what was registered."""
     target = registry()
     folder, origin = _folder(path)
     known = target.all().get(name)
@@ -100,15 +104,36 @@ def _row(model: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
+def _checkpoint(reference: str) -> tuple[Path, str]:
+    """(folder of a job's checkpoint, which one); made a model by a process of its own, if need be: that needs torch."""
+    settings = load_settings()
+    models = Models(settings.models_path(), Artifacts(settings.artifacts_dir()))
+    name = locate(models.artifacts, reference)
+    if models.made(name) is None:
+        say(f"making a model of {name} ...")
+        work = subprocess.run(
+            [sys.executable, "-m", "stillhouse.trainer.materialise", name],
+            check=False,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        if work.returncode:
+            raise CliError(f"{name} could not be made a model: {work.stderr.strip()[-500:]}", fix="see the message")
+    return Path(models.get(name).path), name
+
+
 def _folder(path: str) -> tuple[Path, str]:
     """(local folder, where it came from); a hub id is downloaded unless a folder of that name exists."""
     local = Path(path).expanduser()
     if local.exists():
         return local, ""
+    if parse(path):
+        return _checkpoint(path)
     if not HUB_ID.match(path):
         raise CliError(
-            f"{path} does not exist, and it is no hub id either",
-            fix="give a folder with config.json, tokenizer.json and *.safetensors, or a hub id such as owner/model@rev",
+            f"{path} does not exist, and it is neither a checkpoint of a job nor a hub id",
+            fix="give a folder with config.json, tokenizer.json and *.safetensors, job_ID or job_ID/ckpt_..., or a hub "
+            "id such as owner/model@rev",
             exit_code=EXIT_USAGE,
         )
     try:

@@ -4,6 +4,7 @@ Layout below the artifacts folder:
 
     files/{file_id}.jsonl                       uploaded prompts
     jobs/{job_id}/job.json                      the spec as accepted; written before the create call answers
+                  references.json               which checkpoints and models the job's references mean
                   events.jsonl metrics.jsonl    the job's history
                   evaluations/{step}.json       held-out measurements
                   epochs/{epoch}/opened.json    which manifest this claim opened from; created exclusively
@@ -11,6 +12,7 @@ Layout below the artifacts folder:
                                  manifests/{step}-{sha8}/ manifest.json, weights, optimizer, random states
                                  export/                  the finished student, if this claim ended the job
                                  closed.json              how the claim ended, if its trainer lived to say it
+                  models/ckpt_...{.json,/}      checkpoints that jobs use as models: see core/checkpoints.py
                   final.json                    how the job ended
 
 Nothing here knows about models or queues.
@@ -300,6 +302,9 @@ class JobArtifacts:
         self.metrics = root / "metrics.jsonl"
         self.evaluations = root / "evaluations"
         self.epochs = root / "epochs"
+        self.references = root / "references.json"
+        self.models = root / "models"
+        self.final = root / "final.json"
 
     def epoch(self, epoch: int) -> Path:
         """Folder of one claim of the job."""

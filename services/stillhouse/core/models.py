@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError
 
 from stillhouse.core.blobs import sha256_bytes, sha256_file, write_atomic
 from stillhouse.core.errors import ConfigError, NotFoundError, SpecError
-from stillhouse.core.spec import Closed, Name
+from stillhouse.core.spec_base import CHECKPOINT_PATTERN, NAME_PATTERN, Closed, Name
 
 MAX_HEADER_BYTES: Final = 8 << 20
 """Longest safetensors header accepted: a 1000-layer model needs about 2 MiB; more is an attack or damage."""
@@ -83,8 +83,10 @@ def inspect_model(name: str, folder: Path, *, source: str = "") -> ModelEntry:
         SpecError: names the file and the rule.
     """
     folder = folder.expanduser().resolve()
-    if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}", name):
+    if not re.fullmatch(NAME_PATTERN, name):
         raise SpecError(f"model name '{name}': use 1-64 letters, digits, dots, dashes or underscores", param="name")
+    if re.fullmatch(CHECKPOINT_PATTERN, name):
+        raise SpecError(f"model name '{name}': jobs would read it as the id of a job; choose another", param="name")
     if not folder.is_dir():
         raise SpecError(
             f"{folder} is not a folder; give the folder that holds config.json and *.safetensors", param="path"
@@ -191,9 +193,12 @@ def verify_files(entry: ModelEntry) -> None:
         path = Path(entry.path) / name
         actual = sha256_file(path) if path.is_file() else "missing"
         if actual != expected:
+            fix = f"register it again with `stillhouse models add {entry.name} {entry.path}`"
+            if "/" in entry.name:  # a checkpoint of a job
+                fix = f"restore it in {entry.path}"
             raise SpecError(
                 f"model '{entry.name}': {name} changed since it was registered (sha256 {actual[:12]}, "
-                f"registered {expected[:12]}); register it again with `stillhouse models add {entry.name} {entry.path}`"
+                f"registered {expected[:12]}); {fix}"
             )
 
 

@@ -22,11 +22,11 @@ from redis.exceptions import RedisError
 
 from stillhouse.core import telemetry
 from stillhouse.core.blobs import Artifacts
+from stillhouse.core.checkpoints import Models
 from stillhouse.core.config import Settings, load_settings
 from stillhouse.core.errors import DeadlineError, StillhouseError, UnavailableError
 from stillhouse.core.failpoints import install_from_environment
 from stillhouse.core.launch import Launch
-from stillhouse.core.models import ModelRegistry
 from stillhouse.core.parent import die_with_parent
 from stillhouse.core.pulse import Pulse
 from stillhouse.core.queue.client import connect, connect_blocking
@@ -56,7 +56,7 @@ class Context:
     jobs: JobStore
     registry: Registry
     peers: Peers
-    models: ModelRegistry
+    models: Models
     artifacts: Artifacts
     log: Any
     pulse: Pulse = field(default_factory=Pulse)
@@ -107,7 +107,7 @@ def open_context(settings: Settings, role: str, log: Any, *, instance: str = "")
         jobs=JobStore(redis, artifacts),
         registry=Registry(redis),
         peers=Peers(settings),
-        models=ModelRegistry(settings.models_path()),
+        models=Models(settings.models_path(), artifacts),
         artifacts=artifacts,
         log=log,
     )

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from stillhouse.core.recipes import FromRecipe
-from stillhouse.core.spec_base import Closed, Dtype, Name
+from stillhouse.core.spec_base import CheckpointName, Closed, Dtype, ModelName, Name
 from stillhouse.core.spec_data import (
     DataSpec,
     HorizonSpec,
@@ -32,7 +32,7 @@ from stillhouse.core.spec_loss import (
     RewardSpec,
     TopKLoss,
 )
-from stillhouse.core.spec_teacher import EmaSpec, check_followers
+from stillhouse.core.spec_teacher import EmaSpec, check_followers, check_stage_references
 
 __all__ = [  # the whole format, from one module
     "CheckpointSpec",
@@ -94,8 +94,9 @@ class StudentSpec(Closed):
 class TeacherSpec(Closed):
     """A model that judges the student's tokens; frozen, unless it follows the student."""
 
-    model: Name
-    """Registered name of the model."""
+    model: ModelName
+    """Registered name of the model; or `job_ID/ckpt_...`, a checkpoint of a job (`job_ID` = its newest); or
+    `stage/NAME`, the job's own student at the end of its earlier stage NAME (`stage/start` = as the job began)."""
     dtype: Dtype = "float32"
     """Element type it computes in."""
     system_prompt: str | None = Field(default=None, max_length=100_000)
@@ -302,8 +303,9 @@ class JobSpec(Closed):
     """Free text for people."""
     student: StudentSpec
     """The model that learns."""
-    init_from: str | None = Field(default=None, pattern=r"^job_[a-z0-9]{8,40}(/ckpt_[a-z0-9-]{1,80})?$")
-    """Start from a checkpoint of an earlier job (`job_...` = its newest) instead of the registered weights."""
+    init_from: CheckpointName | None = None
+    """Start with the weights of a checkpoint, `job_ID/ckpt_...` (`job_ID` = its newest), instead of the registered ones
+    of `student.model`."""
     stages: tuple[StageSpec, ...] = Field(min_length=1, max_length=16)
     """Phases, one after the other; one is the usual case."""
     teachers: dict[Name, TeacherSpec] = Field(default_factory=dict, max_length=64, validate_default=True)
@@ -352,6 +354,7 @@ class JobSpec(Closed):
                 if row.teacher is None and len(self.teachers) > 1:
                     raise ValueError(f"{where}: name the row's 'teacher', the job has {sorted(self.teachers)}")
         check_followers(self)
+        check_stage_references(self)
         return self
 
     def ema_of_student(self) -> EmaSpec | None:

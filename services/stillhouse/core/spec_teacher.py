@@ -1,4 +1,4 @@
-"""The part of a job's format about teachers that follow the student: what one is, and what such a job cannot have."""
+"""The part of a job's format about teachers that come of its own student: its moving average, or an earlier stage."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from stillhouse.core.spec_base import Closed
+from stillhouse.core.spec_base import STAGE_PREFIX, Closed
 
 if TYPE_CHECKING:
     from stillhouse.core.spec import JobSpec
@@ -43,6 +43,22 @@ def check_followers(spec: JobSpec) -> None:
         )
     for problem in _problems(spec) if followers else ():
         raise ValueError(f"teacher '{next(iter(followers))}' has 'ema_of_student': {problem}")
+
+
+def check_stage_references(spec: JobSpec) -> None:
+    """Refuse a teacher that is the student at the end of a stage which the job does not have.
+
+    Raises:
+        ValueError: names the field, what the job has and what to do.
+    """
+    stages = [stage.name for stage in spec.stages]
+    for name, teacher in spec.teachers.items():
+        stage = teacher.model.removeprefix(STAGE_PREFIX)
+        if teacher.model.startswith(STAGE_PREFIX) and stage not in ("start", *stages):
+            raise ValueError(
+                f"teachers.{name}.model: the job has no stage '{stage}'; name one of {', '.join(stages)}, or "
+                "stage/start for what the job began with"
+            )
 
 
 def _problems(spec: JobSpec) -> Iterator[str]:

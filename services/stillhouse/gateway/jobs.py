@@ -11,10 +11,12 @@ import json
 import re
 import shutil
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+from stillhouse.core import checkpoints
 from stillhouse.core.blobs import JobArtifacts, fsync_dir, new_id, sealed, sha256_bytes, unsealed, write_json
 from stillhouse.core.errors import ConflictError, CorruptError, NotFoundError, SpecError
 from stillhouse.core.failpoints import failpoint
@@ -64,7 +66,7 @@ async def submit(ctx: Context, submission: Submission) -> tuple[JobRecord, bool]
         if earlier is not None:
             return await _replay(ctx, earlier.decode(), submission), True
     loop = asyncio.get_running_loop()
-    await loop.run_in_executor(_PREFLIGHTS, preflight, submission.spec, ctx.models, ctx.artifacts)
+    references = await loop.run_in_executor(_PREFLIGHTS, preflight, submission.spec, ctx.models)
     record = JobRecord(
         id=new_id("job"),
         status="queued",
@@ -81,7 +83,7 @@ async def submit(ctx: Context, submission: Submission) -> tuple[JobRecord, bool]
         "stop_step": record.stop_step,
         "idempotency": [token, body_sha256],
     }
-    await asyncio.to_thread(_write_job_json, ctx, record.id, document)
+    await asyncio.to_thread(_write_job_json, ctx, record.id, document, references)
     failpoint("gateway.job_json_written")
     try:
         made = await ctx.jobs.create(record, idempotency_key=token, body_sha256=body_sha256)
@@ -96,13 +98,19 @@ async def submit(ctx: Context, submission: Submission) -> tuple[JobRecord, bool]
     return record, False
 
 
-def _write_job_json(ctx: Context, job_id: str, document: dict[str, Any]) -> None:
-    path = ctx.artifacts.job(job_id).job_json
+def _write_job_json(
+    ctx: Context, job_id: str, document: dict[str, Any], references: Mapping[str, checkpoints.Settled]
+) -> None:
+    job = ctx.artifacts.job(job_id)
     try:
-        write_json(path, sealed(document))
-        fsync_dir(path.parent.parent)  # the job's folder itself is new
-    except OSError:
-        shutil.rmtree(path.parent, ignore_errors=True)  # no half job stays on a full disk
+        write_json(job.job_json, sealed(document))
+        if references:
+            checkpoints.settle(job, references)
+        for settled in references.values():  # named only now, so retention may have been faster
+            checkpoints.locate(ctx.artifacts, settled.model)
+        fsync_dir(job.root.parent)  # the job's folder itself is new
+    except (OSError, NotFoundError):
+        shutil.rmtree(job.root, ignore_errors=True)  # no half job stays on a full disk
         raise
 
 

@@ -239,13 +239,14 @@ class Sweeper:
     def _remove_twin(self, job_id: str, other_id: str, token: str) -> bool:
         """Delete a job.json whose request died before the record existed, when the client's retry made another job.
 
-        Whatever has more than its job.json was a job once and stays.
+        Whatever has more than what a request writes was a job once and stays.
         """
         twin, other = self._ctx.artifacts.job(job_id), self._ctx.artifacts.job(other_id)
-        if [path.name for path in twin.root.iterdir()] != [twin.job_json.name]:
+        if {path.name for path in twin.root.iterdir()} - {twin.job_json.name, twin.references.name}:
             return False
         if not other.job_json.is_file() or unsealed(other.job_json)["idempotency"][0] != token:
             return False
+        twin.references.unlink(missing_ok=True)
         twin.job_json.unlink()
         twin.root.rmdir()  # refuses a folder that was filled meanwhile
         return True

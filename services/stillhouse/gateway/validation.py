@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from stillhouse.core.blobs import Artifacts
+from stillhouse.core.checkpoints import Models, Settled
 from stillhouse.core.explain import MAX_FINDINGS, Finding
-from stillhouse.core.models import ModelEntry, ModelRegistry
+from stillhouse.core.models import ModelEntry
 from stillhouse.core.spec import DataSpec, JobSpec, Row, StageSpec
 from stillhouse.core.vocabulary import difference, tokenizer_of
 from stillhouse.gateway.judging import check_verifiers
@@ -25,6 +25,13 @@ from stillhouse.gateway.reading import (
     check_stop_ids,
     check_template_arguments,
     check_tokenizers,
+)
+from stillhouse.gateway.references import (
+    NamedModels,
+    check_models_exist,
+    check_stage_teachers,
+    check_start,
+    look_up_models,
 )
 
 BYTES_PER_TOKEN: Final = 16
@@ -80,13 +87,19 @@ class Case:
     """A job with everything it names looked up, as far as it exists."""
 
     spec: JobSpec
-    known_models: list[str]
-    student: ModelEntry | None
-    teachers: dict[str, ModelEntry | None]
+    models: NamedModels
     training: list[Source]
     evaluation: Source | None
     missing_files: list[tuple[str, str]]
     """(path in the spec, file id) of files that are not there."""
+
+    @property
+    def student(self) -> ModelEntry | None:
+        return self.models.student
+
+    @property
+    def teachers(self) -> dict[str, ModelEntry | None]:
+        return self.models.teachers
 
     def sources(self) -> list[Source]:
         """All rows the student answers."""
@@ -100,13 +113,15 @@ class Case:
 Check = Callable[[Case], Iterator[Finding]]
 
 
-def preflight(spec: JobSpec, models: ModelRegistry, artifacts: Artifacts) -> None:
-    """Refuse a job that cannot work. Blocks for as long as counting tokens takes: call it in a thread.
+def preflight(spec: JobSpec, models: Models) -> dict[str, Settled]:
+    """Refuse a job that cannot work; gives what its references to checkpoints mean.
+
+    Blocks for as long as counting tokens takes: call it in a thread.
 
     Raises:
         InvalidError: every finding with path, both sides and the fix.
     """
-    case = look_up(spec, models, artifacts)
+    case = look_up(spec, models)
     findings: list[Finding] = []
     for check in CHECKS:
         for finding in check(case):
@@ -115,18 +130,18 @@ def preflight(spec: JobSpec, models: ModelRegistry, artifacts: Artifacts) -> Non
                 raise InvalidError(findings)
     if findings:
         raise InvalidError(findings)
+    return case.models.settled
 
 
-def look_up(spec: JobSpec, models: ModelRegistry, artifacts: Artifacts) -> Case:
-    """Registry entries and rows that a spec names."""
-    entries = models.all()
+def look_up(spec: JobSpec, models: Models) -> Case:
+    """Models and rows that a spec names."""
     missing: list[tuple[str, str]] = []
 
     def source(param: str, data: DataSpec, max_tokens: int, stage: StageSpec | None = None) -> Source:
         if data.rows is not None:
             return Source(param, data, list(data.rows), list(range(len(data.rows))), max_tokens, stage)
         assert data.file is not None, "a data source has rows or a file"
-        path = artifacts.file(data.file)
+        path = models.artifacts.file(data.file)
         if not path.is_file():
             missing.append((f"{param}.file", data.file))
             return Source(param, data, [], [], max_tokens, stage)
@@ -140,9 +155,7 @@ def look_up(spec: JobSpec, models: ModelRegistry, artifacts: Artifacts) -> Case:
     evaluation = spec.evaluation
     return Case(
         spec=spec,
-        known_models=sorted(entries),
-        student=entries.get(spec.student.model),
-        teachers={name: entries.get(teacher.model) for name, teacher in spec.teachers.items()},
+        models=look_up_models(spec, models),
         training=training,
         evaluation=source("evaluation.data", evaluation.data, evaluation.max_tokens) if evaluation.data else None,
         missing_files=missing,
@@ -164,24 +177,6 @@ def check_supported(case: Case) -> Iterator[Finding]:
         yield Finding(
             "stages", f"multi-stage jobs are not supported yet, got {len(spec.stages)} stages", "send one stage per job"
         )
-    if spec.init_from is not None:
-        yield Finding("init_from", "starting from a checkpoint is not supported yet", "remove it")
-
-
-def check_models_exist(case: Case) -> Iterator[Finding]:
-    """Every model is registered."""
-    known = ", ".join(case.known_models) or "none yet"
-    wanted = [("student.model", case.spec.student.model, case.student)]
-    wanted += [
-        (f"teachers.{name}.model", teacher.model, case.teachers[name]) for name, teacher in case.spec.teachers.items()
-    ]
-    for param, name, entry in wanted:
-        if entry is None:
-            yield Finding(
-                param,
-                f"unknown model '{name}'; registered: {known}",
-                f"use one of these, or have it added with `stillhouse models add {name} PATH`",
-            )
 
 
 def check_files(case: Case) -> Iterator[Finding]:
@@ -359,6 +354,8 @@ def check_evaluation_size(case: Case) -> Iterator[Finding]:
 CHECKS: Final[tuple[Check, ...]] = (
     check_supported,
     check_models_exist,
+    check_start,
+    check_stage_teachers,
     check_tokenizers,
     check_chat_template,
     check_template_arguments,

@@ -168,7 +168,7 @@ class Engine:
         """Write the student as transformers loads it, and an adapter beside it as peft does."""
         export_model(self.model, self.state_arrays(), source_dir, folder, card)
         if self.student.lora is not None:
-            self.parameters.save_adapter(folder / "adapter", self.student.model)
+            self.parameters.save_adapter(folder / "adapter", card.get("init_from") or self.student.model)
 
     def _check_lora(self, folder: Path) -> None:
         """Refuse the checkpoint of a student that learns something else."""

@@ -33,6 +33,7 @@ COPIED_FILES: Final = (
 
 _LABELS: Final = {
     "student": "Student",
+    "init_from": "Began with the weights of",
     "teachers": "Teacher(s)",
     "objective": "Objective",
     "on_policy_fraction": "Share of the prompts that the student answered itself",
@@ -69,12 +70,19 @@ def export_model(
     """
     if folder.exists() and any(folder.iterdir()):
         raise ConflictError(f"{folder} is not empty; export into a new folder")
+    save_model(model, weights, source_dir, folder)
+    (folder / "README.md").write_text(model_card(card))
+    return folder
+
+
+def save_model(
+    model: PreTrainedModel, weights: Iterable[tuple[str, np.ndarray, str]], source_dir: Path, folder: Path
+) -> None:
+    """Write the model with `weights`, and of `source_dir` what training does not change."""
     model.save_pretrained(folder, state_dict={name: _tensor(array, dtype) for name, array, dtype in weights})
     for name in COPIED_FILES:
         if (source_dir / name).is_file():
             shutil.copyfile(source_dir / name, folder / name)
-    (folder / "README.md").write_text(model_card(card))
-    return folder
 
 
 def _tensor(array: np.ndarray, dtype: str) -> Tensor:

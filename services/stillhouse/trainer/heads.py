@@ -42,7 +42,7 @@ def make_task(
         job_id=scope.job_id,
         epoch=scope.epoch,
         teacher=name,
-        model=spec.model,
+        model=entry.name,
         model_sha256=entry.sha256,
         dtype=DTYPE_NAMES[spec.dtype],
         tokenizer_sha256=entry.tokenizer_sha256,

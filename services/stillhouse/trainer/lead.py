@@ -21,6 +21,7 @@ from typing import Any, Final
 from redis.exceptions import RedisError
 
 from stillhouse.core.blobs import is_no_space, sealed, sha256_file, write_json
+from stillhouse.core.checkpoints import read_references
 from stillhouse.core.errors import ConflictError, JobFailedError, LeaseLostError, StillhouseError
 from stillhouse.core.failpoints import failpoint
 from stillhouse.core.queue.epochs import close_epochs
@@ -33,6 +34,7 @@ from stillhouse.trainer import manifests
 from stillhouse.trainer.loop import Collaborators, Interrupt, Interrupted, Pace, run_opd
 from stillhouse.trainer.manifests import Opening
 from stillhouse.trainer.measures import card_facts, change
+from stillhouse.trainer.models import model_names
 from stillhouse.trainer.progress import Progress
 from stillhouse.trainer.run import Run
 from stillhouse.trainer.samplers import SamplerPool
@@ -233,10 +235,7 @@ class Lead:
         data = stage.data
         card: dict[str, Any] = {
             "student": self.spec.student.model,
-            "teachers": {
-                name: f"{teacher.model} (moving average of the student)" if teacher.ema_of_student else teacher.model
-                for name, teacher in self.spec.teachers.items()
-            },
+            **model_names(self.spec, read_references(self.artifacts)),
             "objective": stage.loss.model_dump(),
             "on_policy_fraction": stage.on_policy_fraction,
             "off_policy_source": stage.off_policy_source,

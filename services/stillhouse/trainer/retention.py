@@ -5,6 +5,9 @@
                  that lies `lag` steps back, whose replay gives the old versions again
               -> gone: renamed to tmp.gone.*, then deleted. So no reader finds half of one
 
+What a job that has not ended names (core/checkpoints.py) stays, too, until it is a model. A job names first and then
+looks whether it is there; here it is moved out of sight first, then looked at who names it: one of both sees the other.
+
 What is kept is hashed before anything goes: a checkpoint that rotted on disk is no reason to delete an older, good one.
 Journals always stay: they are the ledger.
 """
@@ -18,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from stillhouse.core.blobs import JobArtifacts, fsync_dir, read_json
+from stillhouse.core.blobs import Artifacts, JobArtifacts, fsync_dir, read_json
+from stillhouse.core.checkpoints import named, registration
 from stillhouse.core.errors import CorruptError, NotFoundError
 from stillhouse.core.failpoints import failpoint
 from stillhouse.trainer.manifests import ManifestRef, lineage, list_manifests, verify
@@ -51,11 +55,13 @@ def retain(
 ) -> int:
     """Delete the checkpoints of a running job that may go; `base` is what its epoch opened from. Returns how many."""
     gone = superfluous(artifacts, Policy(keep_last, keep_best, lag), on_damage)
-    for ref in gone:
-        if ref != base:
-            delete(artifacts, ref)
+    number = 0
+    try:
+        number = sum(delete(artifacts, ref) for ref in gone if ref != base)
+    except CorruptError as error:  # who names what is not known: all of it stays
+        on_damage(str(error))
     clear_gone(artifacts)
-    return len([ref for ref in gone if ref != base])
+    return number
 
 
 def superfluous(
@@ -133,17 +139,39 @@ def _is_good(artifacts: JobArtifacts, ref: ManifestRef, on_damage: Callable[[str
     return True
 
 
-def delete(artifacts: JobArtifacts, ref: ManifestRef) -> None:
-    """Delete a checkpoint: at once for every reader, and for good in the end."""
+def delete(artifacts: JobArtifacts, ref: ManifestRef) -> bool:
+    """Delete a checkpoint, at once for every reader, and for good in the end; False = it stays, or is gone already.
+
+    Raises:
+        CorruptError: what the jobs name cannot be read.
+    """
     folder = ref.folder(artifacts)
+    if is_named(artifacts, ref):
+        return False
     doomed = folder.with_name(f"{GONE}{ref.name}.{secrets.token_hex(4)}")
     try:
         folder.rename(doomed)
     except FileNotFoundError:  # another process was faster
-        return
+        return False
+    if is_named(artifacts, ref):
+        doomed.rename(folder)
+        return False
     fsync_dir(folder.parent)
     failpoint("trainer.retaining", ref.name)
     shutil.rmtree(doomed, ignore_errors=True)
+    return True
+
+
+def is_named(artifacts: JobArtifacts, ref: ManifestRef) -> bool:
+    """Whether a job that has not ended needs this checkpoint to make a model of it.
+
+    Raises:
+        CorruptError: what the jobs name cannot be read.
+    """
+    checkpoint = f"ckpt_{ref.epoch}-{ref.name}"
+    if registration(artifacts, checkpoint).is_file():
+        return False
+    return f"{artifacts.root.name}/{checkpoint}" in named(Artifacts(artifacts.root.parent.parent))
 
 
 def clear_gone(artifacts: JobArtifacts) -> None:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from stillhouse.core.blobs import JobArtifacts
 from stillhouse.core.errors import PreflightError
 from stillhouse.core.models import ModelEntry, verify_files
+from stillhouse.core.pulse import BULK
 from stillhouse.core.queue.jobs import JobRecord
 from stillhouse.core.queue.streams import Scope
 from stillhouse.core.service import Context
-from stillhouse.core.spec import JobSpec, PolicyGradientLoss
+from stillhouse.core.spec import JobSpec, PolicyGradientLoss, TeacherSpec
 from stillhouse.trainer import manifests
 from stillhouse.trainer.accuracy import Accuracy
 from stillhouse.trainer.asks import asks
@@ -26,6 +28,7 @@ from stillhouse.trainer.heads import ensure_loaded, fetch_head, make_task
 from stillhouse.trainer.ledger import Ledger
 from stillhouse.trainer.loop import Interrupt
 from stillhouse.trainer.manifests import Opening
+from stillhouse.trainer.models import JobModels
 from stillhouse.trainer.preflight import (
     Readers,
     all_stop_ids,
@@ -69,8 +72,9 @@ class Start:
     """Runs something until the claim ends; its error ends the claim."""
     exchange: Exchange | None = None
     judges: Judges | None = None
+    models: JobModels = field(init=False)
     readers: Readers = field(init=False)
-    """Set first of all."""
+    """Both set first of all."""
 
     async def run(self, opening: Opening, set_status: Callable[[str], Awaitable[None]]) -> Run:
         """Validate the job and bring everything to the state that `opening` names."""
@@ -78,9 +82,9 @@ class Start:
         self._check_ranks()
         if self.spec.deterministic:
             await self._check_services()
-        stage, student = self.spec.stages[0], self.ctx.models.get(self.spec.student.model)
-        teachers = {name: self.ctx.models.get(spec.model) for name, spec in self.spec.teachers.items()}
-        await asyncio.to_thread(verify_files, student)
+        await self._open_models()
+        stage, student = self.spec.stages[0], self.models.student
+        teachers = {name: self.models.entry(name) for name in self.spec.teachers}
         self.readers = await asyncio.to_thread(open_readers, self.spec, student, teachers)
         renderer = self.readers.renderer
         prompts, held_out = await self._load_prompts()
@@ -93,7 +97,7 @@ class Start:
         await set_status("starting")
         await self.progress.show("loading the student")
         threads = self.ctx.settings.threads
-        facts = await self.interrupt.race(self.learner.load(Path(student.path), self.spec, threads))
+        facts = await self.interrupt.race(self.learner.load(Path(self.models.start.path), self.spec, threads))
         await self._tell_loaded(facts)
         first_step, ledger = await self._restore(opening)
         await self.progress.show("loading teachers")
@@ -135,6 +139,35 @@ class Start:
             self.scope, step=run.step_done, committed_step=opening.base.step if opening.base else 0
         )
         return run
+
+    async def _open_models(self) -> None:
+        """The models of the job, checkpoints among them made models."""
+
+        async def make(name: str) -> ModelEntry:
+            from stillhouse.trainer.materialise import make_model
+
+            await self.progress.show(f"reading checkpoint {name}")
+            work = partial(self.learner.call, make_model, self.ctx.models, name, patience=BULK)
+            return await self.interrupt.race(self.space.insist(f"the model of {name}", work))
+
+        job_id = self.scope.job_id
+        self.models = JobModels(
+            job_id,
+            self.spec,
+            self.ctx.models,
+            make=make,
+            fence=lambda: self.ctx.jobs.update(self.scope),
+            tell=partial(self.ctx.jobs.event, job_id),
+        )
+        await self.models.open()
+        for entry in (self.models.student, self.models.start):
+            await asyncio.to_thread(verify_files, entry)
+
+    def _speakers(self, teachers: Mapping[str, ModelEntry]) -> dict[str, TeacherSpec]:
+        """The teachers with the names that samplers know their models by."""
+        return {
+            name: spec.model_copy(update={"model": teachers[name].name}) for name, spec in self.spec.teachers.items()
+        }
 
     def _check_ranks(self) -> None:
         """Refuse what several ranks do not do."""
@@ -251,7 +284,7 @@ class Start:
             exchange=exchange,
             samplers=self.samplers,
             space=self.space,
-            teachers=self.spec.teachers if writes else None,
+            teachers=self._speakers(teachers) if writes else None,
             tokenizer_sha256=student.tokenizer_sha256,
             log=self.log,
         )
@@ -317,7 +350,7 @@ class Start:
             space=self.space,
             learner=self.learner,
             heads=run.heads,
-            teachers=self.spec.teachers,
+            teachers=self._speakers(self.readers.teachers),
             samplers=self.samplers,
             readers=self.readers,
             judge=self._accuracy(prompts).judge,
