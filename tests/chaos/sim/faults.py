@@ -92,7 +92,7 @@ def draw_job(draw: random.Random) -> JobSpec:
     """A small job."""
     per_step, size = draw.randint(1, 3), draw.choice((1, 2, 2, 3))
     return JobSpec.model_validate(
-        _with_given_texts(
+        _varied(
             {
                 "student": {"model": "student"},
                 "teachers": {"main": {"model": "teacher"}},
@@ -119,6 +119,10 @@ def draw_job(draw: random.Random) -> JobSpec:
     )
 
 
+def _varied(spec: dict[str, Any]) -> dict[str, Any]:
+    return _with_a_mix(_with_given_texts(spec))
+
+
 def _with_given_texts(spec: dict[str, Any]) -> dict[str, Any]:
     """Every third job trains on texts that the student did not write, all or half of them; some ask no teacher."""
     stage = spec["stages"][0]
@@ -132,3 +136,15 @@ def _with_given_texts(spec: dict[str, Any]) -> dict[str, Any]:
         stage["schedule"]["group_size"] = 1
         stage["data"]["rows"] = [{**row, "completion": row["prompt"][-3:]} for row in stage["data"]["rows"]]
     return {**spec, "teachers": {}} if kind == "sft" else spec
+
+
+def _with_a_mix(spec: dict[str, Any]) -> dict[str, Any]:
+    """Every fourth job draws its prompts by share from the rows of two teachers."""
+    draw = random.Random(f"mix {spec['seed']}")
+    if not spec["teachers"] or draw.random() >= 0.25:
+        return spec
+    data = spec["stages"][0]["data"]
+    for number, row in enumerate(data["rows"]):
+        row["teacher"] = ("main", "second")[number % 2]
+    data["mix"] = {"main": draw.choice((0.3, 1, 4)), "second": 1}
+    return {**spec, "teachers": {"main": {"model": "teacher"}, "second": {"model": "teacher"}}}
