@@ -20,7 +20,8 @@ from stillhouse.cli.console import EXIT_USAGE, CliError
 from stillhouse.cli.jobtemplate import job_file
 from stillhouse.cli.recipes import init, show
 from stillhouse.core.blobs import Artifacts
-from stillhouse.core.models import ModelRegistry, inspect_model
+from stillhouse.core.checkpoints import Models
+from stillhouse.core.models import inspect_model
 from stillhouse.core.recipes import FOLDER, OURS, Setting, described, find_preset, presets, recipes, with_preset
 from stillhouse.core.spec import JobSpec, StageSpec
 from stillhouse.gateway.validation import preflight
@@ -234,7 +235,7 @@ def test_a_new_job_file_is_accepted_once_models_and_prompts_are_named(tmp_path: 
 @pytest.mark.parametrize("name", sorted(name for name in recipes() if len(presets(name)) == 1))
 def test_the_gateway_accepts_it_too(tmp_path: Path, name: str) -> None:
     document = jobfile.load(filled_in(tmp_path, name)).document
-    models = ModelRegistry(tmp_path / "models.yaml")
+    models = Models(tmp_path / "models.yaml", Artifacts(tmp_path / "artifacts"))
     for model in {document["student"]["model"], *(each["model"] for each in document.get("teachers", {}).values())}:
         folder = make_model(tmp_path / "models" / model, max_length=8192)
         (folder / "chat_template.jinja").write_text("{{ messages }} {{ enable_thinking }}")
@@ -244,7 +245,7 @@ def test_the_gateway_accepts_it_too(tmp_path: Path, name: str) -> None:
         held_out = [{**row, "prompt": f"Not trained on: {row['prompt']}"} for row in preset.rows]
         if "evaluation" in document:
             document["evaluation"] = {"data": {"rows": held_out}}
-    preflight(JobSpec.model_validate(document), models, Artifacts(tmp_path / "artifacts"))
+    preflight(JobSpec.model_validate(document), models)
 
 
 @pytest.mark.parametrize("name", recipes())

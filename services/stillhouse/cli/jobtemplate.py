@@ -40,14 +40,16 @@ def _head(name: str, recipe: Recipe) -> Iterator[str]:
 
 def _models(recipe: Recipe) -> Iterator[str]:
     yield "student:"
-    yield from _comment(f"{recipe.student} Fill in its registered name (`stillhouse models ls`).", 2)
+    yield from _comment(f"Fill in (`stillhouse models ls`): {recipe.student}", 2)
     yield f"  model: {STUDENT}"
     if recipe.teachers:
-        yield ""
-        yield "teachers:"
+        yield from ("", "teachers:")
+        yield from _comment(
+            "By names of your own. A model is a registered one, or a checkpoint of a job: docs/teachers.md.", 2
+        )
     for name, slot in recipe.teachers.items():
         yield f"  {name}:"
-        yield from _comment(f"{slot.about} Fill in its registered name.", 4)
+        yield from _comment(f"Fill in: {slot.about}", 4)
         yield f"    model: {slot.model}"
 
 
@@ -56,7 +58,7 @@ def _stage(stage: str, key: str, preset: Preset, recipe: Recipe) -> Iterator[str
     yield f"  - name: {stage}"
     yield f"    recipe: {key}"
     yield "    data:"
-    yield from _comment("Fill in: your prompts, beside this file, one row a line, for example", 6)
+    yield from _comment("Fill in: your prompts, beside this file. JSON lines, one row each, for example", 6)
     yield from (f"      # {json.dumps(row, ensure_ascii=False)}" for row in preset.rows)
     yield "      path: prompts.jsonl"
     if preset.mix is not None:
