@@ -17,8 +17,11 @@ Json = dict[str, Any]
 FEW_DOMAINS: Final = 4
 """Up to so many domains have a line each in `measured`; of more, it has the mean."""
 KL: Final = "loss/reverse_kl"
-COLOURS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#222222", "#8C564B", "#999999")
-"""Of Okabe and Ito, told apart by colour-blind readers, and two more."""
+COLOURS: Final = (
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"),
+    *("#8C564B", "#999999", "#B8B000", "#5E3C99"),
+)
+"""Those of Okabe and Ito, told apart by colour-blind readers, and four more; black is the mean."""
 
 
 def summarise(results: Json, facts: Json) -> Json:
@@ -67,6 +70,7 @@ def costs(job: Json, metrics: list[Json]) -> Json:
         "sampled_tokens": int(usage["sampled_tokens"]),
         "scored_tokens": int(usage["scored_tokens"]),
         "model_loads": int(usage["model_loads"]),
+        "model_loads_per_step": round(usage["model_loads"] / max(len(metrics), 1), 2),
         "head_loads_per_step": round(fmean(heads), 2) if heads else 0,
         "score_bytes_per_token": round(usage["score_bytes"] / max(usage["scored_tokens"], 1), 1),
     }
@@ -92,6 +96,12 @@ def _measured(job: Json, file: str) -> Iterator[Json]:
             yield line(f"accuracy, {name}", share["before"], share["after"])
     if "normalised" in job:
         yield line("normalised score (0 = student, 1 = teachers)", None, job["normalised"])
+    told = job["costs"]
+    if told["model_loads"]:
+        yield line("loads of teachers a step, while scoring", None, told["model_loads_per_step"])
+    if told["head_loads_per_step"]:
+        yield line("heads brought to the trainer's device a step", None, told["head_loads_per_step"])
+    yield line("bytes of scores a token", None, told["score_bytes_per_token"])
 
 
 def tables(summary: Json) -> list[Table]:
@@ -159,7 +169,7 @@ def _answers(axes: Axes, domains: dict[str, Json]) -> None:
         places = [index + 0.27 * (offset - 1) for index in range(len(domains))]
         axes.bar(places, [share.get(key, 0.0) for share in domains.values()], 0.25, color=colour, label=key)
     axes.set_xticks(range(len(domains)), list(domains), rotation=30 if len(domains) > FEW_DOMAINS else 0)
-    axes.set_ylim(0, 1.02)
+    axes.set_ylim(0, 1.25)  # room for the legend above full bars
     _tidy(axes, "right greedy answers, held-out words", "", "share")
 
 
