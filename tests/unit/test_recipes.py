@@ -295,6 +295,15 @@ def test_the_command_shows_all_and_explains_one(capsys: pytest.CaptureFixture[st
         show("qwen3/on_policy", as_json=False)
 
 
+def test_examples_use_the_recipe_whose_name_they_have() -> None:
+    folders = [folder for folder in (ROOT / "examples").iterdir() if folder.name in recipes()]
+    assert len(folders) >= 3
+    for folder in folders:
+        jobs = [yaml.safe_load(file.read_text()) for file in folder.glob("*.yaml")]
+        used = {stage.get("recipe", "").partition("/")[0] for job in jobs for stage in job["stages"]}
+        assert folder.name in used, folder
+
+
 def test_the_wheel_takes_the_files_along() -> None:
     patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
     core = FOLDER.parent
