@@ -53,6 +53,7 @@ WRONG_FIELDS = [
     ("stages.0.data.file", "file_00000000", "stages.0.data", "exactly one of"),
     ("teachers", {"a b": {"model": "big"}}, "teachers.a b", "must match"),
     ("teachers", {}, "teachers", "name at least one teacher"),
+    ("teachers", {"mean": {"model": "big"}}, "teachers", "no teacher can be called"),
     ("stages.0.sampling.stop_token_ids", [-1], "stages.0.sampling.stop_token_ids.0", ">= 0"),
     ("student.dtype", "float64", "student.dtype", "'float32' or 'bfloat16'"),
     ("learning_rate", 1, "learning_rate", "unknown key"),

@@ -330,6 +330,8 @@ class JobSpec(Closed):
     @field_validator("teachers")
     @classmethod
     def _enough(cls, teachers: dict[str, TeacherSpec], info: ValidationInfo) -> dict[str, TeacherSpec]:
+        if "mean" in teachers:
+            raise ValueError("no teacher can be called 'mean': the metric loss/reverse_kl/mean is of all of them")
         learning = [stage for stage in info.data.get("stages", ()) if stage.needs_teacher()]
         if learning and not teachers:
             raise ValueError(f"name at least one teacher: stage '{learning[0].name}' learns from it")
