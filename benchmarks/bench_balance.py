@@ -1,8 +1,8 @@
 """What `loss.per_teacher` does to a domain with short answers beside one with long ones: two jobs alike but for it.
 
 The domains are toy tasks (examples/toys): `ends` answers with two letters, `echo` says a word six times. Each has a
-teacher, an expert that began as the student does, and half of the prompts (`data.mix`); `echo` has ten times the tokens.
-Held-out reverse KL and accuracy of each domain are taken every few steps, by the jobs themselves.
+teacher, an expert that began as the student does, and half of the prompts (`data.mix`); `echo` has ten times the
+tokens. Held-out reverse KL and accuracy of each domain are taken every five steps, by the jobs themselves.
 
     python benchmarks/bench_balance.py [--steps 40] [--seeds 3] [--work runs/balance]
 """
