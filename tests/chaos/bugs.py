@@ -28,4 +28,7 @@ BUGS: Final[dict[str, str]] = {
     "swallowed_error": "A failure is recorded without a reason, or hidden as if nothing had happened.",
     "replay_twice": "A takeover trains a journalled step again on weights that already contain it.",
     "out_of_order": "Steps or groups are trained in the order of arrival instead of the order of the plan.",
+    "stage_not_drained": "Samples of a stage are written by weights from before it: the pipeline was not drained.",
+    "stage_lost_at_restore": "A claim that opens from the checkpoint at a stage's end goes on in that stage, so the "
+    "next one is trained by the settings and moments of the one before.",
 }

@@ -34,6 +34,8 @@ SHOWN_BY: Final[dict[str, str]] = {
     "swallowed_error": r"\[reason\]",
     "replay_twice": r"\[ledger\]|^truth",
     "out_of_order": r"\[prefix\]",
+    "stage_not_drained": r"\[stage\]",
+    "stage_lost_at_restore": r"\[stage\]|^truth",
 }
 """Bug -> the violation that shows it."""
 

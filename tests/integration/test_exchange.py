@@ -51,7 +51,6 @@ async def parts(redis_url: str) -> AsyncIterator[Any]:
         registry=Registry(redis),
         peers=None,  # type: ignore[arg-type]
         consumer="trainer-0",
-        tasks={"main": rollout_pb2.TeacherTask(model_sha256="a" * 64)},
         log=structlog.get_logger(),
     )
     yield SimpleNamespace(redis=redis, queue=queue, exchange=exchange)
@@ -95,6 +94,7 @@ async def test_opening_an_epoch_takes_away_what_a_killed_trainer_left(parts: Any
     await parts.redis.hset(keys.job(JOB.job_id), "epoch", str(JOB.epoch))
 
     await parts.exchange.open()
+    await parts.exchange.open_teachers({"main": rollout_pb2.TeacherTask(model_sha256="a" * 64)})
     fields = {field.decode() for field in await parts.redis.hkeys(keys.teacher("a" * 64))}
     assert fields == {keys.rollouts(JOB.job_id, JOB.epoch, "main"), keys.rollouts("job_other", 1, "main")}
     assert await parts.redis.keys(f"{keys.job(JOB.job_id)}:1:*") == []

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from stillhouse.core.spec import EmaSpec, StageSpec, StudentSpec, TeacherSpec
+from stillhouse.core.spec import EmaSpec, StageSpan, StageSpec, StudentSpec, TeacherSpec
 from stillhouse.trainer.batch import TeacherHead, TrainSample
 from stillhouse.trainer.engine import Engine
 from stillhouse.trainer.learner import Learner
@@ -48,7 +48,7 @@ def learner(
         name: TeacherSpec(model="m", weight=(weights or {}).get(name, 1.0), ema_of_student=ema) for name in teachers
     }
     engine = Engine(model, student=StudentSpec(model="m", **student), stage=spec, seed=seed, ema=ema)
-    return Learner(engine, stage=spec, teachers=specs, total_steps=total_steps)
+    return Learner(engine, span=StageSpan(0, spec, 0, total_steps, 0), teachers=specs, total_steps=total_steps)
 
 
 def engine_of(student: Learner) -> Engine:

@@ -34,7 +34,7 @@ JOB_ID = "job_0123456789"
 class Job:
     """Writes a job's artifacts step by step, as its trainers would."""
 
-    def __init__(self, root: Path, **changes: Any) -> None:
+    def __init__(self, root: Path, *, stage_steps: Sequence[int] = (STEPS,), **changes: Any) -> None:
         spec = job_spec(
             stages__0__schedule={
                 "steps": STEPS,
@@ -46,9 +46,15 @@ class Job:
             seed=7,
             **{"stages__0__loss": {"objective": "policy_gradient"}, **changes},
         )
+        stage = spec["stages"][0]
+        spec["stages"] = [
+            {**stage, "name": f"stage-{index}", "schedule": {**stage["schedule"], "steps": steps}}
+            for index, steps in enumerate(stage_steps)
+        ]
         self.spec = JobSpec.model_validate(spec)
         self.artifacts = Artifacts(root).job(JOB_ID)
-        self.order = Passes(range(ROWS), f"{self.spec.seed}/pass", shuffle=True)
+        seeds = [span.order_seed(self.spec.seed) for span in self.spec.spans()]
+        self.orders = [Passes(range(ROWS), f"{seed}/pass", shuffle=True) for seed in seeds]
         self.epoch = 0
         self.step = 0
         """Steps in the learner."""
@@ -85,7 +91,7 @@ class Job:
         while self.step < until:
             scores = self.journal(self.step)
             self.train(self.step, scores)
-            if self.step % COMMIT_EVERY == 0 or self.step == STEPS:
+            if self.step % COMMIT_EVERY == 0 or self.step in [span.stop_step for span in self.spec.spans()]:
                 self.commit()
 
     def journal(
@@ -95,6 +101,7 @@ class Job:
         groups: Iterable[int] = (),
         next_group: int = 0,
         planned: Sequence[str] = (),
+        stage: int | None = None,
     ) -> list[rollout_pb2.Score]:
         """Write the journal of a step."""
         consumed = list(groups) or list(range(step * PER_STEP, (step + 1) * PER_STEP))
@@ -108,6 +115,7 @@ class Job:
             groups=consumed,
             num_samples=len(written),
             next_group=next_group or (step + 1) * PER_STEP,
+            stage=self.spec.span_at(step).index if stage is None else stage,
             micro_batches=[journal_pb2.MicroBatchPlan(teacher="main", sample_ids=plan)],
             written_at=time.time(),
         )
@@ -124,12 +132,12 @@ class Job:
         append_jsonl(self.artifacts.metrics, [{"epoch": self.epoch, "step": self.step, "values": {"loss/total": 1.0}}])
         self.set(step=self.step)
 
-    def commit(self, value: float = 0.0, *, is_zombie: bool = False) -> manifests.ManifestRef:
+    def commit(self, value: float = 0.0, *, is_zombie: bool = False, stage: int | None = None) -> manifests.ManifestRef:
         """Commit the learner's state; `value` is added to one of its weights. A zombie is fenced off right after."""
         facts = {
             "job_id": JOB_ID,
             "next_group": self.step * PER_STEP,
-            "stage": 0,
+            "stage": self.spec.span_at(max(0, self.step - 1)).index if stage is None else stage,
             "parent": self.last.as_json() if self.last else None,
             "spec_sha256": manifests.spec_sha256(self.spec.model_dump(mode="json")),
             "usage": {},
@@ -176,7 +184,8 @@ class Job:
     def score(
         self, group: int, index: int, step: int, *, version: int | None = None, seed: int = -1
     ) -> rollout_pb2.Score:
-        version = max(0, step - STALENESS) if version is None else version
+        version = self.spec.span_at(step).oldest_version(step) if version is None else version
+        row = self.row(group)
         seed = seed if seed >= 0 else sample_seed(self.spec.seed, str(group), index)
         num_tokens = 1 + seed % 5
         rollout = rollout_pb2.Rollout(
@@ -188,17 +197,21 @@ class Job:
             group=group,
             index=index,
             teacher="main",
-            prompt_ids=ids_tensor([1, self.order[group]]),
+            prompt_ids=ids_tensor([1, row]),
             completion_ids=ids_tensor([(seed + position) % 97 for position in range(num_tokens)]),
             rollout_logprobs=floats_tensor([-1.0] * num_tokens),
             finish_reason=rollout_pb2.FINISH_REASON_STOP,
             spans=[rollout_pb2.Span(first_token=0, policy_version=version, epoch=self.epoch)],
             seed=seed,
-            row=self.order[group],
+            row=row,
             weights_sha256=f"{self.epoch}-{version}",
         )
         sampled = rollout_pb2.SampledScore(teacher_logprobs=floats_tensor([-2.0] * num_tokens))
         return rollout_pb2.Score(schema_version=1, rollout=rollout, sampled=sampled)
+
+    def row(self, group: int) -> int:
+        span = self.spec.span_at(group // PER_STEP)
+        return int(self.orders[span.index][group - span.first_group])  # type: ignore[arg-type]
 
     def set(self, **fields: Any) -> None:
         values = {name: getattr(self.record, name) for name in JobRecord.__dataclass_fields__}
@@ -377,6 +390,33 @@ def out_of_order(job: Job) -> None:
     job.finish()
 
 
+def stage_not_drained(job: Job) -> None:
+    """Groups of the second stage, which begins at step 4, were written before the last step of the first."""
+    job.run(4)
+    job.train(4, job.journal(4, job.scores(4, version=3)))
+    job.run(STEPS)
+    job.finish()
+
+
+def stage_lost_at_restore(job: Job) -> None:
+    """The takeover opened from the checkpoint at the end of the first stage, and its learner stayed in that."""
+    job.run(4)
+    job.open()
+    for step in (4, 5):
+        job.train(step, job.journal(step))
+    job.commit(stage=0)
+    job.finish()
+
+
+TWO_STAGES = {"stage_not_drained", "stage_lost_at_restore"}
+"""Bugs of jobs with two stages."""
+
+
+def job_of(root: Path, bug: str) -> Job:
+    """A job that the bug may hit."""
+    return Job(root, stage_steps=(4, 2) if bug in TWO_STAGES else (STEPS,))
+
+
 CASES: dict[str, tuple[Callable[[Job], None], set[str]]] = {
     "ack_before_result": (ack_before_result, {"complete"}),
     "train_before_journal": (train_before_journal, {"trained"}),
@@ -394,5 +434,7 @@ CASES: dict[str, tuple[Callable[[Job], None], set[str]]] = {
     "swallowed_error": (swallowed_error, {"reason"}),
     "replay_twice": (replay_twice, {"ledger"}),
     "out_of_order": (out_of_order, {"prefix"}),
+    "stage_not_drained": (stage_not_drained, {"stage"}),
+    "stage_lost_at_restore": (stage_lost_at_restore, {"stage"}),
 }
 """Bug -> (what it leaves, rules that must be among the broken ones)."""

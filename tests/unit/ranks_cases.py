@@ -121,7 +121,7 @@ def close(student: Learner) -> None:
 
 def main(root: Path, source: Path | None, into: Path) -> None:
     """What every rank runs: `run`, or `reload` of a source."""
-    from stillhouse.core.spec import StageSpec, StudentSpec, TeacherSpec
+    from stillhouse.core.spec import StageSpan, StageSpec, StudentSpec, TeacherSpec
     from stillhouse.trainer.ranks import Part, RankedEngine, Ranks
 
     ranks = Ranks.join()
@@ -137,7 +137,7 @@ def main(root: Path, source: Path | None, into: Path) -> None:
         student = StudentSpec(model="m", **options)
         engine = RankedEngine(ranks, model, student=student, stage=spec, seed=0, ema=ema)
         teachers = {"t": TeacherSpec(model="m", ema_of_student=ema)}
-        return Learner(engine, stage=spec, teachers=teachers, total_steps=100)
+        return Learner(engine, span=StageSpan(0, spec, 0, 100, 0), teachers=teachers, total_steps=100)
 
     if source is None:
         seen = run(make, root, into)

@@ -167,7 +167,7 @@ def test_a_zombies_late_checkpoint_is_on_no_lineage(healthy: JobArtifacts) -> No
 def test_a_deterministic_claim_starts_so_early_that_the_replay_passes_the_versions_it_needs(
     healthy: JobArtifacts, lag: int
 ) -> None:
-    opening = open_epoch(healthy, 4, "d", lag=lag)
+    opening = open_epoch(healthy, 4, "d", lag=lambda _: lag)
     base_step = opening.base.step if opening.base else 0
     assert base_step + len(opening.replay) == 10
     assert base_step == max((step for step in (0, 2, 4, 8) if step <= 10 - lag), default=0)

@@ -52,7 +52,7 @@ def teacher(tmp_path: Path) -> ModelEntry:
 
 def test_it_reads_its_own_tokens_by_its_own_template(student: ModelEntry, teacher: ModelEntry) -> None:
     readers = open_readers(SPEC, student, {"main": teacher})
-    ((prompt,), _) = load_prompts(SPEC, readers, Artifacts(Path("/nowhere")))
+    (prompt,) = load_prompts(SPEC.stages[0], SPEC, readers, Artifacts(Path("/nowhere")))
     assert prompt.teacher_prompt_ids is not None
     read = Tokenizer.from_file(str(Path(teacher.path) / "tokenizer.json")).decode(
         list(prompt.teacher_prompt_ids), skip_special_tokens=False
@@ -67,9 +67,11 @@ def test_the_students_tokens_are_not_counted_against_the_teachers_limit(
 ) -> None:
     def load(entry: ModelEntry, limit: int) -> None:
         readers = open_readers(SPEC, student, {"main": entry.model_copy(update={"max_sequence_length": limit})})
-        load_prompts(SPEC, readers, Artifacts(Path("/nowhere")))
+        load_prompts(SPEC.stages[0], SPEC, readers, Artifacts(Path("/nowhere")))
 
-    ((prompt,), _) = load_prompts(SPEC, open_readers(SPEC, student, {"main": teacher}), Artifacts(Path("/nowhere")))
+    (prompt,) = load_prompts(
+        SPEC.stages[0], SPEC, open_readers(SPEC, student, {"main": teacher}), Artifacts(Path("/nowhere"))
+    )
     own, most = len(prompt.teacher_prompt_ids or ()), SPEC.stages[0].sampling.max_tokens
     assert most > 1
     load(teacher, own + 1)

@@ -9,7 +9,17 @@ from dataclasses import dataclass
 
 import pytest
 
-from stillhouse.trainer.loop import Collaborators, Interrupt, Interrupted, Pace, run_opd
+from stillhouse.core.spec import StageSpan, StageSpec
+from stillhouse.trainer.loop import Collaborators, Interrupt, Interrupted, run_opd
+
+
+def stage(
+    steps: int, prompts_per_step: int, max_staleness: int, *, first_step: int = 0, first_group: int = 0
+) -> StageSpan:
+    schedule = {"steps": steps, "prompts_per_step": prompts_per_step, "max_staleness": max_staleness}
+    loss = {"objective": "full_vocabulary"}
+    spec = StageSpec.model_validate({"data": {"rows": [{"prompt": "a"}]}, "loss": loss, "schedule": schedule})
+    return StageSpan(0, spec, first_step, first_step + steps, first_group)
 
 
 @dataclass
@@ -21,8 +31,8 @@ class Group:
 class FakeRun:
     """Every collaborator in one: a sampler with random speed that honours `min_policy_version`, and a log of events."""
 
-    def __init__(self, pace: Pace, seed: int = 0, *, misses_hints: bool = False) -> None:
-        self._pace = pace
+    def __init__(self, span: StageSpan, seed: int = 0, *, misses_hints: bool = False) -> None:
+        self._span = span
         self._random = random.Random(seed)
         self._misses_hints = misses_hints
         self._published = asyncio.Condition()
@@ -80,15 +90,14 @@ class FakeRun:
     async def run(self, first_step: int = 0, interrupt: Interrupt | None = None) -> None:
         self.version = self.sampler_version = first_step
         together = Collaborators(self, self, self, self, self, self)
-        await asyncio.wait_for(run_opd(self._pace, first_step, together, interrupt or Interrupt()), 20)
+        await asyncio.wait_for(run_opd(self._span, first_step, together, interrupt or Interrupt()), 20)
 
 
 @pytest.mark.parametrize("max_staleness", [0, 1, 3])
 @pytest.mark.parametrize("misses_hints", [False, True])
 @pytest.mark.parametrize("seed", range(4))
 async def test_staleness_stays_within_its_bound(max_staleness: int, misses_hints: bool, seed: int) -> None:
-    pace = Pace(stop_step=20, prompts_per_step=4, max_staleness=max_staleness)
-    run = FakeRun(pace, seed, misses_hints=misses_hints)
+    run = FakeRun(stage(20, 4, max_staleness), seed, misses_hints=misses_hints)
     await run.run()
     assert max(run.staleness) <= max_staleness
     assert min(run.staleness) >= 0
@@ -97,20 +106,20 @@ async def test_staleness_stays_within_its_bound(max_staleness: int, misses_hints
 
 async def test_a_sampler_that_misses_every_hint_uses_the_whole_bound() -> None:
     """Negative control: the bound is really reached, so the test above can fail."""
-    run = FakeRun(Pace(20, 4, 3), misses_hints=True)
+    run = FakeRun(stage(20, 4, 3), misses_hints=True)
     await run.run()
     assert max(run.staleness) == 3
 
 
 @pytest.mark.parametrize("max_staleness", [0, 2])
 async def test_slots_bound_what_is_in_flight(max_staleness: int) -> None:
-    run = FakeRun(Pace(10, 4, max_staleness))
+    run = FakeRun(stage(10, 4, max_staleness))
     await run.run()
     assert run.most_in_flight <= (max_staleness + 1) * 4
 
 
 async def test_every_step_is_journalled_before_it_is_trained_and_published_after() -> None:
-    run = FakeRun(Pace(5, 2, 1))
+    run = FakeRun(stage(5, 2, 1))
     await run.run()
     for step in range(5):
         order = [
@@ -124,7 +133,7 @@ async def test_every_step_is_journalled_before_it_is_trained_and_published_after
 
 
 async def test_a_slot_is_free_only_when_the_weights_are_published() -> None:
-    run = FakeRun(Pace(5, 2, 1))
+    run = FakeRun(stage(5, 2, 1))
     await run.run()
     for group in range(4, 10):
         step_that_frees = group // 2 - 1
@@ -132,27 +141,27 @@ async def test_a_slot_is_free_only_when_the_weights_are_published() -> None:
 
 
 async def test_a_resumed_loop_goes_on_with_the_next_group() -> None:
-    run = FakeRun(Pace(8, 3, 1))
+    run = FakeRun(stage(8, 3, 1))
     await run.run(first_step=5)
     assert [group for kind, group in run.events if kind == "start"] == list(range(15, 24))
     assert [step for kind, step in run.events if kind == "train"] == [5, 6, 7]
 
 
 async def test_nothing_is_started_that_no_step_will_train() -> None:
-    run = FakeRun(Pace(3, 2, 5))
+    run = FakeRun(stage(3, 2, 5))
     await run.run()
     assert [group for kind, group in run.events if kind == "start"] == list(range(6))
 
 
 async def test_a_crashed_stage_ends_the_run_with_its_own_exception() -> None:
-    run = FakeRun(Pace(10, 2, 1))
+    run = FakeRun(stage(10, 2, 1))
     run.fail_at = 7
     with pytest.raises(ConnectionError, match="teacher crashed"):
         await run.run()
 
 
 async def test_an_interrupt_stops_between_steps() -> None:
-    run = FakeRun(Pace(10, 2, 1))
+    run = FakeRun(stage(10, 2, 1))
     interrupt = Interrupt()
 
     async def publish_and_stop(step: int) -> None:

@@ -14,7 +14,7 @@ from stillhouse.core.tensors import ids_tensor
 from stillhouse.trainer import manifests
 from stillhouse.trainer.journal import StepJournal, read_step
 from stillhouse.trainer.manifests import JournalRef, ManifestRef, open_epoch
-from stillhouse.trainer.retention import retain
+from stillhouse.trainer.retention import Policy, retain
 from stillhouse.v1 import rollout_pb2
 
 
@@ -152,7 +152,7 @@ def test_retention_keeps_the_newest_and_the_base(artifacts: JobArtifacts) -> Non
     open_epoch(artifacts, 1, "trainer-a")
     first = commit(artifacts, 1, 1)
     refs = [commit(artifacts, 1, step) for step in range(2, 7)]
-    assert retain(artifacts, 2, base=first) == 3
+    assert retain(artifacts, Policy(2), base=first) == 3
     assert manifests.list_manifests(artifacts) == [first, *refs[-2:]]
 
 

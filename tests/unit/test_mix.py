@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 
 from stillhouse.core.errors import PreflightError
-from stillhouse.core.oracle.steps import Rows
+from stillhouse.core.oracle.stages import Rows
 from stillhouse.core.spec import Row
 from stillhouse.trainer.mix import Turns, draws, whole_numbers
 from stillhouse.trainer.prompts import Prompt, PromptOrder

@@ -20,7 +20,7 @@ from stillhouse.core.tensors import floats_tensor, ids_tensor
 from stillhouse.trainer import manifests
 from stillhouse.v1 import rollout_pb2
 from tests.chaos.bugs import BUGS
-from tests.unit.oracle_cases import CASES, COMMIT_EVERY, STEPS, Job, finished
+from tests.unit.oracle_cases import CASES, COMMIT_EVERY, STEPS, Job, finished, job_of
 
 SEED = 20261123
 
@@ -42,8 +42,9 @@ def test_an_honest_job_breaks_no_rule(tmp_path: Path) -> None:
     assert counts["tensors_compared"] == 1
 
 
-def test_an_honest_job_is_right_at_every_moment(tmp_path: Path) -> None:
-    job = Job(tmp_path)
+@pytest.mark.parametrize("stage_steps", [(STEPS,), (4, 2), (1, 4, 1)], ids=str)
+def test_an_honest_job_is_right_at_every_moment(tmp_path: Path, stage_steps: tuple[int, ...]) -> None:
+    job = Job(tmp_path, stage_steps=stage_steps)
     assert verify_job(job.artifacts, job.record).ok
     job.open()
     for step in range(STEPS):
@@ -161,7 +162,7 @@ def test_every_bug_has_a_case() -> None:
 @pytest.mark.parametrize("name", BUGS)
 def test_a_seeded_bug_is_found(tmp_path: Path, name: str) -> None:
     plant, rules = CASES[name]
-    job = Job(tmp_path)
+    job = job_of(tmp_path, name)
     job.open()
     plant(job)
     for record in (None, job.record):
@@ -269,6 +270,7 @@ EDITS: dict[str, tuple[str, Callable[[Job], Any]]] = {
     ),
     "back to validating": ("status", lambda job: job.event("job.status", status="validating", epoch=1)),
     "starting after running": ("status", lambda job: job.event("job.status", status="starting", epoch=1)),
+    "a journal of another stage": ("stage", lambda job: job.journal(2, stage=1)),
     "an unknown state": ("status", lambda job: job.event("job.status", status="happy")),
     "no export": ("success", lambda job: (job.run(STEPS), job.finish(export=False))),
     "one checkpoint left": ("retention", lambda job: (job.run(4), _take_oldest(job))),
@@ -324,9 +326,40 @@ def test_rows_are_covered_and_planned_once(tmp_path: Path) -> None:
     job.journal(2, scores, planned=["4/0", "4/1", "5/0", "4/0"])
     assert verify_job(job.artifacts).broken_rules() == {"plan"}
     for score in scores:
-        score.rollout.row = job.order[0]
+        score.rollout.row = job.row(0)
     job.journal(2, scores)
     assert {"rows", "coverage"} <= verify_job(job.artifacts).broken_rules()
+
+
+def test_every_stage_ends_with_a_checkpoint(tmp_path: Path) -> None:
+    job = Job(tmp_path, stage_steps=(3, 3))
+    job.open()
+    job.run(2)
+    for step in (2, 3):
+        job.train(step, job.journal(step))
+    job.commit()
+    report = verify_job(job.artifacts, job.record)
+    assert report.broken_rules() == {"stage"}, report.text()
+    assert "the stage that ends with 3 has none" in report.text()
+
+
+def test_a_stage_takes_every_row_once_a_pass_whatever_the_one_before_took(tmp_path: Path) -> None:
+    """Four steps of two groups over five rows end in the middle of a pass; the next stage begins with a new one."""
+    job = Job(tmp_path, stage_steps=(4, 5))
+    job.open()
+    job.run(9)
+    report = verify_job(job.artifacts, job.record)
+    assert report.ok, report.text()
+    rows = [job.row(group) for group in range(8, 18)]
+    assert sorted(rows[:5]) == sorted(rows[5:]) == [0, 1, 2, 3, 4]
+    for step in range(4, 9):
+        job.journal(step, [_row(score, rows[0]) for score in job.scores(step)])
+    assert "coverage" in verify_job(job.artifacts, job.record).broken_rules()
+
+
+def _row(score: rollout_pb2.Score, row: int) -> rollout_pb2.Score:
+    score.rollout.row = row
+    return score
 
 
 def test_a_spec_that_does_not_parse(tmp_path: Path) -> None:

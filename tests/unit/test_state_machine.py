@@ -41,7 +41,7 @@ from stillhouse.core.tensors import ids_tensor
 from stillhouse.trainer import manifests
 from stillhouse.trainer.journal import StepJournal, read_step
 from stillhouse.trainer.manifests import ManifestRef, Opening, open_epoch
-from stillhouse.trainer.retention import retain
+from stillhouse.trainer.retention import Policy, retain
 from stillhouse.v1 import rollout_pb2
 from tests.chaos.sim.clock import Clock, SimLoop
 from tests.chaos.sim.redis_client import Line, SimRedis
@@ -272,7 +272,7 @@ class Machine(RuleBasedStateMachine):
 
         trainer.last_commit = manifests.commit(self.artifacts, trainer.scope.epoch, trainer.step, facts, write)
         if trainer is self.live:  # a zombie is stopped by the fence of the record, which comes before
-            retain(self.artifacts, keep_last, trainer.opening.base)
+            retain(self.artifacts, Policy(keep_last), trainer.opening.base)
 
     # -- what workers do ---------------------------------------------------------------------------------------------
 

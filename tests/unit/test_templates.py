@@ -11,7 +11,7 @@ from stillhouse.core.blobs import Artifacts
 from stillhouse.core.errors import PreflightError
 from stillhouse.core.models import ModelEntry, inspect_model
 from stillhouse.core.spec import JobSpec, Row, TeacherSpec
-from stillhouse.trainer.preflight import Readers, load_prompts, open_readers
+from stillhouse.trainer.preflight import Readers, load_held_out, load_prompts, open_readers
 from stillhouse.trainer.prompts import Prompt, prepare
 from tests.cluster import job_spec
 from tests.gateway_kit import make_model
@@ -45,7 +45,7 @@ def spec_of(rows: list[dict[str, Any]], teacher: dict[str, Any] | None = None, *
 
 def read(spec: JobSpec, student: ModelEntry, teacher: ModelEntry) -> tuple[Readers, list[Prompt]]:
     readers = open_readers(spec, student, {"main": teacher})
-    return readers, load_prompts(spec, readers, Artifacts(Path("/nowhere")))[0]
+    return readers, load_prompts(spec.stages[0], spec, readers, Artifacts(Path("/nowhere")))
 
 
 def as_text(ids: Any) -> str:
@@ -174,8 +174,19 @@ def test_the_longest_prompt_that_a_teacher_reads_is_checked(tmp_path: Path) -> N
 def test_held_out_rows_are_told_apart(tmp_path: Path) -> None:
     student, teacher = add(tmp_path, "student", CHAT_TEMPLATE), add(tmp_path, "teacher", CHAT_TEMPLATE)
     spec = spec_of([{"prompt": "x"}], evaluation={"data": {"rows": [{"prompt": "y" * 300}]}})
+    readers, _ = read(spec, student, teacher)
     with pytest.raises(PreflightError, match=r"evaluation.data: row 0"):
-        read(spec, student, teacher)
+        load_held_out(spec, readers, Artifacts(Path("/nowhere")))
+
+
+def test_a_row_of_one_of_several_stages_is_named_with_its_stage(tmp_path: Path) -> None:
+    student, teacher = add(tmp_path, "student", CHAT_TEMPLATE), add(tmp_path, "teacher", CHAT_TEMPLATE)
+    one = spec_of([{"prompt": "x"}]).stages[0].model_dump()
+    two = {**one, "name": "second", "data": {"rows": [{"prompt": "y" * 300}]}}
+    spec = JobSpec.model_validate(job_spec(stages=[one, two]))
+    readers, _ = read(spec, student, teacher)
+    with pytest.raises(PreflightError, match=r"stage 'second': row 0"):
+        load_prompts(spec.stages[1], spec, readers, Artifacts(Path("/nowhere")))
 
 
 def test_other_tokenizers_are_refused_before_anything_is_read(tmp_path: Path) -> None:

@@ -43,9 +43,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
     return clock
 
 
-def pool(registry: Any, job_id: str, at_least: int) -> SamplerPool:
+async def pool(registry: Any, job_id: str, at_least: int) -> SamplerPool:
     peers: Any = None
-    return SamplerPool(
+    made = SamplerPool(
         Scope(job_id, 1),
         SamplersSpec(min=at_least, max=4),
         registry=registry,
@@ -53,13 +53,15 @@ def pool(registry: Any, job_id: str, at_least: int) -> SamplerPool:
         lease_s=LEASE_S,
         log=structlog.get_logger(),
     )
+    await made.use(True)
+    return made
 
 
 @pytest.mark.parametrize("seed", range(20))
 async def test_two_jobs_that_hold_one_each_and_want_two_both_get_their_turn(clock: Any, seed: int) -> None:
     random.seed(seed)
     registry = Registry("s0", "s1")
-    jobs = [pool(registry, "job_a", 2), pool(registry, "job_b", 2)]
+    jobs = [await pool(registry, "job_a", 2), await pool(registry, "job_b", 2)]
     registry.holders = {"s0": Scope("job_a", 1), "s1": Scope("job_b", 1)}  # both asked at the same moment
     for _ in range(300):  # seconds
         clock.now += 1.0
@@ -72,7 +74,7 @@ async def test_two_jobs_that_hold_one_each_and_want_two_both_get_their_turn(cloc
 
 async def test_a_job_that_runs_keeps_what_is_left_to_it(clock: Any) -> None:
     registry = Registry("s0", "s1")
-    job = pool(registry, "job_a", 2)
+    job = await pool(registry, "job_a", 2)
     await job._refresh()
     assert job.size == 2
     registry.names.remove("s1")
@@ -84,7 +86,7 @@ async def test_a_job_that_runs_keeps_what_is_left_to_it(clock: Any) -> None:
 
 async def test_what_is_given_back_is_free_for_others(clock: Any) -> None:
     registry = Registry("s0")
-    wants_two, wants_one = pool(registry, "job_a", 2), pool(registry, "job_b", 1)
+    wants_two, wants_one = await pool(registry, "job_a", 2), await pool(registry, "job_b", 1)
     await wants_two._refresh()
     held_for = 0
     while registry.holders.get("s0") == Scope("job_a", 1):

@@ -55,7 +55,11 @@ class Job:
     ) -> None:
         self.record: dict[str, Any] = {"status": status, "status_reason": "", "status_message": ""}
         self.events: list[dict[str, Any]] = []
-        self.pool = SimpleNamespace(size=size, has=lambda instance: instance == "sampler-0")
+        self.pool = SimpleNamespace(
+            size=size,
+            has=lambda instance: instance == "sampler-0",
+            has_started=status == "running" and min_samplers > 0,
+        )
         self.idle_s = idle_s
         self.updates = 0
         self.present: list[ServiceInfo] = []
@@ -67,10 +71,10 @@ class Job:
             Scope(JOB, 1),
             interrupt=Any,  # type: ignore[arg-type]  # not asked
             samplers=pool,
-            min_samplers=min_samplers,
+            min_samplers=lambda: min_samplers,
             status=lambda: status,
             idle_s=lambda: self.idle_s,
-            needs_teachers=needs_teachers,
+            needs_teachers=lambda: needs_teachers,
         )
 
     async def services(self) -> list[ServiceInfo]:

@@ -108,8 +108,7 @@ def _checkpoints(job_id: str, job: JobArtifacts, older_than_s: float, notes: lis
     past = lineage(job, has_ended=ended_at is not None)
     if past is None:
         return
-    lag = spec.stages[0].schedule.max_staleness if spec.deterministic else 0
-    policy = Policy(spec.checkpoint.keep_last, spec.checkpoint.keep_best, lag)
+    policy = Policy.of(spec)
     is_due = ended_at is not None and time.time() - ended_at >= older_than_s
     damage: list[str] = []
     for ref in superfluous(job, policy, damage.append, has_ended=ended_at is not None):

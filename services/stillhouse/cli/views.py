@@ -40,7 +40,8 @@ class LineView:
             self._write("the gateway does not answer; trying again" if self._was_offline else "the gateway is back")
         if not picture.job:
             return
-        status = f"{picture.status} {picture.progress.get('phase', '')}".strip()
+        parts = (picture.status, str(picture.progress.get("phase", "")), stage_of(picture))
+        status = " ".join(part for part in parts if part)
         if status != self._status and not picture.is_terminal:
             self._write(f"{picture.job.get('id', '')} {status}")
             self._status = status
@@ -90,7 +91,8 @@ class JsonView:
         if picture.job and status != self._status:
             self._status = status
             line: dict[str, Any] = {"type": "status", "id": picture.job.get("id"), "status": status[0]}
-            line |= {"phase": status[1], "step": picture.step, "total_steps": picture.total_steps}
+            line |= {"phase": status[1], "stage": picture.progress.get("stage", "")}
+            line |= {"step": picture.step, "total_steps": picture.total_steps}
             self._write(json.dumps(line | {"error": picture.job.get("error")}))
 
 
@@ -129,7 +131,7 @@ def screen(picture: Picture, width: int) -> RenderableType:
         return Text(_offline(picture) or "asking the gateway ...")
     colour = _COLOURS.get(picture.status, "cyan")
     head = Text.assemble((str(picture.job.get("id", "")), "bold"), "  ", (picture.status, f"bold {colour}"))
-    for part in (_phase(picture), _name(picture)):
+    for part in (stage_of(picture), _phase(picture), _name(picture)):
         head.append(f"  {part}" if part else "", "dim")
     bar = Table.grid(padding=(0, 2))
     total = picture.total_steps
@@ -207,6 +209,15 @@ def outcome(picture: Picture) -> str:
         code = f" ({error['code']})" if error.get("code") else ""
         return f"failed at step {picture.step}{code}: {reason}\n  more: stillhouse events {job_id}"
     return f"{picture.status} at step {picture.step}"
+
+
+def stage_of(picture: Picture) -> str:
+    """Which of several stages is on; "" where there is one."""
+    names = [str(stage.get("name", "")) for stage in (picture.job.get("spec") or {}).get("stages", [])]
+    name = str(picture.progress.get("stage") or "")
+    if len(names) < 2 or name not in names:
+        return ""
+    return f"stage {name} ({names.index(name) + 1}/{len(names)})"
 
 
 def _phase(picture: Picture) -> str:

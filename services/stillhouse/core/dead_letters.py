@@ -6,7 +6,7 @@ The stream `dead` of an epoch goes when the epoch closes; a journal says for goo
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +15,7 @@ from stillhouse.core.blobs import JobArtifacts
 from stillhouse.core.errors import CorruptError
 from stillhouse.core.oracle.lineage import lineage_of, working_epochs
 from stillhouse.core.oracle.read import read_epochs, read_journal
+from stillhouse.core.spec_stages import ScheduleSpec, step_of
 from stillhouse.v1 import rollout_pb2
 
 
@@ -67,12 +68,12 @@ def _of_journal(path: Path, step: int, epoch: int, _mtime_ns: int, _size: int) -
     return tuple(_letter(score, step, epoch, is_journalled=True) for score in scores if _is_failed(score))
 
 
-def queued(payloads: Iterable[bytes], epoch: int, prompts_per_step: int) -> list[DeadLetter]:
-    """Those on the stream `dead` of a running epoch; `payloads` are Scores."""
+def queued(payloads: Iterable[bytes], epoch: int, schedules: Sequence[ScheduleSpec]) -> list[DeadLetter]:
+    """Those on the stream `dead` of a running epoch; `payloads` are Scores, `schedules` those of the job's stages."""
     found = []
     for score in map(rollout_pb2.Score.FromString, payloads):
         is_training = score.rollout.purpose == rollout_pb2.PURPOSE_TRAIN
-        step = score.rollout.group // prompts_per_step if is_training else None
+        step = step_of(score.rollout.group, schedules) if is_training else None
         found.append(_letter(score, step, epoch, is_journalled=False))
     return found
 

@@ -40,6 +40,8 @@ POINTS: Final = {
     "trainer.committing": "a checkpoint's state files are written, its manifest is not",
     "trainer.committed": "the checkpoint is durable, the record does not say so",
     "trainer.retaining": "between the deletions of old checkpoints",
+    "trainer.stage_ended": "a stage's last checkpoint is durable, the next stage has not begun",
+    "trainer.stage_begun": "the learner is in the next stage, nothing of it is planned",
     "trainer.replayed": "a journalled step is trained again, the rest of the replay is not",
     "trainer.exported": "the student is exported, the job has not ended",
     "trainer.ended": "the record says how the job ended, final.json does not",

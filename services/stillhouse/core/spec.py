@@ -32,6 +32,7 @@ from stillhouse.core.spec_loss import (
     RewardSpec,
     TopKLoss,
 )
+from stillhouse.core.spec_stages import OptimizerSpec, ScheduleSpec, StageSpan, check_names, spans_of
 from stillhouse.core.spec_teacher import EmaSpec, check_followers, check_stage_references
 
 __all__ = [  # the whole format, from one module
@@ -58,6 +59,7 @@ __all__ = [  # the whole format, from one module
     "SamplingSpec",
     "ScheduleSpec",
     "SelectSpec",
+    "StageSpan",
     "StageSpec",
     "StudentSpec",
     "TeacherSpec",
@@ -109,53 +111,11 @@ class TeacherSpec(Closed):
     """Not the registered weights but a moving average of the student's; `model` and `dtype` are then the student's."""
 
 
-class OptimizerSpec(Closed):
-    """AdamW and its learning-rate schedule."""
-
-    lr: float = Field(default=1e-5, gt=0, le=1)
-    """Peak learning rate."""
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
-    """Decay rates of the moments."""
-    eps: float = Field(default=1e-8, ge=1e-20, le=1)
-    """Added to the root of the second moment."""
-    weight_decay: float = Field(default=0.0, ge=0, le=1)
-    """Decoupled weight decay."""
-    warmup_steps: int = Field(default=0, ge=0, le=1_000_000)
-    """Steps over which the rate rises linearly from 0."""
-    decay: Literal["constant", "linear", "cosine"] = "constant"
-    """Shape after the warm-up, down to `min_lr_ratio` at the last step."""
-    min_lr_ratio: float = Field(default=0.0, ge=0, le=1)
-    """Rate at the end / peak rate."""
-    max_grad_norm: float = Field(default=1.0, gt=0, le=1e6)
-    """Gradients are scaled down to this global norm."""
-    ema_decay: float | None = Field(default=None, gt=0, lt=1)
-    """Also keep an exponential moving average of the weights with this decay per step; it is what gets exported and
-    evaluated at the end. None = the last weights are."""
-
-
-class ScheduleSpec(Closed):
-    """How much is trained, and how far sampling may run ahead."""
-
-    steps: int = Field(ge=1, le=1_000_000)
-    """Optimizer steps."""
-    prompts_per_step: int = Field(default=16, ge=1, le=4096)
-    """Prompt groups consumed by a step."""
-    group_size: int = Field(default=1, ge=1, le=256)
-    """Completions per prompt."""
-    max_staleness: int = Field(default=1, ge=0, le=64)
-    """A sample is trained at most this many policy versions after the weights that wrote it. 0 = strictly on-policy."""
-    micro_batch_tokens: int = Field(default=4096, ge=16, le=1_000_000)
-    """Tokens (prompt + completion, padding included) per forward pass, at most."""
-    packing: Literal["auto", "off", "on"] = "auto"
-    """on: samples lie one after the other in a forward pass, without padding, where the student's attention keeps them
-    apart exactly (checked when it loads). off: sorted by length and padded. auto: on where that is also fast."""
-
-
 class StageSpec(FromRecipe):
     """One phase of training: data, how to sample, what to minimise, for how long."""
 
     name: Name = "main"
-    """Shown in events and metrics."""
+    """Shown in events and metrics; of several stages each has its own."""
     data: DataSpec
     """The prompts."""
     sampling: SamplingSpec = SamplingSpec()
@@ -265,6 +225,14 @@ class StageSpec(FromRecipe):
         """Rows need a `completion`."""
         return self.on_policy_fraction < 1 and self.off_policy_source == "data"
 
+    def asks_teachers(self) -> bool:
+        """Teacher services have to be there for scores."""
+        return self.loss.payload() != "none"
+
+    def asks_samplers(self) -> bool:
+        """Something has to be written: by the student, or by a teacher that a sampler runs."""
+        return self.on_policy_fraction > 0 or self.off_policy_source == "teacher"
+
     def needs_teacher(self) -> bool:
         """False: nothing of a teacher enters the loss or the texts."""
         if isinstance(self.loss, CrossEntropyLoss):
@@ -348,6 +316,7 @@ class JobSpec(Closed):
     def _consistent(self) -> JobSpec:
         if self.samplers.max < self.samplers.min:
             raise ValueError(f"samplers.max {self.samplers.max} is below samplers.min {self.samplers.min}")
+        check_names(self.stages)
         for index, stage in enumerate(self.stages):
             for number, row in enumerate(stage.data.rows or ()):
                 where = f"stages.{index}.data.rows.{number}"
@@ -365,12 +334,30 @@ class JobSpec(Closed):
 
     def asks_teachers(self) -> bool:
         """Teacher services have to be there: for scores, or for held-out measurements."""
-        return self.evaluation.data is not None or any(stage.loss.payload() != "none" for stage in self.stages)
+        return self.evaluation.data is not None or any(stage.asks_teachers() for stage in self.stages)
 
     def asks_samplers(self) -> bool:
-        """Something has to be written: by the student, or by a teacher that a sampler runs."""
-        writes = [stage.on_policy_fraction > 0 or stage.off_policy_source == "teacher" for stage in self.stages]
-        return self.evaluation.data is not None or any(writes)
+        """Something has to be written, for training or for held-out measurements."""
+        return self.evaluation.data is not None or any(stage.asks_samplers() for stage in self.stages)
+
+    def crosses_tokenizers(self) -> bool:
+        """Teachers may have another tokenizer: every stage that learns from one compares texts."""
+        learning = [stage for stage in self.stages if stage.needs_teacher()]
+        return bool(learning) and all(stage.loss.crosses_tokenizers() for stage in learning)
+
+    def spans(self) -> tuple[StageSpan, ...]:
+        """Which steps and groups each stage has."""
+        return spans_of(self.stages)
+
+    def span_at(self, step: int) -> StageSpan:
+        """The stage that trains `step`; after the end the last one."""
+        spans = self.spans()
+        return next((span for span in spans if step < span.stop_step), spans[-1])
+
+    def lag(self, step: int) -> int:
+        """Steps that a claim which goes on at `step` has to begin before it, at least: a deterministic job needs the
+        weights of older versions again, and a replay gives them."""
+        return step - self.span_at(step).oldest_version(step) if self.deterministic else 0
 
     def stop_step(self) -> int:
         """Optimizer steps of all stages together."""

@@ -40,6 +40,7 @@ def list_checkpoints(job_id: str, artifacts: JobArtifacts, record: JobRecord) ->
                 job_id=job_id,
                 kind="checkpoint",
                 step=int(document["step"]),
+                stage=_stage_name(record, int(document.get("stage", 0))),
                 epoch=int(document["epoch"]),
                 policy_version=int(document["policy_version"]),
                 created_at=timestamp(document["created_at"]),
@@ -49,6 +50,11 @@ def list_checkpoints(job_id: str, artifacts: JobArtifacts, record: JobRecord) ->
         )
     found.sort(key=lambda checkpoint: (checkpoint.epoch, checkpoint.step))
     return found + _export(job_id, artifacts, record)
+
+
+def _stage_name(record: JobRecord, index: int) -> str:
+    stages = record.spec.get("stages", [])
+    return str(stages[index].get("name", "")) if index < len(stages) else ""
 
 
 def _export(job_id: str, artifacts: JobArtifacts, record: JobRecord) -> list[Checkpoint]:
@@ -61,6 +67,7 @@ def _export(job_id: str, artifacts: JobArtifacts, record: JobRecord) -> list[Che
             job_id=job_id,
             kind="export",
             step=record.step,
+            stage=_stage_name(record, len(record.spec.get("stages", [])) - 1),
             epoch=record.epoch,
             policy_version=int((record.weights or {}).get("policy_version", record.step)),
             created_at=timestamp(folder.stat().st_mtime),

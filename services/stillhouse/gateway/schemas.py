@@ -42,6 +42,8 @@ class Progress(Answer):
     """Expected time to the end, seconds."""
     phase: str = ""
     """What it is doing: sampling, scoring, training ..."""
+    stage: str = ""
+    """Name of the stage that is on."""
     bottleneck: str = ""
     """The service that the others wait for."""
 
@@ -97,6 +99,8 @@ class MetricPoint(Answer):
     object: Literal["metrics"] = "metrics"
     epoch: int
     step: int
+    stage: str = ""
+    """Name of the stage that trained the step."""
     created_at: str
     values: dict[str, float | None]
     """null = not a finite number."""
@@ -111,6 +115,8 @@ class Checkpoint(Answer):
     kind: Literal["checkpoint", "export"]
     """checkpoint: state to continue from. export: the finished student as a model folder."""
     step: int
+    stage: str = ""
+    """Name of the stage that trained its last step."""
     epoch: int
     policy_version: int
     created_at: str

@@ -170,15 +170,6 @@ def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
                 yield number, Row.model_validate_json(line)
 
 
-def check_supported(case: Case) -> Iterator[Finding]:
-    """What the format has and the services do not do yet: refused, never ignored."""
-    spec = case.spec
-    if len(spec.stages) > 1:
-        yield Finding(
-            "stages", f"multi-stage jobs are not supported yet, got {len(spec.stages)} stages", "send one stage per job"
-        )
-
-
 def check_files(case: Case) -> Iterator[Finding]:
     """Every file was uploaded."""
     for param, file_id in case.missing_files:
@@ -352,7 +343,6 @@ def check_evaluation_size(case: Case) -> Iterator[Finding]:
 
 
 CHECKS: Final[tuple[Check, ...]] = (
-    check_supported,
     check_models_exist,
     check_start,
     check_stage_teachers,

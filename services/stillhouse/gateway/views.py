@@ -66,7 +66,11 @@ def metric_view(point: Mapping[str, Any], names: set[str]) -> MetricPoint:
     """A metric point, reduced to `names` unless that is empty."""
     values = {name: value for name, value in point["values"].items() if not names or name in names}
     return MetricPoint(
-        epoch=point["epoch"], step=point["step"], created_at=timestamp(point["created_at"]), values=_finite(values)
+        epoch=point["epoch"],
+        step=point["step"],
+        stage=point.get("stage", ""),
+        created_at=timestamp(point["created_at"]),
+        values=_finite(values),
     )
 
 

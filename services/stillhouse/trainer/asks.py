@@ -53,6 +53,6 @@ def asks(spec: JobSpec) -> list[rollout_pb2.ScoreSpec]:
         if stage.loss.record_top_k() and stage.loss.payload() == "top_k":  # support union: the student's tokens, too
             found.append(rollout_pb2.ScoreSpec(kind=rollout_pb2.SCORE_KIND_TARGETS, temperature=1.0))
     if spec.evaluation.data is not None:
-        kinds = held_out_kinds(by_spans=spec.stages[0].loss.crosses_tokenizers())
+        kinds = held_out_kinds(by_spans=spec.crosses_tokenizers())
         found += [held_out_score(kind) for kind in kinds]
     return [score for score in found if score.kind != rollout_pb2.SCORE_KIND_NONE]

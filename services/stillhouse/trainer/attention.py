@@ -64,6 +64,8 @@ def packing_obstacle(model: PreTrainedModel) -> str:
     if getattr(config, "sliding_window", None) is not None:
         return f"its attention looks back {config.sliding_window} tokens only"
     before = config._attn_implementation
+    if before == PACKED:
+        return ""
     if before != "sdpa":
         return f"its attention is '{before}', not sdpa"
     model.set_attn_implementation(PACKED)

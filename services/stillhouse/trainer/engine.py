@@ -32,6 +32,7 @@ from stillhouse.trainer.objectives.liger import faster_on
 from stillhouse.trainer.packing import MicroBatch
 from stillhouse.trainer.parameters import Parameters
 from stillhouse.trainer.student import (
+    Packing,
     checkpoint_activations,
     choose_packing,
     load_student,
@@ -69,7 +70,9 @@ class Engine:
         threads: int = 0,
         deterministic: bool = False,
         ema: EmaSpec | None = None,
+        packings: Sequence[Packing] = (),
     ) -> None:
+        """Begins with `stage`; `packings` are the wishes of all stages, so that one which cannot be is refused now."""
         if threads:
             torch.set_num_threads(threads)
         # nothing here draws from them; seeded, two runs of a job commit the same states
@@ -82,7 +85,9 @@ class Engine:
         self._ema = ema
         """Of the average that teachers follow."""
         self.model = load_student(model_dir, student.dtype, self.device)
-        self.packs, self.packing_reason = choose_packing(self.model, stage.schedule.packing)
+        wishes: set[Packing] = {*packings, stage.schedule.packing}
+        self._packing = {wish: choose_packing(self.model, wish) for wish in sorted(wishes)}
+        """By the wish: (whether samples are packed, why)."""
         if student.lora is not None:
             add_adapter(self.model, student.lora, seed)
         if student.activation_checkpointing:
@@ -91,12 +96,24 @@ class Engine:
         """Tokens that are no padding of the student's head."""
         self._passes = Passes(self.model)
         self.parameters = self._hold_parameters()
-        self._objective = make_objective(stage.loss)
-        if not deterministic:  # a choice by the clock may turn out otherwise after a crash
-            self._objective = faster_on(self.device, self._objective)
+        self._deterministic = deterministic
+        self._take_up(stage)
         self._resident_head: tuple[str, Head] | None = None
         self.heads_loaded = 0
         """Teachers' heads that were brought to the device."""
+
+    def begin_stage(self, stage: StageSpec) -> None:
+        """Go on under another stage, from the weights as they are, with a fresh optimizer."""
+        self.parameters.begin_stage(stage.optimizer)
+        self._take_up(stage)
+
+    def _take_up(self, stage: StageSpec) -> None:
+        """What follows from a stage alone."""
+        self.stage = stage
+        self.packs, self.packing_reason = self._packing[stage.schedule.packing]
+        self._objective = make_objective(stage.loss)
+        if not self._deterministic:  # a choice by the clock may turn out otherwise after a crash
+            self._objective = faster_on(self.device, self._objective)
 
     def facts(self) -> dict[str, Any]:
         """What was loaded, for people: numbers of parameters, whether samples are packed, and why or why not."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Any, Final
 
 from stillhouse.core.blobs import JobArtifacts, read_json, write_json
@@ -60,6 +60,7 @@ class HeldOut:
         samplers: SamplerPool,
         readers: Readers,
         judge: Callable[[Sequence[ScoredSample]], Awaitable[dict[str, Verdict]]],
+        ends: Collection[int],
         by_spans: bool,
         stop: Sequence[str],
         stop_ids: Sequence[int],
@@ -80,19 +81,21 @@ class HeldOut:
         self._readers = readers
         self._judge = judge
         """Verdicts on greedy completions, by sample id; only of rows that have a verifier."""
+        self._ends = ends
+        """Steps before the first and after each stage's last."""
         self._by_spans = by_spans
         """Teachers may have other tokenizers than the student."""
         self._stop = stop
-        """Where the stage's completions end, these do, as with `stop_ids`."""
+        """Where the completions of the last stage end, these do, as with `stop_ids`: one curve has one measure."""
         self._stop_ids = stop_ids
         self._artifacts = artifacts
 
-    def is_due(self, step: int, stop_step: int) -> bool:
-        """Before the first step, after the last, and every so many between; once per step."""
+    def is_due(self, step: int) -> bool:
+        """Before the first step, after the last of each stage, and every so many between; once per step."""
         if not self._prompts or (self._artifacts.evaluations / f"{step:08d}.json").is_file():
             return False
         every = self._spec.every_steps
-        return step in (0, stop_step) or bool(every and step % every == 0)
+        return step in self._ends or bool(every and step % every == 0)
 
     async def evaluate(self, step: int, *, is_averaged: bool) -> dict[str, Any]:
         """Measure the weights of `step` steps, or their moving average; the result is also written to the artifacts."""

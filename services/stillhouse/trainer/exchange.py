@@ -111,7 +111,6 @@ class Exchange:
         registry: Registry,
         peers: Peers,
         consumer: str,
-        tasks: Mapping[str, rollout_pb2.TeacherTask],
         log: Any,
     ) -> None:
         self._scope = scope
@@ -120,13 +119,14 @@ class Exchange:
         self._registry = registry
         self._peers = peers
         self._consumer = consumer
-        self._tasks = tasks
         self._log = log
         self._pending: dict[str, _Pending] = {}
         self._by_sample: dict[str, _Pending] = {}
         self._fetches = asyncio.Semaphore(FETCH_CONCURRENCY)
         self._scored = keys.scored(scope.job_id, scope.epoch)
         self._prompts = keys.prompts(scope.job_id, scope.epoch)
+        self._told: set[str] = set()
+        """Teachers that have a stream of rollouts."""
         self._taken: set[str] = set()
         """Ids of the entries on `scored` that were taken and not removed."""
         self.last_arrival = time.monotonic()
@@ -134,16 +134,22 @@ class Exchange:
         self.num_ended = 0
 
     async def open(self) -> None:
-        """Create the epoch's streams and tell the teachers about theirs."""
+        """Create the epoch's streams, but those of teachers."""
         job_id, epoch = self._scope.job_id, self._scope.epoch
         await close_epochs(self._redis, self._queue, job_id, through=epoch - 1)
         await self._open(self._prompts, keys.SAMPLERS_GROUP)
         await self._open(self._scored, keys.TRAINERS_GROUP)
-        for name, task in self._tasks.items():
-            stream = keys.rollouts(job_id, epoch, name)
+
+    async def open_teachers(self, tasks: Mapping[str, rollout_pb2.TeacherTask]) -> None:
+        """Create the streams of teachers that have none yet, and tell them about it."""
+        for name, task in tasks.items():
+            if name in self._told:
+                continue
+            stream = keys.rollouts(self._scope.job_id, self._scope.epoch, name)
             await self._open(stream, keys.TEACHERS_GROUP)
             await self._redis.hset(keys.teacher(task.model_sha256), stream, task.SerializeToString())
             await self._redis.sadd(keys.TEACHERS, task.model_sha256)
+            self._told.add(name)
 
     async def _open(self, stream: str, group: str) -> None:
         if await self._queue.open_stream(self._scope, stream, group) is Outcome.CLOSED:

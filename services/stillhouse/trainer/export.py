@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
@@ -49,7 +49,7 @@ _LABELS: Final = {
     "job_id": "Job",
 }
 """Known keys of a card, in the order they are shown."""
-_UNLISTED: Final = ("license", "off_policy_source")
+_UNLISTED: Final = ("license", "off_policy_source", "stages")
 """Keys that the text takes up."""
 
 
@@ -62,8 +62,8 @@ def export_model(
 ) -> Path:
     """Write the student with `weights` (`Parameters.state_arrays`) to the new or empty `folder`; gives `folder`.
 
-    `card` fills the model card: the keys of `_LABELS`, `license` (a note on the student's licence), and any others,
-    which are listed under their own names.
+    `card` fills the model card: `stages` (a list: name, and what of `_LABELS` belongs to a stage), the other keys of
+    `_LABELS`, `license` (a note on the student's licence), and any others, which are listed under their own names.
 
     Raises:
         ConflictError: the folder holds something.
@@ -91,11 +91,14 @@ def _tensor(array: np.ndarray, dtype: str) -> Tensor:
 
 def model_card(card: Mapping[str, Any]) -> str:
     """The text of README.md."""
-    how, tags = _training(card)
+    stages = list(card.get("stages") or [card])
+    how, tags = _trainings(stages)
+    card = {**card, **stages[0]} if len(stages) == 1 else card
     front = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["stillhouse", *tags]}
     known = [(label, card[key]) for key, label in _LABELS.items() if card.get(key) is not None]
-    others = [(key, value) for key, value in card.items() if key not in _LABELS and key not in _UNLISTED]
-    rows = "\n".join(f"| {_cell(label)} | {_cell(value)} |" for label, value in known + others)
+    others = [(key, value) for key, value in card.items() if key not in (*_LABELS, *_UNLISTED, "name")]
+    phases = [(f"Stage {_of(stage)}", _without_name(stage)) for stage in stages] if len(stages) > 1 else []
+    rows = "\n".join(f"| {_cell(label)} | {_cell(value)} |" for label, value in known + phases + others)
     student, teachers = card.get("student", "Student"), card.get("teachers", "its teacher")
     title = f"{student} distilled from {_cell(teachers)}" if teachers else f"{student}, trained on"
     note = card.get("license") or (
@@ -120,8 +123,26 @@ Trained with Stillhouse {version("stillhouse")}: {how}.
 """
 
 
+def _trainings(stages: Sequence[Mapping[str, Any]]) -> tuple[str, list[str]]:
+    """(what happened in a sentence, tags) of all stages."""
+    told = [_training(stage) for stage in stages]
+    tags = list(dict.fromkeys(tag for _, stage_tags in told for tag in stage_tags))
+    if len(told) == 1:
+        return told[0][0], tags
+    parts = [f"{_of(stage)}: {text}" for stage, (text, _) in zip(stages, told, strict=True)]
+    return f"in {len(stages)} stages; " + "; then ".join(parts), tags
+
+
+def _of(stage: Mapping[str, Any]) -> str:
+    return f"'{stage['name']}'"
+
+
+def _without_name(stage: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in stage.items() if key != "name"}
+
+
 def _training(card: Mapping[str, Any]) -> tuple[str, list[str]]:
-    """(what happened in a sentence, tags), from the card's `on_policy_fraction`, `off_policy_source` and objective."""
+    """(what happened in a sentence, tags) of a stage: `on_policy_fraction`, `off_policy_source` and objective."""
     share, objective = card.get("on_policy_fraction", 1.0), card.get("objective") or {}
     writer = "its teachers" if card.get("off_policy_source") == "teacher" else "the data"
     kind = objective.get("objective")

@@ -28,10 +28,10 @@ from stillhouse.core.queue.epochs import close_epochs
 from stillhouse.core.queue.jobs import JobRecord, final_document
 from stillhouse.core.queue.streams import Scope
 from stillhouse.core.service import Context
-from stillhouse.core.spec import JobSpec
+from stillhouse.core.spec import JobSpec, StageSpan, StageSpec
 from stillhouse.core.tasks import cancel_all
 from stillhouse.trainer import manifests
-from stillhouse.trainer.loop import Collaborators, Interrupt, Interrupted, Pace, run_opd
+from stillhouse.trainer.loop import Collaborators, Interrupt, Interrupted, run_opd
 from stillhouse.trainer.manifests import Opening
 from stillhouse.trainer.measures import card_facts, change
 from stillhouse.trainer.models import model_names
@@ -109,11 +109,11 @@ class Lead:
             self.scope,
             interrupt=self.interrupt,
             samplers=self._start.samplers,
-            min_samplers=self.spec.samplers.min if self.spec.asks_samplers() else 0,
+            min_samplers=lambda: self.spec.samplers.min if self._start.stages.needs_samplers else 0,
             status=lambda: self.status,
             idle_s=lambda: self._start.exchange.idle_s() if self._start.exchange else 0.0,
             trouble=self.space.trouble,
-            needs_teachers=self.spec.asks_teachers(),
+            needs_teachers=lambda: self._start.stages.needs_teachers,
         )
         self._run_beside(watch.run(), "renew lease")
         end: _End | None = None
@@ -171,8 +171,9 @@ class Lead:
         return await self._finish(run)
 
     def _open(self) -> Opening:
-        lag = self.spec.stages[0].schedule.max_staleness if self.spec.deterministic else 0
-        return manifests.open_epoch(self.artifacts, self.scope.epoch, self._ctx.instance, self._on_damage, lag=lag)
+        return manifests.open_epoch(
+            self.artifacts, self.scope.epoch, self._ctx.instance, self._on_damage, lag=self.spec.lag
+        )
 
     async def _guard(self, work: Coroutine[Any, Any, Any]) -> Any:
         """Await `work`, but end with the exception of a background task that dies first."""
@@ -191,18 +192,31 @@ class Lead:
     # -- running -----------------------------------------------------------------------------------------------------
 
     async def _train(self, run: Run) -> None:
+        """What is left of the stages, one after the other."""
         await run.publish(run.step_done)
-        if self.spec.asks_samplers():
+        for span in self.spec.spans()[self.spec.span_at(run.step_done).index :]:
+            await run.enter(span)
+            await self._wait_for_samplers()
+            if self.status != "running":
+                await self._set_status("running", started_at=self._record.started_at or time.time())
+            if run.step_done == span.first_step:
+                await self._tell_started(span)
+            self.progress.phase = "training"
+            self.progress.start_clock()
+            await run_opd(span, run.step_done, Collaborators(run, run, run, run, run, run), self.interrupt)
+        await run.evaluate_if_due(self.spec.stop_step())
+        await run.commit()
+
+    async def _wait_for_samplers(self) -> None:
+        if self._start.stages.needs_samplers:
             await self.progress.show("waiting for samplers")
             await self.interrupt.race(self._start.samplers.wait_for_min())
-        await self._set_status("running", started_at=self._record.started_at or time.time())
-        schedule = self.spec.stages[0].schedule
-        pace = Pace(self.spec.stop_step(), schedule.prompts_per_step, schedule.max_staleness)
-        together = Collaborators(run, run, run, run, run, run)
-        self.progress.phase = "training"
-        self.progress.start_clock()
-        await run_opd(pace, run.step_done, together, self.interrupt)
-        await run.commit()
+
+    async def _tell_started(self, span: StageSpan) -> None:
+        stage = span.stage
+        message = f"stage '{stage.name}' ({span.index + 1} of {len(self.spec.stages)}) begins at step {span.first_step}"
+        facts = {"stage": stage.name, "index": span.index, "step": span.first_step}
+        await self._ctx.jobs.event(self.scope.job_id, "stage.started", message, **facts)
 
     async def _finish(self, run: Run) -> _End:
         """Export the student, then say so: `succeeded` means that all steps are committed."""
@@ -231,18 +245,10 @@ class Lead:
 
     def _card(self, result: dict[str, Any]) -> dict[str, Any]:
         """What the model card of the export says."""
-        stage = self.spec.stages[0]
-        data = stage.data
         card: dict[str, Any] = {
             "student": self.spec.student.model,
             **model_names(self.spec, read_references(self.artifacts)),
-            "objective": stage.loss.model_dump(),
-            "on_policy_fraction": stage.on_policy_fraction,
-            "off_policy_source": stage.off_policy_source,
-            "steps": result["steps"],
-            "data_sha256": sha256_file(self._ctx.artifacts.file(data.file))
-            if data.file
-            else manifests.spec_sha256(data.model_dump(mode="json")),
+            "stages": [self._stage_card(stage) for stage in self.spec.stages],
             "job_id": self.scope.job_id,
             "spec_sha256": manifests.spec_sha256(self.spec.model_dump(mode="json")),
         }
@@ -254,6 +260,19 @@ class Lead:
         if "evaluation" in result:
             card |= card_facts(result["evaluation"])
         return card
+
+    def _stage_card(self, stage: StageSpec) -> dict[str, Any]:
+        data = stage.data
+        return {
+            "name": stage.name,
+            "objective": stage.loss.model_dump(),
+            "on_policy_fraction": stage.on_policy_fraction,
+            "off_policy_source": stage.off_policy_source,
+            "steps": stage.schedule.steps,
+            "data_sha256": sha256_file(self._ctx.artifacts.file(data.file))
+            if data.file
+            else manifests.spec_sha256(data.model_dump(mode="json")),
+        }
 
     # -- ends --------------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,15 @@ from typing import Any, Final, Protocol
 import numpy as np
 
 from stillhouse.core.errors import NonFiniteError, WeightsError, WireError
-from stillhouse.core.spec import LossSpec, OptimizerSpec, PolicyGradientLoss, StageSpec, TeacherSpec, TopKLoss
+from stillhouse.core.spec import (
+    LossSpec,
+    OptimizerSpec,
+    PolicyGradientLoss,
+    StageSpan,
+    StageSpec,
+    TeacherSpec,
+    TopKLoss,
+)
 from stillhouse.core.spec_base import NO_TEACHER
 from stillhouse.trainer.batch import RowMeasures, TeacherHead, TrainSample, Update
 from stillhouse.trainer.metrics import StepMeasures
@@ -36,12 +44,15 @@ class Computes(Protocol):
 
     num_ranks: int
     vocab_size: int
-    packs: bool
+
+    @property
+    def packs(self) -> bool: ...
 
     def train(self, batches: Sequence[MicroBatch], heads: Mapping[str, TeacherHead]) -> list[RowMeasures]: ...
     def exact_kl(
         self, batches: Sequence[MicroBatch], heads: Mapping[str, TeacherHead], temperature: float
     ) -> list[np.ndarray]: ...
+    def begin_stage(self, stage: StageSpec) -> None: ...
     def clear_gradients(self) -> None: ...
     def gradient_norm(self) -> float: ...
     def update(self, lr: float) -> Update: ...
@@ -59,16 +70,27 @@ class Learner:
     """A student that learns. Not thread-safe: one call at a time."""
 
     def __init__(
-        self, engine: Computes, *, stage: StageSpec, teachers: Mapping[str, TeacherSpec], total_steps: int
+        self, engine: Computes, *, span: StageSpan, teachers: Mapping[str, TeacherSpec], total_steps: int
     ) -> None:
         self.engine = engine
-        self.stage = stage
+        self.span = span
+        """The stage that trains."""
         self.teachers = dict(teachers)
         self.total_steps = total_steps
+        """Of all stages."""
         self.policy_version = 0
         """Optimizer steps behind the weights."""
         self.on_progress: Callable[[], None] = lambda: None
         """Called after every micro-batch."""
+
+    @property
+    def stage(self) -> StageSpec:
+        return self.span.stage
+
+    def begin_stage(self, span: StageSpan) -> None:
+        """Go on from the weights as they are under another stage, with a fresh optimizer; see `Parameters`."""
+        self.engine.begin_stage(span.stage)
+        self.span = span
 
     @property
     def is_done(self) -> bool:
@@ -115,7 +137,8 @@ class Learner:
         except BaseException:
             self.engine.clear_gradients()
             raise
-        lr = learning_rate(self.stage.optimizer, self.policy_version, self.total_steps)
+        span, step = self.span, self.policy_version - self.span.first_step
+        lr = learning_rate(span.stage.optimizer, step, span.stop_step - span.first_step)
         update = self.engine.update(lr)
         if not math.isfinite(update.norm):
             self._refuse_gradient(update, self._culprits(samples, plan, weights, heads))
@@ -363,7 +386,7 @@ def _require_lists(samples: Sequence[TrainSample], loss: LossSpec) -> None:
 
 
 def learning_rate(spec: OptimizerSpec, step: int, total_steps: int) -> float:
-    """Rate of the update from policy version `step`: linear warm-up, then `decay` down to its end at the last step."""
+    """Rate of a stage's step, from 0: linear warm-up, then `decay` down to its end at the last of `total_steps`."""
     if step < spec.warmup_steps:
         return spec.lr * (step + 1) / spec.warmup_steps
     span = total_steps - 1 - spec.warmup_steps

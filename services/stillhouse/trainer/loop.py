@@ -1,10 +1,10 @@
-"""The on-policy distillation loop: sample, score, train, publish. Start reading the trainer here.
+"""The on-policy distillation loop of one stage: sample, score, train, publish. Start reading the trainer here.
 
 Every collaborator is a Protocol, so this file runs on fakes, on loopback and on a cluster. It imports no torch.
 
 A group's life:  planned -> in flight (sampled, scored) -> journalled -> trained -> published (its slot is free again)
 
-* Groups are trained in the order they were started, so what is consumed is a prefix: group g belongs to step g // P.
+* Groups are trained in the order they were started, so what is consumed is a prefix: P groups belong to each step.
   Training in order of completion would let stale groups pile up beyond the bound.
 * Slots are the only admission control: (max_staleness + 1) * P groups are in flight at most. A step's slots are free
   once the reference to its weights is durable, that is after `publish`; freed earlier, the next groups would ask for a
@@ -24,25 +24,11 @@ from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
+from stillhouse.core.spec import StageSpan
+
 GroupT = TypeVar("GroupT")
 """What a sampled and scored group is; the loop only carries it."""
 TakenT = TypeVar("TakenT", contravariant=True)
-
-
-@dataclass(frozen=True, slots=True)
-class Pace:
-    """How far and how fast: the numbers of a stage that the loop needs."""
-
-    stop_step: int
-    """Steps in all; the loop ends there."""
-    prompts_per_step: int
-    """P, groups consumed by a step."""
-    max_staleness: int
-    """Policy versions that a trained sample may lie behind."""
-
-    def min_policy_version(self, group: int) -> int:
-        """Oldest weights that may start `group`."""
-        return max(0, group // self.prompts_per_step - self.max_staleness)
 
 
 class Rollouts(Protocol[GroupT]):
@@ -85,7 +71,7 @@ class Checkpoints(Protocol):
     """Makes training durable."""
 
     async def commit_if_due(self, step: int) -> None:
-        """Commit after `step` steps if the policy of the job says so; always after the last."""
+        """Commit after `step` steps if the policy of the job says so; always after a stage's last."""
         ...
 
 
@@ -149,8 +135,8 @@ class Collaborators(Generic[GroupT]):
     evaluator: Evaluator
 
 
-async def run_opd(pace: Pace, first_step: int, with_: Collaborators[GroupT], interrupt: Interrupt) -> None:
-    """Train from `first_step` to `pace.stop_step`.
+async def run_opd(span: StageSpan, first_step: int, with_: Collaborators[GroupT], interrupt: Interrupt) -> None:
+    """Train the steps of a stage from `first_step` on. At its end nothing is in flight.
 
     consumes:     scored groups, in the order they were started
     waits for:    the oldest group in flight
@@ -161,20 +147,19 @@ async def run_opd(pace: Pace, first_step: int, with_: Collaborators[GroupT], int
         Interrupted: between steps; everything trained is journalled and published.
     """
     in_flight: deque[Awaitable[GroupT]] = deque()
-    next_group = first_step * pace.prompts_per_step
-    for step in range(first_step, pace.stop_step):
+    next_group = span.first_group_of(first_step)
+    for step in range(first_step, span.stop_step):
         interrupt.check()
         await with_.evaluator.evaluate_if_due(step)
 
-        last_step = min(step + pace.max_staleness + 1, pace.stop_step)
-        while next_group < last_step * pace.prompts_per_step:
-            in_flight.append(await with_.rollouts.start(next_group, pace.min_policy_version(next_group)))
+        last_step = min(step + span.max_staleness + 1, span.stop_step)
+        while next_group < span.first_group_of(last_step):
+            in_flight.append(await with_.rollouts.start(next_group, span.min_policy_version(next_group)))
             next_group += 1
 
-        groups = [await interrupt.race(in_flight.popleft()) for _ in range(pace.prompts_per_step)]
-        await with_.journal.write(step, groups, next_group=(step + 1) * pace.prompts_per_step)
+        groups = [await interrupt.race(in_flight.popleft()) for _ in range(span.prompts_per_step)]
+        await with_.journal.write(step, groups, next_group=span.first_group_of(step + 1))
         await with_.rollouts.done(groups)
         await with_.learner.step(step, groups)
         await with_.weights.publish(step + 1)
         await with_.checkpoints.commit_if_due(step + 1)
-    await with_.evaluator.evaluate_if_due(pace.stop_step)

@@ -150,12 +150,12 @@ def open_epoch(
     trainer: str,
     on_damage: Callable[[str], None] = lambda _: None,
     *,
-    lag: int = 0,
+    lag: Callable[[int], int] = lambda _: 0,
 ) -> Opening:
     """Create the folder of a new epoch and decide what it starts from (see the module's text).
 
-    `lag` > 0 asks for a base that lies so many steps before the first step to sample: a deterministic run needs the
-    weights of those versions again, and gets them by the replay.
+    `lag(step)` = how many steps the base must lie back at least if the first step to sample is `step`: a
+    deterministic run needs the weights of those versions again, and gets them by the replay.
 
     Raises:
         LeaseLostError: the folder exists: another claim had the same or a higher epoch.
@@ -208,7 +208,9 @@ def fruitless_claims(artifacts: JobArtifacts) -> tuple[int, str]:
     return number, message
 
 
-def _opening(artifacts: JobArtifacts, previous: int, epoch: int, on_damage: Callable[[str], None], lag: int) -> Opening:
+def _opening(
+    artifacts: JobArtifacts, previous: int, epoch: int, on_damage: Callable[[str], None], lag: Callable[[int], int]
+) -> Opening:
     for candidate in range(previous, 0, -1):
         past = _past(artifacts, candidate, on_damage)
         if past is None:  # it died before any work: as if it never was
@@ -220,7 +222,7 @@ def _opening(artifacts: JobArtifacts, previous: int, epoch: int, on_damage: Call
                 on_damage(str(error))
                 continue
             replay = _readable(artifacts, past.journals, first_step, on_damage)
-            if len(replay) >= lag:
+            if len(replay) >= lag(first_step + len(replay)):
                 return Opening(epoch, ref, replay)
         if past.is_whole:
             return Opening(epoch, None, _readable(artifacts, past.journals, 0, on_damage))

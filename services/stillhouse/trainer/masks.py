@@ -26,7 +26,7 @@ from stillhouse.v1 import rollout_pb2
 def mask_tokens(
     samples: Sequence[TrainSample], tokens: TokensSpec, step: int, special_ids: Collection[int] = ()
 ) -> list[TrainSample]:
-    """The samples of optimizer step `step` (from 0) with the masks that they train with, in the same order.
+    """The samples of step `step` of a stage (from 0) with the masks that they train with, in the same order.
 
     Raises:
         WireError: a sample lacks what the selection goes by.

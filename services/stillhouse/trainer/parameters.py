@@ -35,16 +35,31 @@ class Parameters:
         self._params = learned(model)
         # In bfloat16 a step of 1e-5 is lost to rounding: the optimizer moves float32 copies, the model follows.
         self._masters = {name: self._master(param) for name, param in self._params.items()}
-        self.optimizer = _adamw(self._masters, spec)
-        self._max_norm = spec.max_grad_norm
-        decays = {checkpoint.AVERAGE: spec.ema_decay, checkpoint.FOLLOWED: None if ema is None else ema.decay}
-        self._decays = {stem: decay for stem, decay in decays.items() if decay is not None}
+        self._decays: dict[str, float] = {}
         """Of each exponential moving average that is kept, by the name of its file."""
-        self._averages = {
-            stem: {name: master.detach().clone() for name, master in self._masters.items()} for stem in self._decays
-        }
+        self._averages: dict[str, dict[str, Tensor]] = {}
         self._shown = ""
         """The average that the model computes with; empty = the weights that learn."""
+        self._keep_average(checkpoint.FOLLOWED, None if ema is None else ema.decay)
+        self.begin_stage(spec)
+
+    def begin_stage(self, spec: OptimizerSpec) -> None:
+        """A fresh optimizer on the weights as they are, with which the stage's average begins.
+
+        The average that teachers follow goes on: it is the job's.
+        """
+        self.show_average(False)
+        self.optimizer = _adamw(self._masters, spec)
+        self._max_norm = spec.max_grad_norm
+        self._keep_average(checkpoint.AVERAGE, spec.ema_decay)
+
+    def _keep_average(self, stem: str, decay: float | None) -> None:
+        """Keep an average from now on; None = keep it no more."""
+        self._decays.pop(stem, None)
+        self._averages.pop(stem, None)
+        if decay is not None:
+            self._decays[stem] = decay
+            self._averages[stem] = {name: master.detach().clone() for name, master in self._masters.items()}
 
     def collect_gradients(self) -> None:
         """Add the model's gradients to the masters', in float32."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def open_readers(spec: JobSpec, student: ModelEntry, teachers: Mapping[str, Mode
     crossing: dict[str, Sequence[int]] = {}
     for name, entry in teachers.items():
         problem = difference(student, entry)
-        if problem and not spec.stages[0].loss.crosses_tokenizers():
+        if problem and not spec.crosses_tokenizers():
             raise PreflightError(
                 f"teacher '{name}' ({entry.name}) and student ({student.name}) have different tokenizers, so that "
                 f"their tokens cannot be compared: {problem}. policy_gradient with cross_tokenizer compares texts"
@@ -63,7 +64,9 @@ def open_readers(spec: JobSpec, student: ModelEntry, teachers: Mapping[str, Mode
     readers = Readers(student, teachers, renderer, for_teachers, crossing)
     if spec.asks_teachers():
         same = {name: entry for name, entry in teachers.items() if name not in crossing}
-        check_ends(student, same, readers.for_teachers, all_stop_ids(spec.stages[0], student))
+        judged = [stage for stage in spec.stages if stage.asks_teachers()]
+        for stage in judged + [spec.stages[-1]] * (spec.evaluation.data is not None):
+            check_ends(student, same, readers.for_teachers, all_stop_ids(stage, student))
     return readers
 
 
@@ -98,21 +101,42 @@ def all_stop_ids(stage: StageSpec, student: ModelEntry) -> list[int]:
     return [*stop_token_ids(student), *stage.sampling.stop_token_ids]
 
 
-def load_prompts(spec: JobSpec, readers: Readers, artifacts: Artifacts) -> tuple[list[Prompt], list[Prompt]]:
-    """Training and held-out prompts, rendered and checked. Blocks.
+def load_prompts(stage: StageSpec, spec: JobSpec, readers: Readers, artifacts: Artifacts) -> list[Prompt]:
+    """The prompts of a stage, rendered and checked. Blocks.
 
     Raises:
         PreflightError: names the row, both sides and the fix.
     """
-    stage, evaluation = spec.stages[0], spec.evaluation
-    prompts = _load(stage.data, stage.sampling.max_tokens, spec, readers, artifacts, is_read=stage.needs_teacher())
-    if stage.reads_completions():
-        prompts = with_completions(prompts, readers.renderer, stop_token_ids(readers.student))
-    held_out: list[Prompt] = []
-    if evaluation.data is not None:
-        with naming("evaluation.data"):
-            held_out = _load(evaluation.data, evaluation.max_tokens, spec, readers, artifacts)
-    return prompts, held_out
+    with naming(f"stage '{stage.name}'") if len(spec.stages) > 1 else nullcontext():
+        prompts = _load(stage.data, stage.sampling.max_tokens, spec, readers, artifacts, is_read=stage.needs_teacher())
+        if stage.reads_completions():
+            prompts = with_completions(prompts, readers.renderer, stop_token_ids(readers.student))
+    return prompts
+
+
+def load_held_out(spec: JobSpec, readers: Readers, artifacts: Artifacts) -> list[Prompt]:
+    """The held-out prompts, as `load_prompts`."""
+    evaluation = spec.evaluation
+    if evaluation.data is None:
+        return []
+    with naming("evaluation.data"):
+        return _load(evaluation.data, evaluation.max_tokens, spec, readers, artifacts)
+
+
+def check_writers(stage: StageSpec, student: ModelEntry, teachers: Mapping[str, ModelEntry]) -> None:
+    """Teachers whose texts a stage trains on end them as the student does.
+
+    Raises:
+        PreflightError: names the tokens.
+    """
+    writes = stage.on_policy_fraction < 1 and stage.off_policy_source == "teacher"
+    known = all_stop_ids(stage, student)
+    for name, entry in teachers.items() if writes else ():
+        if odd := sorted(set(stop_token_ids(entry)) - set(known)):
+            raise PreflightError(
+                f"teacher '{name}' ({entry.name}) ends its texts with the tokens {odd}, too, at which the student "
+                f"({student.name}) would go on; add them to sampling.stop_token_ids"
+            )
 
 
 def _load(

@@ -26,6 +26,8 @@ class Progress:
         self._step_started = time.monotonic()
         self._phases: dict[str, float] = {}
         self.phase = "starting"
+        self.stage = ""
+        """Name of the stage that is on."""
         self.usage: dict[str, float] = {
             "sampled_tokens": 0,
             "scored_tokens": 0,
@@ -41,6 +43,10 @@ class Progress:
         """Totals of the job; seconds are busy time of the stage, `cached_tokens` those of `scored_tokens` that a
         teacher had scored before, `model_loads` loads of teachers while scoring, `score_bytes` scores with their
         payloads. Carried over a takeover by the manifest."""
+
+    def begin_stage(self, name: str) -> None:
+        """Another stage: its steps take another time."""
+        self.stage, self._step_s = name, None
 
     def restore(self, usage: Mapping[str, float]) -> None:
         """Continue the totals of the manifest a claim opened from."""
@@ -64,7 +70,8 @@ class Progress:
     async def show(self, phase: str) -> None:
         """Tell users which phase the job is in."""
         self.phase = phase
-        await self._jobs.update(self._scope, progress={"phase": phase, "total_steps": self._stop_step})
+        progress = {"phase": phase, "stage": self.stage, "total_steps": self._stop_step}
+        await self._jobs.update(self._scope, progress=progress)
 
     async def step_done(self, step: int, metrics: dict[str, float], busy: Mapping[str, float]) -> None:
         """Record a finished step; `busy` has tokens, seconds and processes of its sampling and scoring."""
@@ -94,13 +101,14 @@ class Progress:
         self._step_s = usual_s if self._step_s is None else SMOOTHING * usual_s + (1 - SMOOTHING) * self._step_s
         progress: dict[str, Any] = {
             "phase": "training",
+            "stage": self.stage,
             "total_steps": self._stop_step,
             "eta_s": round(self._step_s * (self._stop_step - step), 1),
             "bottleneck": _bottleneck(timings["time/wait_s"], train_s, speeds),
             "tokens_per_s": {stage: round(speed, 1) for stage, speed in speeds.items()},
             "last_metrics": metrics,
         }
-        await self._jobs.metric(self._scope, step, metrics)
+        await self._jobs.metric(self._scope, step, metrics, stage=self.stage)
         await self._jobs.update(self._scope, step=step, progress=progress, usage=self._rounded_usage())
         self._gauges(metrics)
 

@@ -178,7 +178,7 @@ def check_lengths(
 
 
 class PromptOrder:
-    """Which prompt is group g: rows as mix.py draws them.
+    """Which prompt is a stage's group g, counted from its first: rows as mix.py draws them.
 
     Within a step, groups of one teacher follow each other, so that a teacher process with little memory loads each
     model once a step; every other step the other way round, so that it begins with the model that is there. A step

@@ -74,6 +74,10 @@ class Shelf:
         """Versions held, oldest first."""
         return [self._held[version].index.ref for version in sorted(self._held)]
 
+    def keep(self, number: int) -> None:
+        """Keep so many versions from now on."""
+        self._hold = number
+
     async def hold(self, policy_version: int, arrays: list[tuple[str, np.ndarray, str]]) -> weights_pb2.WeightsRef:
         """Name the weights and keep them for `FetchWeights`, telling nobody."""
         index = await asyncio.to_thread(make_index, self._scope, policy_version, arrays)

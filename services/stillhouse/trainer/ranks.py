@@ -36,6 +36,7 @@ from stillhouse.trainer.batch import RowMeasures, TeacherHead, Update
 from stillhouse.trainer.export import export_model
 from stillhouse.trainer.packing import MicroBatch
 from stillhouse.trainer.sharded import ShardedEngine
+from stillhouse.trainer.student import Packing
 
 IDLE_TIMEOUT: Final = timedelta(days=30)
 """How long a follower waits for a command: a trainer may be idle for weeks. If rank 0 dies, the wait ends at once."""
@@ -158,8 +159,13 @@ class Part:
             seed=values["seed"],
             threads=values["threads"],
             ema=None if values["ema"] is None else EmaSpec.model_validate(values["ema"]),
+            packings=values["packings"],
         )
         return Message({"vocab_size": self.engine.vocab_size, "loaded": self.engine.facts()}, {})
+
+    def _begin_stage(self, values: dict[str, Any]) -> Message:
+        self.opened().begin_stage(StageSpec.model_validate(values["stage"]))
+        return Message(self.opened().facts(), {})
 
     def _close(self, _: dict[str, Any]) -> None:
         self.engine = None
@@ -229,6 +235,7 @@ class RankedEngine:
         seed: int,
         threads: int = 0,
         ema: EmaSpec | None = None,
+        packings: Sequence[Packing] = (),
     ) -> None:
         self._ranks = ranks
         self._part = Part()
@@ -236,13 +243,20 @@ class RankedEngine:
         self.num_ranks = ranks.size
         parts = {"student": student, "stage": stage, "ema": ema}
         specs = {name: None if part is None else part.model_dump(mode="json") for name, part in parts.items()}
-        answer = self._say("open", model_dir=str(model_dir), seed=seed, threads=threads, **specs)[0]
+        options = {"seed": seed, "threads": threads, "packings": list(packings)}
+        answer = self._say("open", model_dir=str(model_dir), **options, **specs)[0]
         self.vocab_size: int = answer["vocab_size"]
-        self.packs: bool = answer["loaded"]["packing"]
         self._facts: dict[str, Any] = answer["loaded"]
+
+    @property
+    def packs(self) -> bool:
+        return self._facts["packing"]
 
     def facts(self) -> dict[str, Any]:
         return {**self._facts, "ranks": self.num_ranks}
+
+    def begin_stage(self, stage: StageSpec) -> None:
+        self._facts = self._say("begin_stage", stage=stage.model_dump(mode="json"))[0]
 
     def train(self, batches: Sequence[MicroBatch], heads: Mapping[str, TeacherHead]) -> list[RowMeasures]:
         return [RowMeasures(**answer.facts | answer.arrays) for answer in self._distribute("train", batches, heads)]

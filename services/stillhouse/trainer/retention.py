@@ -1,8 +1,8 @@
 """Which checkpoints stay: the newest, the best, and whatever a claim may need to start from.
 
     committed -> kept: one of the newest `keep_last` (at least two) that verify, or newer than those; one of the best
-                 `keep_best` by held-out reverse KL; the base of the newest epoch; for a deterministic job the newest
-                 that lies `lag` steps back, whose replay gives the old versions again
+                 `keep_best` by held-out reverse KL; the end of a stage; the base of the newest epoch; for a
+                 deterministic job the newest that lies `lag` steps back, whose replay gives the old versions again
               -> gone: renamed to tmp.gone.*, then deleted. So no reader finds half of one
 
 What a job that has not ended names (core/checkpoints.py) stays, too, until it is a model. A job names first and then
@@ -25,6 +25,7 @@ from stillhouse.core.blobs import Artifacts, JobArtifacts, fsync_dir, read_json
 from stillhouse.core.checkpoints import named, registration
 from stillhouse.core.errors import CorruptError, NotFoundError
 from stillhouse.core.failpoints import failpoint
+from stillhouse.core.spec import JobSpec
 from stillhouse.trainer.manifests import ManifestRef, lineage, list_manifests, verify
 
 KEEP_AT_LEAST: Final = 2
@@ -40,21 +41,26 @@ class Policy:
 
     keep_last: int
     keep_best: int = 0
-    lag: int = 0
-    """Steps that the base of a deterministic job must lie back."""
+    ends: frozenset[int] = frozenset()
+    """Steps with which stages end: other jobs and later stages may name their checkpoints."""
+    lag: Callable[[int], int] = lambda _: 0
+    """Steps that the base of a claim which goes on at a step must lie back; above 0 for deterministic jobs."""
+
+    @classmethod
+    def of(cls, spec: JobSpec) -> Policy:
+        """The policy of a job."""
+        ends = frozenset(span.stop_step for span in spec.spans())
+        return cls(spec.checkpoint.keep_last, spec.checkpoint.keep_best, ends, spec.lag)
 
 
 def retain(
     artifacts: JobArtifacts,
-    keep_last: int,
+    policy: Policy,
     base: ManifestRef | None,
-    *,
-    keep_best: int = 0,
-    lag: int = 0,
     on_damage: Callable[[str], None] = lambda _: None,
 ) -> int:
     """Delete the checkpoints of a running job that may go; `base` is what its epoch opened from. Returns how many."""
-    gone = superfluous(artifacts, Policy(keep_last, keep_best, lag), on_damage)
+    gone = superfluous(artifacts, policy, on_damage)
     number = 0
     try:
         number = sum(delete(artifacts, ref) for ref in gone if ref != base)
@@ -83,8 +89,9 @@ def superfluous(
     if sum(_is_good(artifacts, ref, lambda _: None) for ref in kept) < KEEP_AT_LEAST:
         return []  # a claim may have to go back further, even off the lineage
     kept |= _best(artifacts, known, policy.keep_best, on_damage)
-    if policy.lag and known:
-        start = known[-1].step - policy.lag
+    kept |= {ref for ref in known if ref.step in policy.ends}
+    if known and (lag := policy.lag(known[-1].step)):
+        start = known[-1].step - lag
         kept |= {ref for ref in known if ref.step > start}  # what lies back far enough later on is among these
         kept |= _newest(artifacts, [ref for ref in known if ref.step <= start], 1, on_damage)
     if past.base is not None:

@@ -29,6 +29,8 @@ class Judge(Protocol):
 
     async def judge(self, items: Sequence[Item]) -> list[Verdict]: ...
 
+    async def close(self) -> None: ...
+
 
 @dataclass(frozen=True)
 class Rewards:

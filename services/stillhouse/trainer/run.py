@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from stillhouse.core.blobs import JobArtifacts
-from stillhouse.core.errors import JobFailedError, NonFiniteError
+from stillhouse.core.errors import NonFiniteError
 from stillhouse.core.failpoints import failpoint
 from stillhouse.core.queue.jobs import JobStore
 from stillhouse.core.queue.streams import Scope
-from stillhouse.core.spec import JobSpec, StageSpec
+from stillhouse.core.spec import JobSpec, StageSpan
 from stillhouse.trainer import manifests
 from stillhouse.trainer.asks import train_score
 from stillhouse.trainer.batch import TeacherHead, TrainSample
@@ -24,17 +24,17 @@ from stillhouse.trainer.followed import Followed
 from stillhouse.trainer.journal import JournalledStep, StepJournal, read_step
 from stillhouse.trainer.ledger import Ledger
 from stillhouse.trainer.manifests import ManifestRef, Opening
-from stillhouse.trainer.masks import mask_tokens
 from stillhouse.trainer.measures import sentence, told
 from stillhouse.trainer.progress import Progress
-from stillhouse.trainer.prompts import Prompt, PromptOrder, is_on_policy, make_group, sample_seed
+from stillhouse.trainer.prompts import Prompt, is_on_policy, make_group, sample_seed
 from stillhouse.trainer.publish import Publisher
-from stillhouse.trainer.retention import retain
-from stillhouse.trainer.rewards import Rewards, outcomes, reward_metrics
+from stillhouse.trainer.retention import Policy, retain
+from stillhouse.trainer.rewards import reward_metrics
 from stillhouse.trainer.samplers import SamplerPool
 from stillhouse.trainer.space import Space
+from stillhouse.trainer.stage import Stage
 from stillhouse.trainer.texts import Texts
-from stillhouse.trainer.train import LearnerThread, keep_journalled, micro_batch_plans, plan_from_journal, to_sample
+from stillhouse.trainer.train import LearnerThread, keep_journalled, micro_batch_plans, plan_from_journal
 from stillhouse.v1 import rollout_pb2
 
 MAX_NON_FINITE: Final = 3
@@ -43,7 +43,10 @@ MAX_NON_FINITE: Final = 3
 
 @dataclass
 class Run:
-    """One claim of one job, from the loaded learner to the last commit. Implements every Protocol of the loop."""
+    """One claim of one job, from the loaded learner to the last commit. Implements every Protocol of the loop.
+
+    What changes from stage to stage is in `stage`.
+    """
 
     scope: Scope
     spec: JobSpec
@@ -55,17 +58,14 @@ class Run:
     learner: LearnerThread
     publisher: Publisher
     progress: Progress
-    order: PromptOrder
-    prompts: Sequence[Prompt]
     heads: Mapping[str, TeacherHead]
+    """Of the teachers that judge with them now."""
     texts: Texts
     """Brings what the student does not write."""
-    rewards: Rewards | None
-    """Judges what it writes; None = the stage has no outcome reward."""
-    stop_ids: Sequence[int]
-    """Token ids that end a completion: the student's own and the stage's."""
-    special_ids: Sequence[int]
-    """Special tokens of the student, where the stage masks them."""
+    stage: Stage
+    """The one that trains."""
+    make_stage: Callable[[StageSpan], Awaitable[Stage]]
+    """Makes another ready."""
     threads: int
     space: Space
     ledger: Ledger
@@ -86,28 +86,39 @@ class Run:
     _last_commit: ManifestRef | None = None
     _last_commit_at: float = field(default_factory=time.monotonic)
 
-    @property
-    def stage(self) -> StageSpec:
-        return self.spec.stages[0]
+    # -- Stages ------------------------------------------------------------------------------------------------------
+
+    async def enter(self, span: StageSpan) -> None:
+        """End the stage that trains, with a checkpoint, and begin `span`; nothing if that is the one."""
+        if span.index == self.stage.span.index:
+            return
+        await self.commit()
+        failpoint("trainer.stage_ended")
+        stage = await self.make_stage(span)
+        await self.learner.begin_stage(span)
+        self.stage = stage
+        self.publisher.keep(span.max_staleness + 1)
+        failpoint("trainer.stage_begun")
 
     # -- Rollouts ----------------------------------------------------------------------------------------------------
 
     async def start(self, group: int, min_policy_version: int) -> asyncio.Future[ScoredGroup]:
-        prompt = self.order[group]
+        stage = self.stage.spec
+        prompt = self.stage.prompt(group)
         message = self._group(
             prompt,
             purpose=rollout_pb2.PURPOSE_TRAIN,
             group=group,
             group_id=str(group),
             seed_id=str(group),
-            size=self.stage.schedule.group_size,
-            sampling=self._sampling(),
-            score=train_score(self.stage),
+            size=stage.schedule.group_size,
+            sampling=self.stage.sampling(),
+            score=train_score(stage),
             min_policy_version=min_policy_version,
         )
-        if is_on_policy(self.spec.seed, group, self.stage.on_policy_fraction):
+        if is_on_policy(self.spec.seed, group, stage.on_policy_fraction):
             return await self._plan(message)
-        return await self.texts.start(message, prompt)
+        return await self.texts.start(message, prompt, stage.off_policy_source)
 
     async def plan(self, prompt: Prompt, **fields: Any) -> asyncio.Future[ScoredGroup]:
         """Plan a group that the student answers; for `fields` see `_group` and `make_group`."""
@@ -136,7 +147,7 @@ class Run:
         scored = [sample for group in groups for sample in group.scored]
         self._reward_metrics = await self._judge(step, scored)
         with self.progress.timed("journal"):
-            samples = self._samples(scored, step)
+            samples = self.stage.samples(scored, step)
             plan = await self.learner.plan(samples, self.heads)
             await self._write_journal(
                 step,
@@ -151,10 +162,11 @@ class Run:
 
     async def _judge(self, step: int, scored: Sequence[ScoredSample]) -> dict[str, float]:
         """Have completions judged, where the stage has an outcome reward; gives its metrics."""
-        if self.rewards is None or not scored:
+        rewards = self.stage.rewards
+        if rewards is None or not scored:
             return {}
         with self.progress.timed("judge"):
-            problems = await self.rewards.judge(scored)
+            problems = await rewards.judge(scored)
         if problems:
             message = f"{len(problems)} of {len(scored)} completions got no verdict, hence reward 0; {problems[0]}"
             await self.jobs.event(
@@ -165,21 +177,9 @@ class Run:
     async def _write_journal(self, step: int, scores: Sequence[rollout_pb2.Score], **header: Any) -> None:
         await self.space.insist(
             f"the journal of step {step}",
-            lambda: StepJournal(self.artifacts, self.scope).write(step, scores, **header),
+            lambda: StepJournal(self.artifacts, self.scope).write(step, scores, stage=self.stage.span.index, **header),
             needed=lambda: sum(score.ByteSize() for score in scores),
         )
-
-    def _samples(self, scored: Sequence[ScoredSample], step: int) -> list[TrainSample]:
-        """What `step` trains on, masks included."""
-        if not scored:
-            raise JobFailedError("every sample of the step failed; the events of the job name the reasons")
-        temperature = self.stage.sampling.temperature
-        advantages = outcomes(scored, self.rewards.spec) if self.rewards is not None else {}
-        samples = []
-        for sample in scored:
-            weight = self.prompts[sample.score.rollout.row].weight
-            samples.append(to_sample(sample, weight, temperature, advantages.get(sample.sample_id, 0.0)))
-        return mask_tokens(samples, self.stage.tokens, step, self.special_ids)
 
     async def _report_failures(self, groups: Sequence[ScoredGroup]) -> None:
         for sample in (sample for group in groups for sample in group.samples if sample.is_failed):
@@ -247,13 +247,14 @@ class Run:
     async def replay(self) -> None:
         """Train the journalled steps that no manifest covers again: the same samples, none sampled anew."""
         for ref in self.opening.replay:
+            await self.enter(self.spec.span_at(ref.step))
             journalled = await asyncio.to_thread(read_step, self.artifacts.journal(ref.epoch, ref.step))
             scored = await self._scored_again(journalled)
-            samples = self._samples(scored, ref.step)
+            samples = self.stage.samples(scored, ref.step)
             if self.spec.deterministic:  # the next groups want the weights of the versions before
                 await self.publisher.hold(ref.step, await self.learner.state_arrays())
             metrics = await self._train(ref.step, samples, plan_from_journal(samples, journalled.header.micro_batches))
-            metrics |= reward_metrics(scored, self.spec.teachers) if self.rewards is not None else {}
+            metrics |= reward_metrics(scored, self.spec.teachers) if self.stage.rewards is not None else {}
             failpoint("trainer.replayed")
             await self.progress.step_done(self.step_done, metrics, self._busy_seconds(scored))
 
@@ -299,20 +300,26 @@ class Run:
     async def commit_if_due(self, step: int) -> None:
         policy = self.spec.checkpoint
         is_overdue = time.monotonic() - self._last_commit_at > policy.max_redo_s
-        if step == self.spec.stop_step() or step % policy.every_steps == 0 or is_overdue:
+        if step == self.stage.span.stop_step or step % policy.every_steps == 0 or is_overdue:
             with self.progress.timed("commit"):
                 await self.commit()
+
+    @property
+    def committed_step(self) -> int:
+        """Steps behind the newest checkpoint."""
+        base = self._last_commit or self.opening.base
+        return base.step if base else 0
 
     async def commit(self) -> None:
         """Commit the learner's present state, once per step."""
         step = self.step_done
         base = self._last_commit or self.opening.base
-        if step == 0 or (base is not None and base.step == step):
+        if step == 0 or step == self.committed_step:
             return
         facts = {
             "job_id": self.scope.job_id,
-            "next_group": step * self.stage.schedule.prompts_per_step,
-            "stage": 0,
+            "next_group": self.stage.span.first_group_of(step),
+            "stage": self.learner.stage_index,
             "parent": base.as_json() if base else None,
             "spec_sha256": manifests.spec_sha256(self.spec.model_dump(mode="json")),
             "usage": self.progress.usage,
@@ -333,42 +340,22 @@ class Run:
             self.scope.job_id, "checkpoint.saved", f"checkpoint at step {step}", step=step, name=ref.name
         )
         await asyncio.to_thread(
-            retain,
-            self.artifacts,
-            self.spec.checkpoint.keep_last,
-            self.opening.base,
-            keep_best=self.spec.checkpoint.keep_best,
-            lag=self.stage.schedule.max_staleness if self.spec.deterministic else 0,
-            on_damage=self.on_damage,
+            retain, self.artifacts, Policy.of(self.spec), self.opening.base, on_damage=self.on_damage
         )
 
     # -- Evaluator ---------------------------------------------------------------------------------------------------
 
     async def evaluate_if_due(self, step: int) -> None:
-        if self.held_out is None or not self.held_out.is_due(step, self.spec.stop_step()):
+        if self.held_out is None or not self.held_out.is_due(step):
             return
         with self.progress.timed("evaluate"):
             await self.progress.show("evaluating")
-            is_averaged = step == self.spec.stop_step() and self.stage.optimizer.ema_decay is not None
+            is_averaged = step == self.spec.stop_step() and self.stage.spec.optimizer.ema_decay is not None
             result = await self.held_out.evaluate(step, is_averaged=is_averaged)
         await self.progress.show("training")
         await self.jobs.event(self.scope.job_id, "evaluation", sentence(result), **told(result))
 
     # -- details -----------------------------------------------------------------------------------------------------
-
-    def _sampling(self) -> rollout_pb2.SamplingParams:
-        sampling, select = self.stage.sampling, self.stage.tokens.select
-        return rollout_pb2.SamplingParams(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            min_p=sampling.min_p,
-            max_tokens=sampling.max_tokens,
-            stop=sampling.stop,
-            stop_token_ids=self.stop_ids,
-            record_top_k=self.stage.loss.record_top_k(),
-            record_entropies=select is not None and select.by == "entropy",
-        )
 
     async def export(self, source_dir: Path, card: dict[str, Any]) -> None:
         """Write the finished student beside the artifacts, in place of an older export."""

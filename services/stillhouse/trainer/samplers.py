@@ -48,8 +48,9 @@ class Written:
 class SamplerPool:
     """Leases `samplers.min`..`max` samplers for one claim of a job.
 
-    Until the job has had `min` once, it does not hold on to fewer for longer than a lease: two jobs that each hold what
-    the other waits for would wait for ever. It gives them back and comes again after a random pause.
+    Until a stage that needs them has had `min` once, it does not hold on to fewer for longer than a lease: two jobs
+    that each hold what the other waits for would wait for ever. It gives them back and comes again after a random
+    pause.
     """
 
     def __init__(
@@ -62,8 +63,10 @@ class SamplerPool:
         self._lease_s = lease_s
         self._log = log
         self._leased: dict[str, ServiceInfo] = {}
-        self._has_started = False
-        """The job has had `min` samplers."""
+        self._is_needed = False
+        """The stage has something written."""
+        self.has_started = False
+        """It has had `min` samplers."""
         self._short_since: float | None = None
         """Monotonic time since when a job that has not started holds too few."""
         self._away_until = 0.0
@@ -81,8 +84,15 @@ class SamplerPool:
         """Whether this sampler is leased, be it that it does not serve the job yet."""
         return instance in self._leased
 
+    async def use(self, is_needed: bool) -> None:
+        """Lease samplers from now on, or give back what is leased: not every stage has something written."""
+        self._is_needed = is_needed
+        if not is_needed:
+            self.has_started = False
+            await self.release()
+
     async def run(self) -> None:
-        """Lease samplers that appear, renew the leases, forget those that are gone; until cancelled."""
+        """While they are needed: lease samplers that appear, renew the leases, forget those that are gone."""
         while True:
             try:
                 await self._refresh()
@@ -91,7 +101,7 @@ class SamplerPool:
             await asyncio.sleep(min(1.0, self._lease_s / 3))
 
     async def _refresh(self) -> None:
-        if time.monotonic() < self._away_until:
+        if not self._is_needed or time.monotonic() < self._away_until:
             return
         alive = {info.instance: info for info in await self._registry.services("sampler")}
         # those we have come first, so that `max` never swaps a warm sampler for a cold one
@@ -105,14 +115,16 @@ class SamplerPool:
         for lost in self._leased.keys() - leased.keys():
             self._log.warning("sampler lost", sampler=lost)
         self._leased = leased
-        self._has_started |= self.size >= self._spec.min
-        if self._holds_in_vain():
+        self.has_started |= self.size >= self._spec.min
+        if not self._is_needed:  # no more, since a moment ago
+            await self.release()
+        elif self._holds_in_vain():
             await self._give_back()
         self._changed.set()
 
     def _holds_in_vain(self) -> bool:
         """It has held too few samplers for a whole lease, and others may be waiting for these."""
-        if self._has_started or not self._leased:
+        if self.has_started or not self._leased:
             self._short_since = None
             return False
         if self._short_since is None:

@@ -57,6 +57,6 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
             stop_step=lead.spec.stop_step(),
             weights=refs[-1] if refs else None,
             held=refs,
-            next_group=(run.step_done if run else 0) * lead.spec.stages[0].schedule.prompts_per_step,
+            next_group=run.stage.span.first_group_of(run.step_done) if run else 0,
             groups_in_flight=run.exchange.groups_in_flight if run else 0,
         )

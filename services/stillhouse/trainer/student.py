@@ -24,6 +24,7 @@ from stillhouse.trainer.attention import packed_hidden, packing_obstacle
 from stillhouse.trainer.batch import TeacherHead
 from stillhouse.trainer.objectives.base import Head
 
+Packing = Literal["auto", "off", "on"]
 DTYPES: Final[dict[str, torch.dtype]] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PROBE_TOKENS: Final = 8
 """Length of the sequence on which body + head are compared with the whole model."""
@@ -59,7 +60,7 @@ def student_hidden(model: PreTrainedModel, input_ids: Tensor, lengths: Sequence[
     return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
 
 
-def choose_packing(model: PreTrainedModel, wanted: Literal["auto", "off", "on"]) -> tuple[bool, str]:
+def choose_packing(model: PreTrainedModel, wanted: Packing) -> tuple[bool, str]:
     """(whether samples lie one after the other in a forward pass, why); lets the model do it if so.
 
     Raises:

@@ -36,7 +36,7 @@ class Texts:
         exchange: Exchange,
         samplers: SamplerPool,
         space: Space,
-        teachers: Mapping[str, TeacherSpec] | None,
+        teachers: Mapping[str, TeacherSpec],
         tokenizer_sha256: str,
         log: Any,
     ) -> None:
@@ -44,15 +44,15 @@ class Texts:
         self._samplers = samplers
         self._space = space
         self._teachers = teachers
-        """Who writes; None = the data have the texts."""
         self._tokenizer_sha256 = tokenizer_sha256
         self._log = log
         self._ordered: asyncio.Queue[pb.PromptGroup] = asyncio.Queue()
 
-    async def start(self, group: pb.PromptGroup, prompt: Prompt) -> asyncio.Future[ScoredGroup]:
-        """Have a group's completions brought; the future is that of `Exchange.plan`."""
+    async def start(self, group: pb.PromptGroup, prompt: Prompt, source: str) -> asyncio.Future[ScoredGroup]:
+        """Have a group's completions brought from `source`, as in `StageSpec.off_policy_source`; the future is that of
+        `Exchange.plan`."""
         future = self._exchange.expect(group)
-        if self._teachers is None:
+        if source == "data":
             assert prompt.completion_ids is not None, "with_completions() came first"
             ids, finish_reason = cut(prompt.completion_ids, group.sampling.max_tokens)
             rollouts = [self._rollout(group, index, pb.ORIGIN_DATA) for index in group.sample_indices]
@@ -103,7 +103,6 @@ class Texts:
         await self._bring(rollouts)
 
     def _request(self, group: pb.PromptGroup) -> sampler_pb2.GenerateRequest:
-        assert self._teachers is not None, "only teachers are asked"
         teacher = self._teachers[group.teacher]
         has_own_prompt = group.HasField("teacher_prompt_ids")
         return sampler_pb2.GenerateRequest(

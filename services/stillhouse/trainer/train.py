@@ -18,7 +18,7 @@ import numpy as np
 from stillhouse.core.blobs import staged_dir
 from stillhouse.core.errors import WireError
 from stillhouse.core.pulse import BULK, Pulse
-from stillhouse.core.spec import JobSpec
+from stillhouse.core.spec import JobSpec, StageSpan, StageSpec
 from stillhouse.core.tensors import from_tensor
 from stillhouse.trainer.batch import STUDENT_ORIGINS, TeacherHead, TrainSample
 from stillhouse.trainer.exchange import ScoredSample
@@ -160,24 +160,25 @@ class LearnerThread:
 
         return await asyncio.get_running_loop().run_in_executor(self._executor, measured)
 
-    async def load(self, model_dir: Path, spec: JobSpec, threads: int) -> dict[str, Any]:
-        """Load the student; gives facts about it for people."""
+    async def load(self, model_dir: Path, spec: JobSpec, threads: int, span: StageSpan) -> dict[str, Any]:
+        """Load the student for a stage; gives facts about it for people."""
 
         def build() -> Any:
             from stillhouse.trainer.learner import Learner
 
-            engine = self._make_engine(model_dir, spec, threads)
-            learner = Learner(engine, stage=spec.stages[0], teachers=spec.teachers, total_steps=spec.stop_step())
+            engine = self._make_engine(model_dir, spec, threads, span.stage)
+            learner = Learner(engine, span=span, teachers=spec.teachers, total_steps=spec.stop_step())
             learner.on_progress = self.pulse.beat
             return learner
 
         self._learner = await self.call(build, patience=BULK)
         return self._learner.engine.facts()
 
-    def _make_engine(self, model_dir: Path, spec: JobSpec, threads: int) -> Any:
+    def _make_engine(self, model_dir: Path, spec: JobSpec, threads: int, stage: StageSpec) -> Any:
         options: Any = {
             "student": spec.student,
-            "stage": spec.stages[0],
+            "stage": stage,
+            "packings": [stage.schedule.packing for stage in spec.stages],
             "seed": spec.seed,
             "threads": threads,
             "ema": spec.ema_of_student(),
@@ -189,6 +190,15 @@ class LearnerThread:
         from stillhouse.trainer.ranks import RankedEngine
 
         return RankedEngine(self._ranks, model_dir, **options)
+
+    @property
+    def stage_index(self) -> int:
+        """Of the stage that the learner is in."""
+        return self._learner.span.index
+
+    async def begin_stage(self, span: StageSpan) -> None:
+        """Go on from the weights as they are under another stage."""
+        await self.call(lambda: self._learner.begin_stage(span))
 
     async def plan(self, samples: Sequence[TrainSample], heads: Mapping[str, TeacherHead]) -> list[list[int]]:
         """Micro-batches as indices into `samples`."""

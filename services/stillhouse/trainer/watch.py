@@ -59,11 +59,11 @@ class Watch:
         *,
         interrupt: Interrupt,
         samplers: SamplerPool,
-        min_samplers: int,
+        min_samplers: Callable[[], int],
         status: Callable[[], str],
         idle_s: Callable[[], float],
+        needs_teachers: Callable[[], bool],
         trouble: Callable[[], tuple[str, str] | None] = lambda: None,
-        needs_teachers: bool = True,
     ) -> None:
         self._ctx = ctx
         self._scope = scope
@@ -134,11 +134,11 @@ class Watch:
             return trouble
         samplers = [info for info in services if info.role == "sampler"]
         teachers = [info for info in services if info.role == "teacher"]
-        if self._samplers.size < self._min_samplers and not samplers:
+        if self._samplers.size < self._min_samplers() and not samplers:
             return "no_sampler", "no sampler service is running; `stillhouse ps` shows what runs"
-        if self._status() == "running" and self._samplers.size == 0 and self._min_samplers:
+        if self._samplers.size == 0 and self._samplers.has_started:
             return "no_sampler", f"the job has lost its samplers, and the {len(samplers)} there are serve other jobs"
-        if self._needs_teachers and not teachers:
+        if self._needs_teachers() and not teachers:
             return "no_teacher", "no teacher service is running; `stillhouse ps` shows what runs"
         ours = [info for info in samplers if self._is_ours(info)]
         return self._no_student(ours) or self._standstill([*ours, *teachers])

@@ -89,7 +89,7 @@ def _seconds(draw: random.Random) -> float:
 
 
 def draw_job(draw: random.Random) -> JobSpec:
-    """A small job."""
+    """A small job; every third has two stages."""
     per_step, size = draw.randint(1, 3), draw.choice((1, 2, 2, 3))
     return JobSpec.model_validate(
         _varied(
@@ -120,7 +120,7 @@ def draw_job(draw: random.Random) -> JobSpec:
 
 
 def _varied(spec: dict[str, Any]) -> dict[str, Any]:
-    return _with_a_mix(_with_given_texts(spec))
+    return _with_second_stage(_with_a_mix(_with_given_texts(spec)))
 
 
 def _with_given_texts(spec: dict[str, Any]) -> dict[str, Any]:
@@ -148,3 +148,26 @@ def _with_a_mix(spec: dict[str, Any]) -> dict[str, Any]:
         row["teacher"] = ("main", "second")[number % 2]
     data["mix"] = {"main": draw.choice((0.3, 1, 4)), "second": 1}
     return {**spec, "teachers": {"main": {"model": "teacher"}, "second": {"model": "teacher"}}}
+
+
+def _with_second_stage(spec: dict[str, Any]) -> dict[str, Any]:
+    """In every third job other rows, numbers and objective follow, and teachers behind a stage that has none."""
+    draw = random.Random(f"stages {spec['seed']}")
+    if draw.random() > 1 / 3:
+        return spec
+    teachers = list(spec["teachers"]) or ["main"]
+    rows = [{"prompt": f"other {n}", "teacher": teachers[n % len(teachers)]} for n in range(draw.randint(3, 7))]
+    second = {
+        "name": "second",
+        "data": {"rows": rows},
+        "sampling": {"max_tokens": 5},
+        "loss": {"objective": draw.choice(("policy_gradient", "full_vocabulary"))},
+        "schedule": {
+            "steps": draw.randint(2, 4),
+            "prompts_per_step": draw.randint(1, 3),
+            "group_size": draw.choice((1, 2)),
+            "max_staleness": draw.randint(0, 2),
+            "micro_batch_tokens": 32,
+        },
+    }
+    return {**spec, "teachers": {name: {"model": "teacher"} for name in teachers}, "stages": [*spec["stages"], second]}

@@ -11,6 +11,7 @@ from stillhouse.core.oracle.lineage import lineage_of, working_epochs
 from stillhouse.core.oracle.read import read_epochs, read_journal
 from stillhouse.core.oracle.verify import verify_job
 from stillhouse.core.queue.jobs import _record
+from stillhouse.core.spec import JobSpec
 from stillhouse.core.tensors import ids_list
 from stillhouse.v1 import rollout_pb2
 from tests.chaos.sim.toys import toy_completion
@@ -63,7 +64,8 @@ def _check_truth(world: World, record: Any) -> None:
         with suppress(StillhouseError):
             _, scores = read_journal(artifacts.journal(lineage.steps[step], step))
             scored = [score for score in scores if score.WhichOneof("result") != "failed"]
-            expected += [[step, score.rollout.sample_id] for score in scored]
+            stage = JobSpec.model_validate(record.spec).span_at(step).index
+            expected += [[step, score.rollout.sample_id, stage] for score in scored]
             for score in scored:
                 _check_weights(world, record.id, score.rollout)
                 _check_tokens(world, score.rollout)

@@ -14,6 +14,7 @@ from redis.exceptions import ResponseError
 from stillhouse.core.blobs import JobArtifacts
 from stillhouse.core.queue import jobs, scripts
 from stillhouse.core.queue.streams import Entry, WorkQueue
+from stillhouse.core.spec import StageSpan
 from stillhouse.sampler.student import Student
 from stillhouse.teacher import scoring
 from stillhouse.teacher import worker as teacher_worker
@@ -21,6 +22,7 @@ from stillhouse.trainer import lead, loop, manifests, run
 from stillhouse.trainer.exchange import Exchange, ScoredGroup
 from stillhouse.trainer.lead import Lead
 from stillhouse.trainer.run import Run
+from stillhouse.trainer.start import Start
 from tests.chaos.sim.toys import ToyLearner
 from tests.chaos.sim.world import World
 
@@ -65,7 +67,7 @@ _commit_if_due = Run.commit_if_due
 
 
 async def _prepare_only(self: Any, step: int, groups: Sequence[ScoredGroup], next_group: int) -> None:
-    samples = self._samples([sample for group in groups for sample in group.scored], step)
+    samples = self.stage.samples([sample for group in groups for sample in group.scored], step)
     self._batch = (samples, await self.learner.plan(samples, self.heads))
     self._busy = self._busy_seconds([sample for group in groups for sample in group.scored])
     self._planted = (step, groups, next_group)
@@ -123,8 +125,8 @@ _start = Run.start
 
 async def _start_after_what_was_in_flight(self: Any, group: int, min_policy_version: int) -> Any:
     is_resumed = self.opening.base is not None or self.opening.replay
-    schedule = self.stage.schedule
-    skipped = schedule.prompts_per_step * (schedule.max_staleness + 1) if is_resumed else 0
+    span = self.stage.span
+    skipped = span.prompts_per_step * (span.max_staleness + 1) if is_resumed else 0
     return await _start(self, group + skipped, min_policy_version)
 
 
@@ -222,6 +224,23 @@ class _FirstDone(deque[Any]):
         return super().popleft()
 
 
+# -- stage_not_drained -------------------------------------------------------------------------------------------------
+
+
+def _of_the_stage_before(self: StageSpan, step: int) -> int:
+    return max(0, step - self.max_staleness)
+
+
+# -- stage_lost_at_restore ---------------------------------------------------------------------------------------------
+
+_load_student = Start._load_student
+
+
+async def _stay_in_the_stage_that_ended(self: Any, *args: Any) -> Any:
+    with mock.patch.object(self.learner, "begin_stage", mock.AsyncMock()):
+        return await _load_student(self, *args)
+
+
 PLANTS: Final[dict[str, Plant]] = {
     "ack_before_result": replaced((WorkQueue, "claim", _claim_and_ack)),
     "train_before_journal": replaced((Run, "write", _prepare_only), (Run, "commit_if_due", _journal_after_all)),
@@ -256,5 +275,7 @@ PLANTS: Final[dict[str, Plant]] = {
     "swallowed_error": replaced((teacher_worker, "make_failure", _no_reason)),
     "replay_twice": replaced((Run, "_train", _train_last_twice)),
     "out_of_order": replaced((loop, "deque", _FirstDone)),
+    "stage_not_drained": replaced((StageSpan, "oldest_version", _of_the_stage_before)),
+    "stage_lost_at_restore": replaced((Start, "_load_student", _stay_in_the_stage_that_ended)),
 }
 """Name of a bug of BUGS -> what puts it in."""

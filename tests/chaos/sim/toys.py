@@ -20,7 +20,7 @@ from stillhouse.core.blobs import staged_dir
 from stillhouse.core.errors import NonFiniteError, NotFoundError
 from stillhouse.core.failpoints import failpoint
 from stillhouse.core.models import ModelEntry
-from stillhouse.core.spec import JobSpec, StageSpec
+from stillhouse.core.spec import JobSpec, StageSpan
 from stillhouse.sampler.engines.base import Piece, SampleRequest
 from stillhouse.teacher.engines.base import Head, Scored, ScoreItem, Unscored
 from stillhouse.trainer.batch import TeacherHead, TrainSample
@@ -190,13 +190,19 @@ class ToyLearner:
     keeps_nan = False
     """For the planted bug."""
 
-    def __init__(self, seed: int, stage: StageSpec) -> None:
+    def __init__(self, seed: int, span: StageSpan) -> None:
         self.weights = digest("init", seed)[:WIDTH]
-        self.micro_batch_tokens = stage.schedule.micro_batch_tokens
-        self.has_teacher = stage.loss.payload() != "none"
         self.policy_version = 0
         self.trained: list[list[Any]] = []
-        """[step, sample id] of everything behind the weights, in order."""
+        """[step, sample id, stage] of everything behind the weights, in order."""
+        self.begin_stage(span)
+
+    def begin_stage(self, span: StageSpan) -> None:
+        """Weights go on, the moment begins anew."""
+        self.span = span
+        self.micro_batch_tokens = span.stage.schedule.micro_batch_tokens
+        self.has_teacher = span.stage.loss.payload() != "none"
+        self.moment = np.zeros(WIDTH, dtype=np.float32)
 
     def plan(self, samples: Sequence[TrainSample], heads: Mapping[str, TeacherHead]) -> list[list[int]]:
         return plan_micro_batches(samples, self.micro_batch_tokens)
@@ -204,20 +210,21 @@ class ToyLearner:
     def step(
         self, samples: Sequence[TrainSample], heads: Mapping[str, TeacherHead], plan: Sequence[Sequence[int]]
     ) -> dict[str, float]:
-        weights, trained = self.weights, []
+        weights, moment, trained = self.weights, self.moment, []
         for batch in plan:
             for index in batch:
                 sample = samples[index]
                 signal = sample.teacher_logprobs if sample.hidden is None else sample.hidden.astype(np.float32)
                 signal = signal if self.has_teacher else np.zeros(1, dtype=np.float32)
-                weights = 0.5 * weights + digest(sample.sample_id, sample.completion_ids.tolist(), signal.tolist())[:4]
+                moment = 0.5 * moment + digest(sample.sample_id, sample.completion_ids.tolist(), signal.tolist())[:4]
+                weights = 0.5 * weights + moment
                 if not np.isfinite(signal).all():
                     weights = weights * np.float32(np.nan)
-                trained.append([self.policy_version, sample.sample_id])
+                trained.append([self.policy_version, sample.sample_id, self.span.index])
             failpoint("trainer.mid_backward")
         if not np.isfinite(weights).all() and not self.keeps_nan:
             raise NonFiniteError(f"step {self.policy_version}: the toy's weights are not finite")
-        self.weights = weights.astype(np.float32)
+        self.weights, self.moment = weights.astype(np.float32), moment.astype(np.float32)
         self.trained += sorted(trained, key=lambda item: [int(part) for part in item[1].split("/")])
         self.policy_version += 1
         lag = [self.policy_version - 1 - s.oldest_policy_version for s in samples if s.is_on_policy] or [0]
@@ -232,21 +239,22 @@ class ToyLearner:
 
     def save(self, folder: Path) -> None:
         write_safetensors(folder / "model.safetensors", self.weights)
-        state = {"policy_version": self.policy_version, "trained": self.trained}
+        state = {"policy_version": self.policy_version, "trained": self.trained, "moment": self.moment.tolist()}
         (folder / "state.json").write_text(json.dumps(state))
 
     def load(self, folder: Path) -> None:
         self.weights = read_safetensors(folder / "model.safetensors")
         state = json.loads((folder / "state.json").read_text())
         self.policy_version, self.trained = state["policy_version"], state["trained"]
+        self.moment = np.array(state["moment"], dtype=np.float32)
 
 
 class ToyLearnerThread(LearnerThread):
     """`LearnerThread` around a toy: everything that does not need torch is the real class."""
 
-    async def load(self, model_dir: Path, spec: JobSpec, threads: int) -> dict[str, Any]:
+    async def load(self, model_dir: Path, spec: JobSpec, threads: int, span: StageSpan) -> dict[str, Any]:
         def build() -> ToyLearner:
-            return ToyLearner(spec.seed, spec.stages[0])
+            return ToyLearner(spec.seed, span)
 
         self._learner = await self.call(build)
         return {"parameters": WIDTH, "learning_parameters": WIDTH, "packing": False, "packing_reason": "a toy"}

@@ -11,6 +11,7 @@ from stillhouse.core.oracle.lineage import Lineage
 from stillhouse.core.oracle.read import Base, Checkpoint, Epoch, as_base, read_document
 from stillhouse.core.oracle.report import Report
 from stillhouse.core.oracle.safetensors import differing, non_finite
+from stillhouse.core.oracle.stages import Plan
 from stillhouse.core.oracle.steps import Sums, spec_sha256
 from stillhouse.core.spec import JobSpec
 
@@ -24,10 +25,19 @@ class CheckpointChecks:
     """Checks the checkpoints of a job: all by hash, those of the lineage also by what they say."""
 
     def __init__(
-        self, artifacts: JobArtifacts, spec: JobSpec, lineage: Lineage, report: Report, job_id: str, *, deep: bool
+        self,
+        artifacts: JobArtifacts,
+        spec: JobSpec,
+        plan: Plan,
+        lineage: Lineage,
+        report: Report,
+        job_id: str,
+        *,
+        deep: bool,
     ) -> None:
         self._artifacts = artifacts
         self._spec = spec
+        self._plan = plan
         self._lineage = lineage
         self._report = report
         self._job_id = job_id
@@ -143,6 +153,12 @@ class CheckpointChecks:
                 f"on disk before it is {expected}"
             )
             self._report.violate("versions", message, **where)
+        before = parent.step if parent is not None else 0
+        if missed := [end for end in self._plan.ends() if before < end < checkpoint.step]:
+            message = (
+                f"checkpoint {checkpoint.name} follows step {before}: the stage that ends with {missed[0]} has none"
+            )
+            self._report.violate("stage", message, **where)
 
     def _check_base(self, epochs: dict[int, Epoch]) -> None:
         """What the newest epoch opened from is what the next one may have to open from: it must lie there."""
@@ -178,17 +194,18 @@ class CheckpointChecks:
         return epoch is not None and any(folder.name == base.name for folder, _ in epoch.broken)
 
     def _check_facts(self, checkpoint: Checkpoint, document: dict[str, Any]) -> None:
-        per_step = self._spec.stages[0].schedule.prompts_per_step
+        stage = self._plan.at(max(0, checkpoint.step - 1))  # that of a stage's end belongs to the one that ends
         expected = {
             "epoch": checkpoint.epoch,
             "step": checkpoint.step,
             "policy_version": checkpoint.step,
             "job_id": self._job_id,
-            "next_group": checkpoint.step * per_step,
+            "next_group": stage.groups(checkpoint.step).start,
+            "stage": stage.index,
         }
         for name, value in expected.items():
             if document.get(name) != value:
-                rule = "prefix" if name == "next_group" else "versions"
+                rule = {"next_group": "prefix", "stage": "stage"}.get(name, "versions")
                 message = f"checkpoint {checkpoint.name}: {name} is {document.get(name)!r}, expected {value!r}"
                 self._report.violate(rule, message, epoch=checkpoint.epoch, step=checkpoint.step)
         if document.get("spec_sha256") != spec_sha256(self._spec):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Final
 
@@ -105,14 +106,14 @@ class EndChecks:
             if value != stop_step:
                 self._report.violate("success", f"the job succeeded with {name} = {value}, its end is step {stop_step}")
         if self._spec.evaluation.data is not None:
-            self._check_measured(stop_step)
+            self._check_measured()
         if self.end.get("error"):
             self._report.violate("success", f"the job succeeded, and carries the error {self.end['error']!r}")
         check_export(self._artifacts, self._spec, self._lineage, stop_step, self._report, deep=deep)
 
-    def _check_measured(self, stop_step: int) -> None:
-        """The held-out prompts were measured before the first step and after the last."""
-        for step in (0, stop_step):
+    def _check_measured(self) -> None:
+        """The held-out prompts were measured before the first step and after the last of each stage."""
+        for step in (0, *accumulate(stage.schedule.steps for stage in self._spec.stages)):
             if not (path := self._artifacts.evaluations / f"{step:08d}.json").is_file():
                 self._report.violate("success", f"the job succeeded, and {path} is missing", step=step)
 

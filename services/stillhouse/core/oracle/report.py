@@ -10,7 +10,9 @@ RULES: Final[dict[str, str]] = {
     "spec": "job.json holds a spec that this program accepts",
     "lineage": "every epoch continues the past of the epoch before it; no work of a closed epoch is built upon",
     "journal": "every step of the lineage has one journal, and it verifies",
-    "prefix": "step k consumes exactly the groups k*P..(k+1)*P-1, in order",
+    "prefix": "each step consumes exactly its groups, in order: P of its stage, after those of the steps before",
+    "stage": "a step is of its stage: by its journal, by what wrote its samples, by the checkpoint after it; a stage "
+    "ends with a checkpoint",
     "complete": "every planned sample ended: scored, or failed",
     "duplicate": "no sample ended twice",
     "reason": "a failure says why",

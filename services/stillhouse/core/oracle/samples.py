@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 
 from stillhouse.core.errors import WireError
 from stillhouse.core.oracle.lineage import Lineage
 from stillhouse.core.oracle.report import Report
+from stillhouse.core.oracle.stages import StagePlan
 from stillhouse.core.spec import JobSpec, PolicyGradientLoss, StageSpec
 from stillhouse.core.tensors import from_tensor
 from stillhouse.v1 import rollout_pb2
-
-if TYPE_CHECKING:
-    from stillhouse.core.oracle.steps import Rows
 
 STUDENTS: Final = (rollout_pb2.ORIGIN_UNSPECIFIED, rollout_pb2.ORIGIN_STUDENT)
 """Origins of what the student wrote."""
@@ -26,15 +24,14 @@ EPSILON: Final = 1e-3
 
 
 class SampleCheck:
-    """Checks samples one by one; remembers what must agree between them."""
+    """Checks the samples of a stage one by one; remembers what must agree between them."""
 
-    def __init__(self, spec: JobSpec, lineage: Lineage, report: Report, rows: Rows) -> None:
+    def __init__(self, spec: JobSpec, stage: StagePlan, lineage: Lineage, report: Report) -> None:
         self._spec = spec
+        self._stage = stage
         self._lineage = lineage
         self._report = report
-        self._rows = rows
-        self._stage = spec.stages[0]
-        loss = self._stage.loss
+        loss = stage.spec.loss
         self._kind = RESULTS[loss.payload()]
         self._is_rewarded = isinstance(loss, PolicyGradientLoss) and loss.reward is not None
         self._prompts: dict[int, bytes] = {}
@@ -79,7 +76,7 @@ class SampleCheck:
             self._report.violate("lineage", message, **where)
 
     def _check_row(self, rollout: rollout_pb2.Rollout, where: dict[str, Any]) -> None:
-        expected = self._rows.row(rollout.group)
+        expected = self._stage.row(rollout.group)
         if expected is not None and rollout.row != expected:
             message = (
                 f"group {rollout.group} is row {expected} of the data, sample {rollout.sample_id} is of {rollout.row}"
@@ -94,7 +91,7 @@ class SampleCheck:
     def _check_origin(self, rollout: rollout_pb2.Rollout, where: dict[str, Any]) -> None:
         """Who wrote it, and that nothing of a policy is said of what the student did not write."""
         name, found = rollout.sample_id, rollout.origin or rollout_pb2.ORIGIN_STUDENT
-        expected = origin_of(self._spec.seed, rollout.group, self._stage)
+        expected = origin_of(self._spec.seed, rollout.group, self._stage.spec)
         if found != expected:
             mine, theirs = rollout_pb2.Origin.Name(found), rollout_pb2.Origin.Name(expected)
             self._report.violate("origin", f"sample {name} is {mine}, by the job's seed it is {theirs}", **where)
@@ -153,7 +150,7 @@ class SampleCheck:
             self._report.violate("values", f"sample {rollout.sample_id}: {error.message}", **where)
             return 0
         problems = []
-        limit = self._spec.stages[0].sampling.max_tokens
+        limit = self._stage.spec.sampling.max_tokens
         if not 1 <= len(ids) <= limit or ids.dtype != np.dtype("<i4") or (len(ids) and ids.min() < 0):
             problems.append(f"{len(ids)} completion tokens of {ids.dtype}, expected 1 to {limit} ids")
         if mask is not None and len(mask) != len(ids):
@@ -198,12 +195,15 @@ class SampleCheck:
         self._check_weights(rollout, where)
 
     def _check_staleness(self, name: str, step: int, version: int, where: dict[str, Any]) -> None:
-        bound = self._spec.stages[0].schedule.max_staleness
-        if not 0 <= step - version <= bound:
+        bound, first = self._stage.spec.schedule.max_staleness, self._stage.first_step
+        if version < first:
+            message = f"sample {name} of a stage that begins at step {first} was written by policy version {version}"
+            self._report.violate("stage", message, **where)
+        elif not 0 <= step - version <= bound:
             message = f"sample {name}: step {step} trains on policy version {version}; the bound is {bound}"
             self._report.violate("staleness", message, **where)
-        elif self._spec.deterministic and version != max(0, step - bound):
-            message = f"sample {name}: policy version {version}, a deterministic job takes {max(0, step - bound)}"
+        elif self._spec.deterministic and version != max(first, step - bound):
+            message = f"sample {name}: policy version {version}, a deterministic job takes {max(first, step - bound)}"
             self._report.violate("staleness", message, **where)
 
     def _check_weights(self, rollout: rollout_pb2.Rollout, where: dict[str, Any]) -> None:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from fractions import Fraction
+from dataclasses import dataclass
 from typing import Any
 
 import xxhash
@@ -19,6 +16,7 @@ from stillhouse.core.oracle.lineage import Lineage
 from stillhouse.core.oracle.read import read_journal
 from stillhouse.core.oracle.report import Report
 from stillhouse.core.oracle.samples import SampleCheck
+from stillhouse.core.oracle.stages import Plan, StagePlan
 from stillhouse.core.spec import JobSpec
 from stillhouse.v1 import journal_pb2, rollout_pb2
 
@@ -52,110 +50,21 @@ class Sums:
         }
 
 
-@dataclass
-class Rows:
-    """Which row of the data is group g, as far as the data is known: a permutation of all rows in every pass, or with a
-    mix of each domain's rows in passes of their own; within a step the rows of one teacher together, every other step
-    the other way round.
-    """
-
-    teachers: list[str] | None
-    """Teacher of each row; None = unknown."""
-    seed: int | str
-    is_shuffled: bool
-    per_step: int = 1
-    mix: Mapping[str, float] | None = None
-    _step: tuple[int, list[int]] = (-1, [])
-    """The step that was asked for last, and its rows."""
-    _orders: dict[str, tuple[int, list[int]]] = field(default_factory=dict)
-    """Domain ("" = all rows) -> its newest pass and the order of that."""
-    _turns: list[tuple[str, int]] = field(default_factory=list)
-    """Of each group so far: its domain, and how many groups that had before."""
-    _counts: Counter[str] = field(default_factory=Counter)
-    """Groups that each domain has had."""
-
-    @property
-    def number(self) -> int:
-        """Rows of the data; 0 = unknown."""
-        return len(self.teachers or ())
-
-    def row(self, group: int) -> int | None:
-        """Row of a group; None = unknown."""
-        if not self.teachers:
-            return None
-        step, position = divmod(group, self.per_step)
-        if step != self._step[0]:
-            drawn = [self._drawn(step * self.per_step + index) for index in range(self.per_step)]
-            self._step = (step, sorted(drawn, key=self.teachers.__getitem__, reverse=step % 2 == 1))
-        return self._step[1][position]
-
-    def pools(self, num_groups: int) -> list[tuple[list[int], int]]:
-        """Rows that share their passes, and how many of the first groups are theirs."""
-        if self.mix is None:
-            return [(self._rows_of(""), num_groups)]
-        drawn = Counter(self._turn(group)[0] for group in range(num_groups))
-        return [(self._rows_of(domain), drawn[domain]) for domain in self.mix]
-
-    def _drawn(self, group: int) -> int:
-        domain, number = ("", group) if self.mix is None else self._turn(group)
-        turn, rows = self._orders.get(domain) or (-1, self._rows_of(domain))
-        if number // len(rows) != turn:
-            turn, rows = number // len(rows), self._rows_of(domain)
-            if self.is_shuffled:
-                label = f"{domain}/{turn}" if domain else f"{turn}"
-                random.Random(f"{self.seed}/pass/{label}").shuffle(rows)
-            self._orders[domain] = (turn, rows)
-        return rows[number % len(rows)]
-
-    def _rows_of(self, domain: str) -> list[int]:
-        """Rows of a domain in the data's order; "" = all."""
-        return [row for row, teacher in enumerate(self.teachers or ()) if domain in ("", teacher)]
-
-    def _turn(self, group: int) -> tuple[str, int]:
-        """The domain of a group, and how many groups that had before."""
-        while len(self._turns) <= group:
-            self._give_turn()
-        return self._turns[group]
-
-    def _give_turn(self) -> None:
-        """To the domain that lacks most of its share of all groups up to this one; of equals to the first by name."""
-        shares = {name: Fraction(str(share)) for name, share in (self.mix or {}).items()}
-        due = (len(self._turns) + 1) / sum(shares.values(), Fraction())
-        domain = min(shares, key=lambda name: (self._counts[name] - due * shares[name], name))
-        self._turns.append((domain, self._counts[domain]))
-        self._counts[domain] += 1
-
-
-def row_teachers(artifacts: JobArtifacts, spec: JobSpec, report: Report) -> list[str] | None:
-    """The teacher of each row of the job's data; None if its file is gone."""
-    data, names = spec.stages[0].data, list(spec.teachers)
-    only = names[0] if len(names) == 1 else ""  # where there is no choice, rows need not say it
-    if data.rows is not None:
-        return [only or row.teacher or "" for row in data.rows]
-    path = artifacts.root.parent.parent / "files" / f"{data.file}.jsonl"
-    if not path.is_file():
-        report.notes.append(f"the uploaded file {data.file} is gone: rows and coverage are not checked")
-        return None
-    with path.open("rb") as stream:
-        return [only or json.loads(line).get("teacher") or "" for line in stream if line.strip()]
-
-
 class StepChecks:
     """Goes through the steps of a lineage in order."""
 
-    def __init__(self, artifacts: JobArtifacts, spec: JobSpec, lineage: Lineage, report: Report, job_id: str) -> None:
+    def __init__(
+        self, artifacts: JobArtifacts, spec: JobSpec, plan: Plan, lineage: Lineage, report: Report, job_id: str
+    ) -> None:
         self._artifacts = artifacts
-        self._spec = spec
+        self._plan = plan
         self._lineage = lineage
         self._report = report
         self._job_id = job_id
-        schedule = spec.stages[0].schedule
-        self._per_step, self._size = schedule.prompts_per_step, schedule.group_size
-        teachers, data = row_teachers(artifacts, spec, report), spec.stages[0].data
-        self._rows = Rows(teachers, spec.seed, data.shuffle, self._per_step, data.mix)
-        self._seen_rows: Counter[int] = Counter()
+        self._seen_rows: dict[int, Counter[int]] = {stage.index: Counter() for stage in plan.stages}
+        """By stage."""
         self._ended: set[str] = set()
-        self._sample = SampleCheck(spec, lineage, report, self._rows)
+        self._samples = [SampleCheck(spec, stage, lineage, report) for stage in plan.stages]
         self.sums: dict[int, Sums | None] = {}
         """Steps behind the weights -> the ledger they must carry; None = a journal before is not readable."""
 
@@ -174,7 +83,8 @@ class StepChecks:
                     sums.add(step, scored)
                 self._count(scores, scored)
             self.sums[step + 1] = _copy(sums)
-        self._check_coverage(first, end)
+        for stage in self._plan.stages:
+            self._check_coverage(stage, first, end)
 
     def _count(self, scores: list[rollout_pb2.Score], scored: list[rollout_pb2.Score]) -> None:
         self._report.counts["steps"] += 1
@@ -199,7 +109,7 @@ class StepChecks:
         self._report.counts["bytes_hashed"] += path.stat().st_size
         self._check_header(header, epoch, step)
         self._check_samples(scores, epoch, step)
-        self._check_plan(header, scores, epoch, step)
+        self._check_batches(header, scores, epoch, step)
         return scores
 
     def _check_header(self, header: journal_pb2.StepHeader, epoch: int, step: int) -> None:
@@ -208,7 +118,11 @@ class StepChecks:
         if found != (self._job_id, epoch, step):
             message = f"the journal of step {step} in epoch {epoch} says it is {found}, of job {self._job_id}"
             self._report.violate("journal", message, **where)
-        expected = list(range(step * self._per_step, (step + 1) * self._per_step))
+        stage = self._plan.at(step)
+        if header.stage != stage.index:
+            message = f"the journal of step {step} says it is of stage {header.stage}, it is of stage {stage.index}"
+            self._report.violate("stage", message, **where)
+        expected = list(stage.groups(step))
         if list(header.groups) != expected:
             message = f"step {step} consumed groups {_short(header.groups)}, planned were {_short(expected)}"
             self._report.violate("prefix", message, **where)
@@ -218,8 +132,9 @@ class StepChecks:
 
     def _check_samples(self, scores: list[rollout_pb2.Score], epoch: int, step: int) -> None:
         where: dict[str, Any] = {"epoch": epoch, "step": step}
-        groups = range(step * self._per_step, (step + 1) * self._per_step)
-        expected = [f"{group}/{index}" for group in groups for index in range(self._size)]
+        stage = self._plan.at(step)
+        size = stage.spec.schedule.group_size
+        expected = [f"{group}/{index}" for group in stage.groups(step) for index in range(size)]
         found = [score.rollout.sample_id for score in scores]
         twice = sorted(name for name, number in Counter(found).items() if number > 1)
         twice += sorted(self._ended.intersection(found) - set(twice))
@@ -237,11 +152,11 @@ class StepChecks:
             self._report.violate("prefix", f"step {step}: samples in the order {_short(found)}", **where)
         rows = {}
         for score in scores:
-            self._sample.check(score, epoch, step)
+            self._samples[stage.index].check(score, epoch, step)
             rows[score.rollout.group] = score.rollout.row
-        self._seen_rows.update(rows.values())
+        self._seen_rows[stage.index].update(rows.values())
 
-    def _check_plan(
+    def _check_batches(
         self, header: journal_pb2.StepHeader, scores: list[rollout_pb2.Score], epoch: int, step: int
     ) -> None:
         planned = Counter(name for batch in header.micro_batches for name in batch.sample_ids)
@@ -254,17 +169,18 @@ class StepChecks:
             message = f"step {step}: the micro-batches hold {wrong[0]} {planned[wrong[0]]} times"
             self._report.violate("plan", message, epoch=epoch, step=step, sample=wrong[0])
 
-    def _check_coverage(self, first: int, end: int) -> None:
-        """Whole passes take every row equally often."""
-        if not self._rows.number or first or not end:
+    def _check_coverage(self, stage: StagePlan, first: int, end: int) -> None:
+        """Whole passes over the data of a stage take every row equally often."""
+        seen, steps = self._seen_rows[stage.index], min(end, stage.stop_step) - stage.first_step
+        if not stage.rows.number or first > stage.first_step or steps <= 0:
             return
-        for rows, drawn in self._rows.pools(end * self._per_step):
+        for rows, drawn in stage.rows.pools(steps * stage.per_step):
             turns, rest = divmod(drawn, len(rows))
-            wrong = [row for row in rows if not turns <= self._seen_rows[row] <= turns + (1 if rest else 0)]
+            wrong = [row for row in rows if not turns <= seen[row] <= turns + (1 if rest else 0)]
             if wrong:
                 message = (
                     f"{turns} passes over {len(rows)} rows: {len(wrong)} rows were not taken {turns} times, "
-                    f"row {wrong[0]} was taken {self._seen_rows[wrong[0]]} times"
+                    f"row {wrong[0]} was taken {seen[wrong[0]]} times"
                 )
                 self._report.violate("coverage", message)
 

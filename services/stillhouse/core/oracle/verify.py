@@ -17,6 +17,7 @@ from stillhouse.core.oracle.ends import EndChecks
 from stillhouse.core.oracle.lineage import Lineage, check_openings, lineage_of, working_epochs
 from stillhouse.core.oracle.read import Epoch, read_epochs, read_journal
 from stillhouse.core.oracle.report import Report
+from stillhouse.core.oracle.stages import Plan
 from stillhouse.core.oracle.steps import StepChecks
 from stillhouse.core.queue.jobs import JobRecord
 from stillhouse.core.spec import JobSpec
@@ -51,9 +52,10 @@ def _verify(artifacts: JobArtifacts, spec: JobSpec, record: JobRecord | None, re
     lineage = lineage_of(epochs, head)
     report.epoch = head
     check_openings(epochs, head, report)
-    checkpoints = CheckpointChecks(artifacts, spec, lineage, report, artifacts.root.name, deep=deep)
+    plan = Plan(artifacts, spec, report)
+    checkpoints = CheckpointChecks(artifacts, spec, plan, lineage, report, artifacts.root.name, deep=deep)
     checkpoints.read(epochs)
-    steps = StepChecks(artifacts, spec, lineage, report, artifacts.root.name)
+    steps = StepChecks(artifacts, spec, plan, lineage, report, artifacts.root.name)
     steps.run(checkpoints.ledgers())
     checkpoints.check(epochs, steps.sums)
     _read_others(artifacts, epochs, lineage, report)

@@ -295,13 +295,14 @@ class JobStore:
         listed: Any = await self._redis.xrange(keys.events(job_id), min=low, count=limit)
         return [{"id": text(entry_id), **json.loads(fields[b"event"])} for entry_id, fields in listed]
 
-    async def metric(self, scope: Scope, step: int, values: Mapping[str, float]) -> None:
-        """Record the metrics of a step. After a takeover a step may come again: keyed (epoch, step), last wins.
+    async def metric(self, scope: Scope, step: int, values: Mapping[str, float], *, stage: str = "") -> None:
+        """Record the metrics of a step. After a takeover it may come again: keyed (epoch, step), last wins.
 
         Raises:
             LeaseLostError: a newer claim exists.
         """
-        point = {"epoch": scope.epoch, "step": step, "created_at": round(time.time(), 3), "values": dict(values)}
+        point: dict[str, Any] = {"epoch": scope.epoch, "step": step, "stage": stage}
+        point |= {"created_at": round(time.time(), 3), "values": dict(values)}
         measured = await self._measure(
             keys=[keys.metrics(scope.job_id), keys.job(scope.job_id)],
             args=[scope.epoch, METRICS_MAXLEN, json.dumps(point)],

@@ -14,6 +14,7 @@ from stillhouse.core.queue import keys
 from stillhouse.core.queue.jobs import JobRecord
 from stillhouse.core.queue.streams import PAYLOAD
 from stillhouse.core.service import Context
+from stillhouse.core.spec import ScheduleSpec
 from stillhouse.gateway.deps import get_context
 from stillhouse.gateway.routes.deadline import DeadlineRoute
 from stillhouse.gateway.schemas import DeadLetter, JobId, Page
@@ -60,8 +61,8 @@ async def _queued(ctx: Context, record: JobRecord) -> list[dead_letters.DeadLett
     if record.is_terminal:
         return []
     entries: Any = await ctx.redis.xrange(keys.dead(record.id, record.epoch), count=MOST_QUEUED)
-    per_step = int(record.spec["stages"][0]["schedule"]["prompts_per_step"])
-    return dead_letters.queued([fields[PAYLOAD.encode()] for _, fields in entries], record.epoch, per_step)
+    schedules = [ScheduleSpec.model_validate(stage["schedule"]) for stage in record.spec["stages"]]
+    return dead_letters.queued([fields[PAYLOAD.encode()] for _, fields in entries], record.epoch, schedules)
 
 
 def _view(letter: dead_letters.DeadLetter) -> DeadLetter:
