@@ -107,6 +107,7 @@ async def test_opening_an_epoch_takes_away_what_a_killed_trainer_left(parts: Any
 async def test_a_put_back_rollout_is_a_new_attempt_and_ends_once(parts: Any) -> None:
     """A hidden score whose teacher is gone goes back for scoring."""
     await parts.exchange.open()
+    await parts.exchange.open_teachers({"main": rollout_pb2.TeacherTask(model_sha256="a" * 64)})
     future = await parts.exchange.plan(group(7))
     taking = asyncio.create_task(parts.exchange.run())
     rollout = rollout_pb2.Rollout(sample_id="7/0", group=7, teacher="main", completion_ids=ids_tensor([1, 2]))
