@@ -29,7 +29,7 @@ from stillhouse.core.spec import JobSpec
 from stillhouse.core.spec_base import CheckpointName, ModelName
 from stillhouse.trainer import manifests, retention
 from stillhouse.trainer.manifests import ManifestRef, list_manifests, open_epoch
-from stillhouse.trainer.retention import retain
+from stillhouse.trainer.retention import Policy, retain
 from tests.gateway_kit import add_model, make_model, make_spec
 
 OURS, THEIRS = "job_00000000000000000001", "job_00000000000000000002"
@@ -174,18 +174,18 @@ def test_what_a_job_names_counts_until_it_has_ended(artifacts: Artifacts) -> Non
 def test_retention_leaves_what_a_job_names_until_it_is_a_model(artifacts: Artifacts, job: JobArtifacts) -> None:
     first, _, third = commit(job, 1, 1, 2, 3)
     settle(artifacts.job(OURS), {first: Settled(first)})
-    assert retain(job, 2, None) == 0
+    assert retain(job, Policy(2), None) == 0
     commit(job, 1, 4)
-    assert retain(job, 2, None) == 1
+    assert retain(job, Policy(2), None) == 1
     assert steps(job) == [1, 3, 4], "the second is named by nobody"
     settle(artifacts.job(OURS), {third: Settled(third)})
     write_json(registration(job, first.partition("/")[2]), {})
     commit(job, 1, 5)
-    assert retain(job, 2, None) == 1
+    assert retain(job, Policy(2), None) == 1
     assert steps(job) == [3, 4, 5], "of the first there is a model"
     end(artifacts.job(OURS), status="failed")
     commit(job, 1, 6)
-    assert retain(job, 2, None) == 2
+    assert retain(job, Policy(2), None) == 2
     assert steps(job) == [5, 6]
 
 
@@ -202,7 +202,7 @@ def test_who_names_while_retention_deletes_keeps_it(
         return answers[-1]
 
     monkeypatch.setattr(retention, "named", once_late)
-    assert retain(job, 2, None) == 0
+    assert retain(job, Policy(2), None) == 0
     assert [len(answer) for answer in answers] == [0, 1]
     assert locate(artifacts, first) == first
     assert list(job.manifests(1).glob("tmp.*")) == []
@@ -212,7 +212,7 @@ def test_where_it_is_not_known_who_names_what_all_stays(artifacts: Artifacts, jo
     commit(job, 1, 1, 2, 3)
     artifacts.job(OURS).references.write_text("{")
     told: list[str] = []
-    assert retain(job, 2, None, on_damage=told.append) == 0
+    assert retain(job, Policy(2), None, on_damage=told.append) == 0
     assert steps(job) == [1, 2, 3]
     assert "references.json" in told[0]
 

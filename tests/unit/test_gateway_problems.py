@@ -114,12 +114,20 @@ async def test_several_mistakes_are_reported_at_once(gateway: Gateway) -> None:
     assert "1 more" in body["detail"]
 
 
-async def test_two_stages_are_refused(gateway: Gateway) -> None:
+async def test_stages_are_told_apart_and_checked_one_by_one(gateway: Gateway) -> None:
     spec = make_spec()
-    spec["stages"] = [spec["stages"][0]] * 2
+    first = spec["stages"][0]
+    spec["stages"] = [first, first]
+    assert "stages.1.name: 'main' is stage 0's, too" in (await gateway.refused(spec))["detail"]
+    spec["stages"] = [first, {**first, "name": "start"}]
+    assert "'start' is what the job begins with" in (await gateway.refused(spec))["detail"]
+    endless = {**first, "name": "endless", "sampling": {"stop_token_ids": [1_000_000]}}
+    given = {**first, "name": "given", "on_policy_fraction": 0}
+    spec["stages"] = [first, endless, given]
     body = await gateway.refused(spec)
-    assert body["param"] == "stages"
-    assert "multi-stage jobs are not supported yet" in body["detail"]
+    assert {error["param"][:8] for error in body["errors"]} == {"stages.1", "stages.2"}
+    spec["stages"] = [first, {**first, "name": "second"}]
+    assert (await gateway.submit(spec)).status_code == 201
 
 
 async def test_a_teacher_without_rows_is_refused(gateway: Gateway) -> None:
