@@ -206,9 +206,9 @@ def stage_end(client: Client, job: Json, name: str) -> str:
 def shorten(document: Json, most: Json) -> None:
     """Leave of every stage and of the evaluation at most so much."""
     for stage in document["stages"]:
-        schedule = stage["schedule"]
-        schedule["steps"] = min(schedule["steps"], most["steps"])
-        schedule["prompts_per_step"] = min(schedule.get("prompts_per_step", 16), most["prompts_per_step"])
+        schedule = stage.setdefault("schedule", {})
+        for name in ("steps", "prompts_per_step"):
+            schedule[name] = min(schedule.get(name, most[name]), most[name])
         stage.setdefault("optimizer", {})["warmup_steps"] = 1
     evaluation = document.get("evaluation")
     if evaluation:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -164,3 +165,11 @@ def test_a_shortened_job_is_smaller_and_a_job_before_gets_its_id(toys: dict[str,
     run.shorten(filled, {"steps": 8, "prompts_per_step": 16, "num_prompts": 40})
     assert filled["stages"][0] == {"schedule": {"steps": 8, "prompts_per_step": 4}, "optimizer": {"warmup_steps": 1}}
     assert filled["evaluation"] == {"num_prompts": 40, "every_steps": 0, "show": 0}
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*/results.json")), ids=lambda path: path.parent.name)
+def test_committed_results_are_of_full_runs_that_kept_their_promises(path: Path) -> None:
+    results = json.loads(path.read_text())
+    assert results["command"] == f"python examples/run.py {path.parent.name}"
+    assert results["complaints"] == []
+    assert (path.parent / "curves.png").read_bytes().startswith(b"\x89PNG")
