@@ -17,6 +17,7 @@ from stillhouse.core.models import ModelEntry
 from stillhouse.core.spec import JobSpec
 from stillhouse.core.spec_base import STAGE_PREFIX
 from stillhouse.trainer.manifests import lineage
+from stillhouse.trainer.space import Space
 
 COSMETIC: Final = frozenset(("_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache"))
 """Keys of a config.json that change nothing of what a model computes."""
@@ -33,6 +34,7 @@ class JobModels:
         *,
         make: Callable[[str], Awaitable[ModelEntry]],
         fence: Callable[[], Awaitable[None]],
+        space: Space,
         tell: Callable[..., Awaitable[None]],
     ) -> None:
         self._job_id = job_id
@@ -43,6 +45,7 @@ class JobModels:
         """Gives the entry of a checkpoint, made a model if need be."""
         self._fence = fence
         """Fails if the claim is over: what a reference means is not for a zombie to settle."""
+        self._space = space
         self._tell = tell
         """Takes (kind of event, message) and its data."""
         self.student: ModelEntry
@@ -115,7 +118,8 @@ class JobModels:
             )
         if known is None or not known.sha256:
             await self._fence()
-            await asyncio.to_thread(settle, self._job, {reference: Settled(entry.name, entry.sha256)})
+            settled = {reference: Settled(entry.name, entry.sha256)}
+            await self._space.insist("what the job names", lambda: asyncio.to_thread(settle, self._job, settled))
             if parse(entry.name):
                 message = f"{reference} is '{entry.name}', sha256 {entry.sha256[:12]}"
                 await self._tell("model.settled", message, reference=reference, model=entry.name, sha256=entry.sha256)

@@ -129,6 +129,7 @@ class Start:
             self.ctx.models,
             make=make,
             fence=lambda: self.ctx.jobs.update(self.scope),
+            space=self.space,
             tell=partial(self.ctx.jobs.event, job_id),
         )
         await models.open()

@@ -122,7 +122,7 @@ def _in_place_of_heavy_parts(world: World) -> Iterator[None]:
         mock.patch.object(trainer_preflight, "Renderer", ToyRenderer),
         mock.patch.object(trainer_tokens, "end_ids", _end_ids),
         mock.patch.object(trainer_app.gc, "collect", _nothing),
-        mock.patch.object(gateway_jobs, "preflight", _nothing),
+        mock.patch.object(gateway_jobs, "preflight", _no_references),
         mock.patch.object(trainer_publish.Publisher, "hold", hold),
     ):
         failpoints.install(world.on_failpoint)
@@ -148,6 +148,10 @@ def _end_ids(entry: Any) -> list[int]:
 
 def _nothing(*_: Any) -> None:
     return
+
+
+def _no_references(*_: Any) -> dict[str, Any]:
+    return {}
 
 
 async def _hold(world: World, real_hold: Any, publisher: Any, policy_version: int, arrays: Any) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from stillhouse.core.blobs import staged_dir
+from stillhouse.core.blobs import Artifacts, staged_dir
 from stillhouse.core.errors import NonFiniteError, NotFoundError
 from stillhouse.core.failpoints import failpoint
 from stillhouse.core.models import ModelEntry
@@ -58,9 +58,10 @@ def entry(name: str) -> ModelEntry:
 
 
 class ToyModels:
-    """`ModelRegistry` with two models."""
+    """`Models` with two registered ones."""
 
-    def __init__(self) -> None:
+    def __init__(self, artifacts: Artifacts) -> None:
+        self.artifacts = artifacts
         self._entries = {name: entry(name) for name in ("student", "teacher")}
 
     def get(self, name: str) -> ModelEntry:

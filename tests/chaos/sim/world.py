@@ -90,7 +90,7 @@ class World:
         self.line = Line(self.server, draw, self.trace)
         self.network = Network(draw, self.trace)
         self.disk = Disk(root, draw, self.trace)
-        self.models = ToyModels()
+        self.models = ToyModels(self.artifacts)
         self.processes: dict[str, Process] = {}
         """The one that runs, by slot ("trainer-1")."""
         self.job_ids: list[str] = []
