@@ -136,7 +136,7 @@ def draw(summary: Json, jobs: list[Json], target: Path) -> None:
     for one, job, axes in zip(jobs, summary["jobs"], figure.subplots(len(jobs), 3, squeeze=False), strict=True):
         _held_out(axes[0], job)
         _training(axes[1], one["metrics"])
-        _answers(axes[2], job["domains"])
+        _answers(axes[2], job)
     figure.suptitle(f"{summary['command']}   {summary['machine']}, {summary['date']}", fontsize=11)
     figure.savefig(target, pil_kwargs={"optimize": True})
 
@@ -163,7 +163,23 @@ def _training(axes: Axes, metrics: list[Json]) -> None:
     _tidy(axes, "reverse KL of the training steps", "step", "nats per token")
 
 
-def _answers(axes: Axes, domains: dict[str, Json]) -> None:
+def _answers(axes: Axes, job: Json) -> None:
+    """Shares of right answers: over the steps where they were judged in between, else before and after."""
+    judged = [point for point in job["held_out"] if "accuracy" in point]
+    if len(judged) <= 2:
+        _bars(axes, job["domains"])
+        return
+    names = [name for name, part in judged[0]["by_teacher"].items() if "accuracy" in part]
+    for name, colour in zip(names, _colours(names), strict=True):
+        values = [point["by_teacher"][name]["accuracy"] for point in judged]
+        axes.plot([point["step"] for point in judged], values, "o-", color=colour, label=name, linewidth=1.6)
+        if "teacher" in job["domains"].get(name, {}):
+            axes.axhline(job["domains"][name]["teacher"], color=colour, linewidth=0.9, linestyle=":")
+    axes.set_ylim(0, 1.25)  # room for the legend above the curves
+    _tidy(axes, "right greedy answers (dotted: teacher)", "step", "share")
+
+
+def _bars(axes: Axes, domains: dict[str, Json]) -> None:
     bars = (("before", "#bbbbbb"), ("after", COLOURS[0]), ("teacher", COLOURS[4]))
     for offset, (key, colour) in enumerate(bars):
         places = [index + 0.27 * (offset - 1) for index in range(len(domains))]
