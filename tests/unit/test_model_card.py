@@ -41,3 +41,11 @@ def test_a_student_without_teachers_is_distilled_from_nobody() -> None:
     text = model_card({"student": "small", "teachers": {}, "objective": GRPO})
     assert "# small, trained on\n" in text
     assert "distilled from" not in text
+
+
+@pytest.mark.parametrize("more", [[], [{"name": "then", "objective": FULL}]])
+def test_the_card_names_the_recipe_of_a_stage(more: list[dict[str, Any]]) -> None:
+    first = {"name": "main", "recipe": "gkd", "objective": FULL}
+    text = model_card({"student": "small", "teachers": {"t": "large"}, "stages": [first, *more]})
+    assert "gkd" in next(line for line in text.splitlines() if "ecipe" in line)
+    assert "recipe" not in model_card({"student": "small", "objective": FULL})

@@ -35,6 +35,7 @@ _LABELS: Final = {
     "student": "Student",
     "init_from": "Began with the weights of",
     "teachers": "Teacher(s)",
+    "recipe": "Began with the values of the recipe",
     "objective": "Objective",
     "on_policy_fraction": "Share of the prompts that the student answered itself",
     "steps": "Optimizer steps",

@@ -265,6 +265,7 @@ class Lead:
         data = stage.data
         return {
             "name": stage.name,
+            **({"recipe": stage.recipe} if stage.recipe is not None else {}),
             "objective": stage.loss.model_dump(),
             "on_policy_fraction": stage.on_policy_fraction,
             "off_policy_source": stage.off_policy_source,
