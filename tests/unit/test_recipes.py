@@ -22,7 +22,7 @@ from stillhouse.cli.recipes import init, show
 from stillhouse.core.blobs import Artifacts
 from stillhouse.core.checkpoints import Models
 from stillhouse.core.models import inspect_model
-from stillhouse.core.recipes import FOLDER, OURS, Setting, described, find_preset, presets, recipes, with_preset
+from stillhouse.core.recipes import FOLDER, Setting, described, find_preset, presets, recipes, with_preset
 from stillhouse.core.spec import JobSpec, StageSpec
 from stillhouse.gateway.validation import preflight
 from tests.gateway_kit import make_model
@@ -88,7 +88,7 @@ def test_every_value_has_a_source_that_the_recipe_names(name: str) -> None:
     assert len(settings) >= 8
     for setting in settings:
         assert setting.keys() == {"value", "source"}
-        if not setting["source"].startswith(OURS):
+        if not setting["source"].startswith("ours: "):
             assert setting["source"].partition(", ")[0] in recipe.sources, setting
     settings += [preset["mix"] for preset in raw["presets"].values() if "mix" in preset]
     cited = {setting["source"].partition(", ")[0] for setting in settings}

@@ -21,7 +21,7 @@ def job_file(name: str, recipe: Recipe) -> str:
     """A job of a recipe as commented YAML. It parses; its models and prompts are for the user to name."""
     lines = [*_head(name, recipe), "", *_models(recipe), "", "stages:"]
     for (key, preset), stage in zip(presets(name).items(), recipe.presets, strict=True):
-        lines += [*_stage(stage, key, preset, recipe), ""]
+        lines += [*_stage(stage, key, preset), ""]
     return "\n".join([*lines, *_evaluation(recipe)]).rstrip() + "\n"
 
 
@@ -53,7 +53,7 @@ def _models(recipe: Recipe) -> Iterator[str]:
         yield f"    model: {slot.model}"
 
 
-def _stage(stage: str, key: str, preset: Preset, recipe: Recipe) -> Iterator[str]:
+def _stage(stage: str, key: str, preset: Preset) -> Iterator[str]:
     yield from _comment(preset.about, 2)
     yield f"  - name: {stage}"
     yield f"    recipe: {key}"

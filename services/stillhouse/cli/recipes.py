@@ -45,7 +45,7 @@ def init(name: str, output: Path, *, is_forced: bool) -> None:
         raise CliError(f"{output} exists", fix=fix, exit_code=EXIT_USAGE) from None
     except OSError as error:
         raise CliError(f"cannot write {output}: {error.strerror}", exit_code=EXIT_USAGE) from None
-    say(f"wrote {output}: fill in what stands after 'fill in', then\n  stillhouse submit {output} --watch")
+    say(f"wrote {output}: do what its comments say after 'Fill in', then\n  stillhouse submit {output} --watch")
 
 
 def _known(name: str) -> Recipe:

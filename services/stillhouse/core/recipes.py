@@ -21,8 +21,6 @@ from stillhouse.core.errors import NotFoundError
 from stillhouse.core.spec_base import Closed, Name
 
 FOLDER: Final = Path(__file__).with_suffix("")
-OURS: Final = "ours: "
-"""Begins the source of a value that no publication gives."""
 Source = Annotated[str, Field(pattern=r"^(arXiv:\d{4}\.\d{5}, |doi:10\.\d+/\S+, |code: \S+ at [0-9a-f]{7}, |ours: )\S")]
 """Publication and place in it, or `ours: ` and the reason."""
 _FROM_PRESETS: Final = ("loss", "schedule")
