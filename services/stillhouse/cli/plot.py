@@ -84,20 +84,17 @@ def plot(job: dict[str, Any], points: list[dict[str, Any]], evaluations: list[di
     if not points:
         raise CliError(f"job {job['id']} has no finished step yet", fix=f"stillhouse watch {job['id']}")
     picture = Picture(job=job, points={int(point["step"]): _numbers(point["values"]) for point in points})
-    panels = _panels(picture)
-    num_steps = len(picture.points)
-    for evaluation in evaluations:
-        picture.points.setdefault(int(evaluation["step"]), {}).update(_held_out(evaluation))
-    panels += _families(picture)
+    held_out = Picture(job=job, points={int(each["step"]): _held_out(each) for each in evaluations})
+    panels = [*_panels(picture), *_families(picture, held_out)]
     rows = math.ceil(len(panels) / COLUMNS)
     figure = Figure(figsize=(12, 3.25 * rows), dpi=150, layout="constrained")
     places = list(figure.subplots(rows, COLUMNS).flat)
     for axes, panel in zip(places, panels, strict=False):
-        _draw(axes, panel, picture)
+        _draw(axes, panel, held_out if panel.is_sparse else picture)
     for axes in places[len(panels) :]:
         axes.set_axis_off()
     name = f"{job.get('name') or ''}  {job['id']}".strip()
-    figure.suptitle(f"{name}   {picture.status}, {num_steps} steps", fontsize=12, parse_math=False)
+    figure.suptitle(f"{name}   {picture.status}, {len(picture.points)} steps", fontsize=12, parse_math=False)
     try:
         figure.savefig(target)
     except (OSError, ValueError) as error:
@@ -111,9 +108,9 @@ def _panels(picture: Picture) -> list[Panel]:
     return [REWARD, *PANELS[1:]] if picture.last(KL) is None else [*PANELS, REWARD]
 
 
-def _families(picture: Picture) -> list[Panel]:
+def _families(*pictures: Picture) -> list[Panel]:
     """Panels of the families that the job has more of than the mean."""
-    names = sorted({name for values in picture.points.values() for name in values})
+    names = sorted({name for picture in pictures for values in picture.points.values() for name in values})
     found = []
     for family in FAMILIES:
         ((prefix, _),) = family.curves
@@ -158,14 +155,11 @@ def _draw_curve(axes: Axes, panel: Panel, picture: Picture, metric: str, **look:
     if panel.is_sparse:
         known = [(step, value) for step, value in zip(steps, values, strict=True) if math.isfinite(value)]
         axes.plot([step for step, _ in known], [value for _, value in known], "o-", linewidth=1.4, markersize=4, **look)
-        return
-    is_faint = panel.is_smoothed and len(steps) >= SMOOTHING_SHARE
-    # a single point has no line: mark it
-    style = "o" if sum(map(math.isfinite, values)) == 1 else "-"
-    axes.plot(steps, values, style, linewidth=1.4, alpha=0.3 if is_faint else 1.0, **look)
-    if is_faint:
-        mean = running_mean(values, len(steps) // SMOOTHING_SHARE)
-        axes.plot(steps, mean, color=look["color"], linewidth=1.8)
+    elif panel.is_smoothed and len(steps) >= SMOOTHING_SHARE:
+        axes.plot(steps, values, color=look["color"], linewidth=1.4, alpha=0.3)
+        axes.plot(steps, running_mean(values, len(steps) // SMOOTHING_SHARE), linewidth=1.8, **look)
+    else:  # a single point has no line: mark it
+        axes.plot(steps, values, "o" if len(steps) == 1 else "-", linewidth=1.4, **look)
 
 
 def running_mean(values: list[float], window: int) -> list[float]:
