@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from stillhouse.trainer.batch import TeacherHead
 from stillhouse.trainer.journal import read_step
 from stillhouse.v1 import teacher_pb2, teacher_pb2_grpc
 from stillhouse.v1.rollout_pb2 import TeacherTask
-from tests.cluster import Cluster, job_spec
+from tests.cluster import Cluster, cluster, job_spec
 
 RIGHT, WRONG = ".|^$", "(?!)"
 """Patterns that match every text and none."""
@@ -120,3 +121,31 @@ async def test_a_verifier_that_fails_costs_the_accuracy_and_not_the_job(deployme
     assert len(told) == 4, told
     assert told[0].startswith("1 held-out completions are not judged: verifier 'haiku' cannot be loaded")
     assert told[1].startswith("1 of 3 held-out completions got no verdict and count as wrong; ")
+
+
+async def test_a_job_without_teachers_has_its_accuracy(tmp_path: Path, redis_url: str) -> None:
+    """And needs no teacher process: nothing is asked of one."""
+    async with cluster(tmp_path, redis_url, "sampler", "trainer") as deployment:
+        deployment.add_model("student", seed=1)
+        spec = job_spec(
+            teachers={},
+            stages__0__data={"rows": [{"prompt": f"say {word}", "answer": RIGHT} for word in ("one", "two")]},
+            stages__0__loss={"objective": "policy_gradient", "teacher_weight": 0, "reward": {"verifier": "regex"}},
+            stages__0__schedule={"steps": 2, "prompts_per_step": 2, "group_size": 2},
+            evaluation={
+                "data": {"rows": [{"prompt": "tea", "answer": RIGHT}, {"prompt": "rain", "answer": WRONG}]},
+                "verifier": "regex",
+                "max_tokens": 4,
+            },
+        )
+        job_id = await deployment.submit(spec)
+        record = await deployment.ended(job_id)
+        assert record.status == "succeeded", record.error
+        assert record.result is not None
+        compared = record.result["evaluation"]
+        assert compared["accuracy"] == {"before": 0.5, "after": 0.5}
+        assert "reverse_kl" not in compared
+        found = read_json(deployment.ctx.artifacts.job(job_id).evaluations / "00000002.json")
+        assert (found["num_prompts"], found["by_teacher"]) == (2, {})
+        messages = [e["message"] for e in await deployment.ctx.jobs.events(job_id) if e["type"] == "evaluation"]
+        assert messages[0] == "step 0: held-out accuracy 0.500"

@@ -308,8 +308,11 @@ class JobSpec(Closed):
     @field_validator("evaluation")
     @classmethod
     def _measures_something(cls, evaluation: EvaluationSpec, info: ValidationInfo) -> EvaluationSpec:
-        if evaluation.data is not None and info.data.get("teachers") == {}:
-            raise ValueError("held-out evaluation measures the KL to a teacher: name one, or leave out evaluation.data")
+        if evaluation.data is not None and info.data.get("teachers") == {} and evaluation.verifier is None:
+            raise ValueError(
+                "held-out evaluation measures the KL to a teacher, or without one the accuracy: name a teacher, or "
+                "evaluation.verifier, or leave out evaluation.data"
+            )
         return evaluation
 
     @model_validator(mode="after")
@@ -334,7 +337,11 @@ class JobSpec(Closed):
 
     def asks_teachers(self) -> bool:
         """Teacher services have to be there: for scores, or for held-out measurements."""
-        return self.evaluation.data is not None or any(stage.asks_teachers() for stage in self.stages)
+        return self.measures_kl() or any(stage.asks_teachers() for stage in self.stages)
+
+    def measures_kl(self) -> bool:
+        """Held-out completions are scored by teachers; without any they are only judged."""
+        return self.evaluation.data is not None and bool(self.teachers)
 
     def asks_samplers(self) -> bool:
         """Something has to be written, for training or for held-out measurements."""

@@ -35,7 +35,8 @@ def train_score(stage: StageSpec) -> rollout_pb2.ScoreSpec:
 
 
 def held_out_kinds(*, by_spans: bool) -> tuple[rollout_pb2.ScoreKind, rollout_pb2.ScoreKind]:
-    """For sampled and for greedy held-out completions; `by_spans` where teachers may have other tokenizers."""
+    """For sampled and for greedy held-out completions that teachers score; `by_spans` where they may have other
+    tokenizers."""
     if by_spans:
         return rollout_pb2.SCORE_KIND_SPANS, rollout_pb2.SCORE_KIND_SPANS
     return rollout_pb2.SCORE_KIND_HIDDEN, rollout_pb2.SCORE_KIND_SAMPLED
@@ -52,7 +53,7 @@ def asks(spec: JobSpec) -> list[rollout_pb2.ScoreSpec]:
     for stage in spec.stages:
         if stage.loss.record_top_k() and stage.loss.payload() == "top_k":  # support union: the student's tokens, too
             found.append(rollout_pb2.ScoreSpec(kind=rollout_pb2.SCORE_KIND_TARGETS, temperature=1.0))
-    if spec.evaluation.data is not None:
+    if spec.measures_kl():
         kinds = held_out_kinds(by_spans=spec.crosses_tokenizers())
         found += [held_out_score(kind) for kind in kinds]
     return [score for score in found if score.kind != rollout_pb2.SCORE_KIND_NONE]

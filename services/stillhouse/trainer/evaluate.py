@@ -17,6 +17,7 @@ from typing import Any, Final
 from stillhouse.core.blobs import JobArtifacts, read_json, write_json
 from stillhouse.core.errors import JobFailedError, StillhouseError
 from stillhouse.core.spec import EvaluationSpec, TeacherSpec
+from stillhouse.core.spec_base import NO_TEACHER
 from stillhouse.core.tensors import DTYPE_NAMES, ids_list, ids_tensor
 from stillhouse.trainer.asks import held_out_kinds, held_out_score
 from stillhouse.trainer.batch import TeacherHead, TrainSample
@@ -68,6 +69,8 @@ class HeldOut:
     ) -> None:
         self._spec = spec
         self._prompts = prompts[: spec.num_prompts]
+        self._is_scored = prompts[0].teacher != NO_TEACHER
+        """False: the job has no teachers, and greedy completions are all there is."""
         self._plan = plan
         self._done = done
         self._race = race
@@ -100,12 +103,7 @@ class HeldOut:
     async def evaluate(self, step: int, *, is_averaged: bool) -> dict[str, Any]:
         """Measure the weights of `step` steps, or their moving average; the result is also written to the artifacts."""
         start = time.monotonic()
-        # both are planned before either is awaited: the teacher scores the first while the sampler writes the second
-        for_sampled, for_greedy = held_out_kinds(by_spans=self._by_spans)
-        sampled_futures = await self._start(step, "sampled", 1.0, for_sampled)
-        greedy_futures = await self._start(step, "greedy", 0.0, for_greedy)
-        sampled = await self._collect(step, sampled_futures)
-        greedy = await self._collect(step, greedy_futures)
+        sampled, greedy = await self._write(step)
         kls = await self._reverse_kls([to_sample(sample, 1.0) for sample in sampled])
         verdicts = await self._judge(greedy)
         rewards = [
@@ -118,7 +116,11 @@ class HeldOut:
             "step": step,
             "averaged": is_averaged,
             **measures(kls, rewards),
-            "teacher_nll_greedy": _mean_nll([to_sample(sample, 1.0) for sample in greedy]),
+            **(
+                {"teacher_nll_greedy": _mean_nll([to_sample(sample, 1.0) for sample in greedy])}
+                if self._is_scored
+                else {}
+            ),
             "repeated_4grams": _mean([repeated_ngrams(self._text_ids(ids)) for ids in greedy_ids.values()]),
             "completion_length_mean": _mean([float(len(ids)) for ids in greedy_ids.values()]),
             "samples": await self._texts(greedy, verdicts),
@@ -129,6 +131,17 @@ class HeldOut:
         path = self._artifacts.evaluations / f"{step:08d}.json"
         await self._space.insist("an evaluation", lambda: asyncio.to_thread(write_json, path, result))
         return result
+
+    async def _write(self, step: int) -> tuple[list[ScoredSample], list[ScoredSample]]:
+        """A sampled and a greedy completion of every prompt; without teachers greedy ones only."""
+        if not self._is_scored:
+            futures = await self._start(step, "greedy", 0.0, rollout_pb2.SCORE_KIND_NONE)
+            return [], await self._collect(step, futures)
+        # both are planned before either is awaited: the teacher scores the first while the sampler writes the second
+        for_sampled, for_greedy = held_out_kinds(by_spans=self._by_spans)
+        sampled = await self._start(step, "sampled", 1.0, for_sampled)
+        greedy = await self._start(step, "greedy", 0.0, for_greedy)
+        return await self._collect(step, sampled), await self._collect(step, greedy)
 
     async def _reverse_kls(self, samples: Sequence[TrainSample]) -> list[Kl]:
         """Of each sample."""
@@ -210,6 +223,8 @@ class HeldOut:
 
     async def _teacher_text(self, index: int) -> str:
         """The teacher's own greedy completion of a prompt; it is frozen, so the one of step 0 is kept."""
+        if not self._is_scored:
+            return ""
         first = self._artifacts.evaluations / f"{0:08d}.json"
         if first.is_file():
             return read_json(first)["samples"][index]["teacher"]

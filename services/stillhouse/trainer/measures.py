@@ -31,12 +31,10 @@ def measures(kls: Sequence[Kl], rewards: Sequence[tuple[str, float]]) -> dict[st
 
 
 def _measures(kls: Sequence[Kl], rewards: Sequence[float]) -> dict[str, Any]:
-    num_tokens = sum(kl.num_tokens for kl in kls)
-    found: dict[str, Any] = {
-        "reverse_kl": sum(kl.total for kl in kls) / max(num_tokens, 1),
-        "num_prompts": len(kls),
-        "num_tokens": num_tokens,
-    }
+    found: dict[str, Any] = {"num_prompts": len(kls) or len(rewards)}
+    if kls:
+        num_tokens = sum(kl.num_tokens for kl in kls)
+        found |= {"reverse_kl": sum(kl.total for kl in kls) / max(num_tokens, 1), "num_tokens": num_tokens}
     if rewards:
         found |= {"accuracy": sum(rewards) / len(rewards), "num_judged": len(rewards)}
     return found
@@ -65,9 +63,9 @@ def told(result: Mapping[str, Any]) -> dict[str, Any]:
 
 def sentence(result: Mapping[str, Any]) -> str:
     """The same for people."""
-    text = f"step {result['step']}: held-out reverse KL {result['reverse_kl']:.4f} nats/token"
-    if "accuracy" in result:
-        text += f", accuracy {result['accuracy']:.3f}"
+    parts = {"reverse_kl": "reverse KL {:.4f} nats/token", "accuracy": "accuracy {:.3f}"}
+    told_of = [text.format(result[name]) for name, text in parts.items() if name in result]
+    text = f"step {result['step']}: held-out {', '.join(told_of) or 'measures: nothing could be judged'}"
     if len(result["by_teacher"]) > 1:
         text += f"; by teacher: {', '.join(_short(*item) for item in result['by_teacher'].items())}"
     return text + (" (moving average of the weights)" if result["averaged"] else "")

@@ -123,7 +123,7 @@ class Stages:
     async def announce(self, stage: StageSpec) -> None:
         """Say what a stage needs of others: samplers are leased, or given back."""
         is_measured = self.spec.evaluation.data is not None
-        self.needs_teachers = is_measured or stage.asks_teachers()
+        self.needs_teachers = self.spec.measures_kl() or stage.asks_teachers()
         self.needs_samplers = is_measured or stage.asks_samplers()
         await self.samplers.use(self.needs_samplers)
 
@@ -176,7 +176,9 @@ class Stages:
 
     async def _load_teachers(self, stage: StageSpec, prompts: Sequence[Prompt]) -> None:
         """Every teacher that judges now loaded somewhere; the heads of those whose hidden states the learner gets."""
-        trained, measured = _teachers(prompts), _teachers(self.held_out)
+        mix = stage.data.mix
+        drawn = [prompt for prompt in prompts if mix is None or prompt.teacher in mix]
+        trained, measured = _teachers(drawn), _teachers(self.held_out)
         asked = (trained if stage.needs_teacher() else set()) | measured
         entries = {name: await self.models.ready(name) for name in self.spec.teachers if name in asked}
         for name, entry in entries.items():
