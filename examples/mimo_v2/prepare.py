@@ -8,7 +8,7 @@ from typing import Final
 from toys import models, tasks
 
 EXPERTS: Final = ("reverse", "upper")
-SELF: Final = "left"
+SELF: Final = "digits"
 """The task for which there is no better model than the student."""
 
 
