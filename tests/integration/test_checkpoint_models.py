@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +9,6 @@ import pytest
 
 from stillhouse.core.blobs import JobArtifacts, read_json, sealed, unsealed, write_json
 from stillhouse.core.checkpoints import EXPORT, START, locate, read_references
-from stillhouse.core.models import ModelRegistry
 from stillhouse.trainer import manifests
 from stillhouse.trainer.journal import read_step
 from stillhouse.trainer.manifests import list_manifests
@@ -146,6 +142,66 @@ async def test_a_model_that_is_another_one_by_now_ends_the_job(deployment: Clust
     assert "register that model again as it was" in record.error["message"]
 
 
+STAGES = [
+    {
+        "name": "one",
+        "data": {"rows": [{"prompt": f"say {word}", "completion": word, "teacher": "big"} for word in ("one", "two")]},
+        "sampling": {"max_tokens": 8},
+        "on_policy_fraction": 0,
+        "loss": {"objective": "cross_entropy"},
+        "optimizer": {"lr": 1e-2},
+        "schedule": {"steps": 2, "prompts_per_step": 2},
+    },
+    {
+        "name": "two",
+        "data": {"rows": [{"prompt": f"say {word}", "teacher": "big"} for word in ("one", "two")]},
+        "sampling": {"max_tokens": 8},
+        "loss": {"objective": "policy_gradient"},
+        "optimizer": {"lr": 1e-9},
+        "schedule": {"steps": 2, "prompts_per_step": 2},
+    },
+    {
+        "name": "three",
+        "data": {"rows": [{"prompt": f"say {name}", "teacher": name} for name in ("own", "first")]},
+        "sampling": {"max_tokens": 8},
+        "loss": {"objective": "full_vocabulary"},
+        "optimizer": {"lr": 1e-9},
+        "schedule": {"steps": 4, "prompts_per_step": 2, "max_staleness": 0},
+    },
+]
+"""The second does next to nothing, so that the third begins with the first one's end."""
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 4}], ids=["whole", "lora"])
+async def test_the_end_of_an_earlier_stage_teaches_and_outlives_its_trainer(
+    deployment: Cluster, lora: dict[str, Any] | None
+) -> None:
+    teachers = {"big": {"model": "teacher"}, "own": {"model": "stage/one"}, "first": {"model": START}}
+    spec = job_spec(stages=STAGES, teachers=teachers, student__lora=lora, checkpoint={"every_steps": 1, "keep_last": 2})
+    job_id = await deployment.submit(spec)
+    job = deployment.ctx.artifacts.job(job_id)
+    await deployment.at_step(job_id, 5)
+    settled = read_references(job)
+    await deployment.crash("trainer-0")
+    await deployment.start("trainer", "trainer-1")
+    record = await deployment.ended(job_id)
+    assert (record.status, record.epoch) == ("succeeded", 2), record.error
+    assert read_references(job) == settled
+    assert settled["stage/one"].model == checkpoint_of(job, 2), "retention leaves the end of a stage"
+    assert settled[START].model == "student"
+    judged = {
+        (score.rollout.teacher, score.teacher_sha256)
+        for path in job.epochs.glob("*/steps/*.journal")
+        for score in read_step(path).scores
+        if score.rollout.teacher in ("own", "first")
+    }
+    assert judged == {("own", settled["stage/one"].sha256), ("first", settled[START].sha256)}
+    points = {point["step"]: point["values"] for point in await deployment.ctx.jobs.metrics(job_id)}
+    for step in (5, 6, 7, 8):
+        assert abs(points[step]["loss/reverse_kl/own"]) <= SAME_NATS
+        assert points[step]["loss/reverse_kl/first"] > 100 * SAME_NATS, "the first stage has moved the student"
+
+
 async def test_weights_of_a_model_that_computes_otherwise_are_refused(deployment: Cluster) -> None:
     before = await finished(deployment, stages__0__schedule__steps=1)
     deployment.add_model("longer", seed=1, max_position_embeddings=512)
@@ -154,23 +210,3 @@ async def test_weights_of_a_model_that_computes_otherwise_are_refused(deployment
     assert record.status == "failed"
     assert record.error is not None
     assert "has max_position_embeddings 256, the student 'longer' has 512" in record.error["message"]
-
-
-async def test_a_checkpoint_is_registered_under_a_name(deployment: Cluster) -> None:
-    before = await finished(deployment)
-    home = deployment.settings.home
-    env = {**os.environ, "STILLHOUSE_HOME": str(home), "OMP_NUM_THREADS": "1"}
-
-    def add(name: str, reference: str) -> str:
-        command = [sys.executable, "-m", "stillhouse.cli.main", "models", "add", name, reference]
-        work = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
-        return work.stdout + work.stderr
-
-    earlier = checkpoint_of(deployment.ctx.artifacts.job(before), 2)
-    assert f"making a model of {earlier}" in add("sft", earlier)
-    assert "added merged" in add("merged", before)
-    assert "has no checkpoint 'ckpt_1-00000003-00000000'" in add("x", f"{before}/ckpt_1-00000003-00000000")
-    models = ModelRegistry(deployment.settings.models_path()).all()
-    assert models["sft"].sha256 == deployment.ctx.models.get(earlier).sha256
-    assert models["merged"].path == str(deployment.ctx.artifacts.job(before).export(1))
-    assert (models["sft"].source, models["merged"].source) == (earlier, f"{before}/{EXPORT}")

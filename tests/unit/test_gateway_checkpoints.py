@@ -124,5 +124,19 @@ async def test_the_student_as_the_job_began_may_teach_from_the_first_step(gatewa
     spec = teacher("stage/main")
     body = await gateway.refused(spec)
     assert body["param"] == "stages.0.data.rows.0"
-    assert "asks the teacher 'main' in stage 'main'" in body["detail"]
-    assert "has not ended then" in body["detail"]
+    assert "asks the teacher 'main' in stage 'main' and that is stage/main, which has not ended then" in body["detail"]
+
+
+async def test_the_end_of_a_stage_teaches_after_it_and_is_not_measured_before(gateway: Gateway) -> None:
+    stage = make_spec()["stages"][0]
+    texts = [{"prompt": "one", "completion": "1"}, {"prompt": "two", "completion": "2"}]
+    first = {**stage, "name": "sft", "data": {"rows": texts}, "on_policy_fraction": 0}
+    first["loss"] = {"objective": "cross_entropy"}
+    spec = {**teacher("stage/sft"), "stages": [first, {**stage, "name": "opd"}]}
+    assert (await gateway.submit(spec)).status_code == 201, "the first stage asks nobody"
+    body = await gateway.refused({**teacher("stage/opd"), "stages": spec["stages"]})
+    assert (body["param"], "stage/opd, which has not ended then" in body["detail"]) == ("stages.1.data.rows.0", True)
+    spec["evaluation"] = {"data": {"rows": [{"prompt": "three"}]}, "num_prompts": 1}
+    body = await gateway.refused(spec)
+    assert body["param"] == "evaluation.data.rows.0"
+    assert "in held-out evaluation, from the first step on, and that is stage/sft" in body["detail"]

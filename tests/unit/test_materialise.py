@@ -12,6 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from stillhouse.cli import models as cli_models
+from stillhouse.cli.console import CliError
 from stillhouse.core.blobs import Artifacts, sealed, write_json
 from stillhouse.core.checkpoints import START, Models, Settled, settle
 from stillhouse.core.errors import ConflictError, CorruptError, NotFoundError
@@ -153,3 +155,31 @@ def test_an_adapter_is_not_merged_into_another_model(home: Path) -> None:
     trained.models.add(inspect_model("small", make_tiny_model(home / "new", seed=9)))
     with pytest.raises(ConflictError, match="was trained on 'small' with sha256"):
         make_model(trained.models, name)
+
+
+def test_an_export_is_registered_under_a_name_as_it_lies(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = Trained(home)
+    folder = make_tiny_model(trained.job.export(1), seed=5)
+    monkeypatch.setenv("STILLHOUSE_HOME", str(home))
+    cli_models.add("mine", JOB, "")
+    entry = trained.models.get("mine")
+    assert (entry.path, entry.source) == (str(folder), f"{JOB}/ckpt_export")
+    with pytest.raises(NotFoundError, match=r"has no checkpoint 'ckpt_1-00000003-00000000' \(any more\)"):
+        cli_models.add("mine", f"{JOB}/ckpt_1-00000003-00000000", "")
+
+
+@pytest.mark.full
+@pytest.mark.timeout(180)
+def test_a_checkpoint_is_registered_under_a_name(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    trained = Trained(home, lora={"rank": 4, "alpha": 8})
+    name = trained.commit(2)
+    monkeypatch.setenv("STILLHOUSE_HOME", str(home))
+    cli_models.add("sft", JOB, "")
+    assert f"making a model of {name}" in capfd.readouterr().out
+    entry = trained.models.get("sft")
+    assert (entry.sha256, entry.source) == (make_model(trained.models, name).sha256, name)
+    trained.models.add(inspect_model("small", make_tiny_model(home / "new", seed=9)))
+    with pytest.raises(CliError, match="was trained on 'small' with sha256"):
+        cli_models.add("sft", trained.commit(4), "")

@@ -12,7 +12,7 @@ from typing import Any, Final
 from stillhouse.cli.console import EXIT_USAGE, CliError, count, print_json, print_table, say, size
 from stillhouse.cli.deployment import Deployment
 from stillhouse.core.blobs import Artifacts
-from stillhouse.core.checkpoints import Models, locate, parse
+from stillhouse.core.checkpoints import EXPORT, Models, exported, locate, parse
 from stillhouse.core.config import load_settings
 from stillhouse.core.models import ModelRegistry, inspect_model
 
@@ -109,16 +109,16 @@ def _checkpoint(reference: str) -> tuple[Path, str]:
     settings = load_settings()
     models = Models(settings.models_path(), Artifacts(settings.artifacts_dir()))
     name = locate(models.artifacts, reference)
+    job_id, _, checkpoint = name.partition("/")
+    export = exported(models.artifacts.job(job_id)) if checkpoint == EXPORT else None
+    if export is not None:
+        return export, name
     if models.made(name) is None:
         say(f"making a model of {name} ...")
-        work = subprocess.run(
-            [sys.executable, "-m", "stillhouse.trainer.materialise", name],
-            check=False,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        command = [sys.executable, "-m", "stillhouse.trainer.materialise", name]
+        work = subprocess.run(command, check=False, stderr=subprocess.PIPE, text=True)
         if work.returncode:
-            raise CliError(f"{name} could not be made a model: {work.stderr.strip()[-500:]}", fix="see the message")
+            raise CliError(f"{name} could not be made a model: {work.stderr.strip()[-500:]}")
     return Path(models.get(name).path), name
 
 
