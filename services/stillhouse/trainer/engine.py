@@ -176,11 +176,6 @@ class Engine:
         self._check_lora(folder)
         return self.parameters.load(folder)
 
-    def load_weights(self, folder: Path) -> None:
-        """Take over the weights of a checkpoint."""
-        self._check_lora(folder)
-        self.parameters.load_weights(folder)
-
     def export(self, source_dir: Path, folder: Path, card: Mapping[str, Any]) -> None:
         """Write the student as transformers loads it, and an adapter beside it as peft does."""
         export_model(self.model, self.state_arrays(), source_dir, folder, card)

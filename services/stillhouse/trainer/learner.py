@@ -63,7 +63,6 @@ class Computes(Protocol):
     def export(self, source_dir: Path, folder: Path, card: Mapping[str, Any]) -> None: ...
     def save(self, folder: Path, facts: Mapping[str, Any]) -> None: ...
     def load(self, folder: Path) -> dict[str, Any]: ...
-    def load_weights(self, folder: Path) -> None: ...
 
 
 class Learner:
@@ -216,10 +215,6 @@ class Learner:
             CorruptError: it does not read, or is of another student.
         """
         self.policy_version = int(self.engine.load(folder)["policy_version"])
-
-    def load_weights(self, folder: Path) -> None:
-        """Start from the weights of a checkpoint, with a fresh optimizer and policy version 0."""
-        self.engine.load_weights(folder)
 
     def _weight(self, sample: TrainSample) -> float:
         """Weight of the teacher that a sample is routed to."""

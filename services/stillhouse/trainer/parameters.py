@@ -169,13 +169,8 @@ class Parameters:
         return facts
 
     def load_weights(self, folder: Path) -> None:
-        """The weights of a checkpoint, with the optimizer as it is; averages start from them."""
-        self._shown = ""
+        """The weights of a checkpoint and nothing else of it: to make a model of them."""
         checkpoint.load_weights(folder, self._masters, self.share)
-        with torch.no_grad():
-            for average in self._averages.values():
-                for name, tensor in average.items():
-                    tensor.copy_(self._masters[name])
         self._follow_masters()
 
     # --- what differs where a device holds only some rows ---

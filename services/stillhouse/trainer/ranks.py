@@ -43,7 +43,7 @@ IDLE_TIMEOUT: Final = timedelta(days=30)
 PASS_TIMEOUT: Final = timedelta(minutes=30)
 """How long ranks wait for each other within a pass; rank 0's own watch (setting hang_s) is usually shorter."""
 HEADER_BYTES: Final = 8
-ANSWERED: Final = ("open", "save", "load", "load_weights")
+ANSWERED: Final = ("open", "save", "load")
 """Commands whose errors are answers: no rank waits for another in them."""
 
 
@@ -213,9 +213,6 @@ class Part:
     def _load(self, values: dict[str, Any]) -> Message:
         return Message(self.opened().load(Path(values["folder"])), {})
 
-    def _load_weights(self, values: dict[str, Any]) -> None:
-        self.opened().load_weights(Path(values["folder"]))
-
     def opened(self) -> ShardedEngine:
         """This rank's engine."""
         assert self.engine is not None, "a command before 'open'"
@@ -306,9 +303,6 @@ class RankedEngine:
 
     def load(self, folder: Path) -> dict[str, Any]:
         return self._say("load", folder=str(folder))[0]
-
-    def load_weights(self, folder: Path) -> None:
-        self._say("load_weights", folder=str(folder))
 
     def close(self) -> None:
         """Free the student on all ranks."""
