@@ -75,16 +75,6 @@ def test_a_checkpoint_before_the_first_step_loads(student_dir: Path, teacher: Te
     assert all((array == weights_of(fresh)[name]).all() for name, array in weights_of(student).items())
 
 
-def test_weights_alone_start_a_new_run(student_dir: Path, teacher: Teacher, tmp_path: Path) -> None:
-    student = learner(student_dir, stage(POLICY_GRADIENT))
-    train(student, teacher.score(rollouts()))
-    student.save(tmp_path)
-    heir = learner(student_dir, stage(POLICY_GRADIENT))
-    heir.load_weights(tmp_path)
-    assert heir.policy_version == 0
-    assert all((array == weights_of(student)[name]).all() for name, array in weights_of(heir).items())
-
-
 def test_all_random_generators_go_on_where_they_were() -> None:
     def draw() -> list[float]:
         return [random.gauss(0, 1), random.random(), *np.random.randn(3).tolist(), *torch.randn(3).tolist()]
