@@ -143,8 +143,11 @@ def draw(summary: Json, jobs: list[Json], target: Path) -> None:
 
 def _held_out(axes: Axes, job: Json) -> None:
     points = job["held_out"]
+    if not points:
+        axes.set_axis_off()
+        return
     steps = [point["step"] for point in points]
-    names = list(points[0].get("by_teacher", {})) if points else []
+    names = list(points[0].get("by_teacher", {}))
     for name, colour in zip(names, _colours(names), strict=True):
         values = [point["by_teacher"].get(name, {}).get("reverse_kl") for point in points]
         axes.plot(steps, values, "-", color=colour, label=name, linewidth=1.3)
@@ -159,6 +162,9 @@ def _training(axes: Axes, metrics: list[Json]) -> None:
         values = [point["values"].get(name) for point in metrics]
         axes.plot(steps, values, color=colour, label=name.removeprefix(f"{KL}/"), linewidth=0.9, alpha=0.8)
     means = [point["values"].get(f"{KL}/mean") for point in metrics]
+    if not any(mean is not None for mean in means):  # no stage asks a teacher
+        axes.set_axis_off()
+        return
     axes.plot(steps, means, color="black", label="all", linewidth=1.6)
     _tidy(axes, "reverse KL of the training steps", "step", "nats per token")
 
