@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from stillhouse.core.spec import JobSpec
+from stillhouse.core.spec import JobSpec, Row
+from stillhouse.trainer.evaluate import first_in_turn
 from stillhouse.trainer.measures import Kl, card_facts, change, measures, sentence, told
+from stillhouse.trainer.prompts import Prompt
 from tests.cluster import job_spec
 
 
@@ -70,3 +72,14 @@ def test_without_a_teacher_there_is_only_accuracy_to_measure(verifier: str | Non
     else:
         assert not JobSpec.model_validate(spec).asks_teachers()
         assert JobSpec.model_validate(spec).asks_samplers()
+
+
+@pytest.mark.parametrize(
+    ("teachers", "number", "chosen"),
+    [("aaaaa", 3, [0, 1, 2]), ("aaaabb", 4, [0, 1, 4, 5]), ("aaaabbc", 4, [0, 1, 4, 6]), ("abab", 3, [0, 1, 2])],
+)
+def test_held_out_prompts_are_the_first_of_each_teacher(teachers: str, number: int, chosen: list[int]) -> None:
+    """Data is often sorted by domain: the first few rows would be of one."""
+    prompts = [Prompt(Row(prompt="x"), row, "", name, 1.0, (1,), None) for row, name in enumerate(teachers)]
+    assert [prompt.row for prompt in first_in_turn(prompts, number)] == chosen
+    assert first_in_turn(prompts, 100) == prompts

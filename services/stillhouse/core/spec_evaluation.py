@@ -17,7 +17,7 @@ class EvaluationSpec(Closed):
     data: DataSpec | None = None
     """Held-out prompts; none = no evaluation. They must not be training prompts."""
     num_prompts: int = Field(default=32, ge=1, le=4096)
-    """The first so many rows are used."""
+    """So many rows are used: the first ones, of each teacher in turn."""
     max_tokens: int = Field(default=48, ge=1, le=32_768)
     """Completion length, tokens."""
     every_steps: int = Field(default=0, ge=0, le=1_000_000)
@@ -37,6 +37,7 @@ class EvaluationSpec(Closed):
             )
         if self.data is not None and self.data.mix is not None:
             raise ValueError(
-                "'data.mix' is of training: held-out prompts are the first num_prompts rows, as they come; leave it out"
+                "'data.mix' is of training: held-out prompts are the first num_prompts rows, of each teacher in turn; "
+                "leave it out"
             )
         return self
