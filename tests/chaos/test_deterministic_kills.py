@@ -16,6 +16,8 @@ from stillhouse.core.blobs import JobArtifacts
 from stillhouse.core.failpoints import ENVIRONMENT
 from tests.chaos.equality import assert_same, everything
 from tests.chaos.test_deterministic import spec
+from tests.chaos.test_deterministic_stages import FIRST
+from tests.chaos.test_deterministic_stages import spec as two_stages
 from tests.e2e.deployment import Stillhouse, wait_until
 from tests.tiny import make_tiny_model
 
@@ -75,3 +77,18 @@ def test_killed_runs_equal_the_run_without(stillhouse: Stillhouse, tmp_path: Pat
         found, claims = run(stillhouse, job_file, kills)
         assert_same(found, expected)
         assert claims == 1 + sum(point.startswith("trainer.") for point, _ in kills)
+
+
+def test_a_job_of_two_stages_killed_in_each_and_between_equals_the_run_without(
+    stillhouse: Stillhouse, tmp_path: Path
+) -> None:
+    """Trainers die in the first stage, when it has ended, in the second; a sampler and a teacher do, too."""
+    for seed, name in enumerate(("student", "teacher")):
+        stillhouse("models", "add", name, str(make_tiny_model(tmp_path / name, seed=seed)))
+    job_file = tmp_path / "job.yaml"
+    job_file.write_text(yaml.safe_dump(two_stages()))
+    expected, _ = run(stillhouse, job_file, [])
+    kills = [("trainer.mid_backward", 3), ("trainer.stage_ended", 0), ("trainer.journalled", FIRST + 1)]
+    found, claims = run(stillhouse, job_file, [*kills, ("sampler.generating", 30), ("teacher.scored", 9)])
+    assert_same(found, expected)
+    assert claims == 1 + len(kills)

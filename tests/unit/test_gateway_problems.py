@@ -122,7 +122,7 @@ async def test_stages_are_told_apart_and_checked_one_by_one(gateway: Gateway) ->
     spec["stages"] = [first, {**first, "name": "start"}]
     assert "'start' is what the job begins with" in (await gateway.refused(spec))["detail"]
     endless = {**first, "name": "endless", "sampling": {"stop_token_ids": [1_000_000]}}
-    given = {**first, "name": "given", "on_policy_fraction": 0}
+    given = {**first, "name": "given", "on_policy_fraction": 0, "loss": {"objective": "cross_entropy"}}
     spec["stages"] = [first, endless, given]
     body = await gateway.refused(spec)
     assert {error["param"][:8] for error in body["errors"]} == {"stages.1", "stages.2"}
