@@ -244,7 +244,7 @@ def test_the_gateway_accepts_it_too(tmp_path: Path, name: str) -> None:
         stage["data"] = {key: value for key, value in stage["data"].items() if key != "path"} | {"rows": preset.rows}
         held_out = [{**row, "prompt": f"Not trained on: {row['prompt']}"} for row in preset.rows]
         if "evaluation" in document:
-            document["evaluation"] = {"data": {"rows": held_out}}
+            document["evaluation"]["data"] = {"rows": held_out}
     preflight(JobSpec.model_validate(document), models)
 
 

@@ -83,13 +83,17 @@ def _values(tree: dict[str, Any], indent: int) -> Iterator[str]:
 
 
 def _evaluation(recipe: Recipe) -> Iterator[str]:
-    if not recipe.teachers:
-        return
+    rows = [row for preset in recipe.presets.values() for row in preset.rows]
+    verifier = next((row["verifier"] for row in rows if "verifier" in row), None)
+    if not recipe.teachers and verifier is None:
+        return  # nothing that could be measured
     yield "evaluation:"
     yield "  data:"
-    text = "Fill in: prompts that are not trained on. The reverse KL to their teachers is measured on them."
-    yield from _comment(text, 4)
+    what = "The reverse KL to their teachers is measured on them." if recipe.teachers else "Greedy answers are judged."
+    yield from _comment(f"Fill in: prompts that are not trained on. {what}", 4)
     yield "    path: heldout.jsonl"
+    if not recipe.teachers:
+        yield f"  verifier: {verifier}"
 
 
 def scalar(value: Any) -> str:
