@@ -121,6 +121,7 @@ def _copy(source: Path, target: Path) -> None:
         (target / path.name).write_bytes(path.read_bytes())
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("change", ["student", "checkpoint"])
 async def test_a_model_that_is_another_one_by_now_ends_the_job(deployment: Cluster, change: str) -> None:
     """Silently with another base or teacher it would be another job."""
@@ -172,7 +173,7 @@ STAGES = [
 """The second does next to nothing, so that the third begins with the first one's end."""
 
 
-@pytest.mark.parametrize("lora", [None, {"rank": 4}], ids=["whole", "lora"])
+@pytest.mark.parametrize("lora", [pytest.param(None, marks=pytest.mark.full), {"rank": 4}], ids=["whole", "lora"])
 async def test_the_end_of_an_earlier_stage_teaches_and_outlives_its_trainer(
     deployment: Cluster, lora: dict[str, Any] | None
 ) -> None:

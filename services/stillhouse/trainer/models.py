@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,7 +20,9 @@ from stillhouse.core.spec_base import STAGE_PREFIX
 from stillhouse.trainer.manifests import lineage
 from stillhouse.trainer.space import Space
 
-COSMETIC: Final = frozenset(("_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache"))
+COSMETIC: Final = frozenset(
+    ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
+)
 """Keys of a config.json that change nothing of what a model computes."""
 
 
@@ -91,8 +94,10 @@ class JobModels:
     async def _settled(self, reference: str) -> ModelEntry:
         """The model of a reference to a checkpoint."""
         known = read_references(self._job).get(reference)
-        name = known.model if known else self._locate(reference)
-        entry = await self._make(name)
+        if known is None:
+            known = Settled(self._locate(reference))
+            await self._settle(reference, known)  # named before it is read, so that nobody deletes it meanwhile
+        entry = await self._make(known.model)
         await self._note(reference, entry)
         return entry
 
@@ -117,12 +122,15 @@ class JobModels:
                 f"of '{known.model}'; register that model again as it was, or send a new job"
             )
         if known is None or not known.sha256:
-            await self._fence()
-            settled = {reference: Settled(entry.name, entry.sha256)}
-            await self._space.insist("what the job names", lambda: asyncio.to_thread(settle, self._job, settled))
+            await self._settle(reference, Settled(entry.name, entry.sha256))
             if parse(entry.name):
                 message = f"{reference} is '{entry.name}', sha256 {entry.sha256[:12]}"
                 await self._tell("model.settled", message, reference=reference, model=entry.name, sha256=entry.sha256)
+
+    async def _settle(self, reference: str, settled: Settled) -> None:
+        await self._fence()
+        work = partial(asyncio.to_thread, settle, self._job, {reference: settled})
+        await self._space.insist("what the job names", work)
 
 
 def check_same_model(student: ModelEntry, start: ModelEntry) -> None:
