@@ -31,4 +31,6 @@ BUGS: Final[dict[str, str]] = {
     "stage_not_drained": "Samples of a stage are written by weights from before it: the pipeline was not drained.",
     "stage_lost_at_restore": "A claim that opens from the checkpoint at a stage's end goes on in that stage, so the "
     "next one is trained by the settings and moments of the one before.",
+    "wrong_teachers": "A sample ends with the words of other teachers than its row names: one of a mixture is missing, "
+    "or somebody else has answered.",
 }

@@ -36,6 +36,7 @@ SHOWN_BY: Final[dict[str, str]] = {
     "out_of_order": r"\[prefix\]",
     "stage_not_drained": r"\[stage\]",
     "stage_lost_at_restore": r"\[stage\]|^truth",
+    "wrong_teachers": r"\[teachers\]",
 }
 """Bug -> the violation that shows it."""
 

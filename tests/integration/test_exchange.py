@@ -15,8 +15,9 @@ from stillhouse.core.queue import keys
 from stillhouse.core.queue.client import connect, connect_blocking
 from stillhouse.core.queue.registry import Registry
 from stillhouse.core.queue.streams import Entry, Scope, WorkQueue
+from stillhouse.core.rollouts import add_further, score_mark, scores_of
 from stillhouse.core.tasks import cancel_all
-from stillhouse.core.tensors import floats_tensor, ids_tensor
+from stillhouse.core.tensors import floats_tensor, ids_list, ids_tensor
 from stillhouse.trainer.exchange import Exchange
 from stillhouse.v1 import rollout_pb2
 from tests.waiting import wait_until
@@ -62,8 +63,10 @@ def group(number: int) -> rollout_pb2.PromptGroup:
     return rollout_pb2.PromptGroup(group=number, group_id=str(number), sample_indices=[0], seeds=[1], teacher="main")
 
 
-def score(number: int) -> bytes:
-    rollout = rollout_pb2.Rollout(sample_id=f"{number}/0", group=number, completion_ids=ids_tensor([1, 2]))
+def score(number: int, teacher: str = "main") -> bytes:
+    rollout = rollout_pb2.Rollout(
+        sample_id=f"{number}/0", group=number, teacher=teacher, completion_ids=ids_tensor([1, 2])
+    )
     sampled = rollout_pb2.SampledScore(teacher_logprobs=floats_tensor([-1.0, -2.0]))
     return rollout_pb2.Score(rollout=rollout, sampled=sampled).SerializeToString()
 
@@ -126,4 +129,97 @@ async def test_a_put_back_rollout_is_a_new_attempt_and_ends_once(parts: Any) -> 
     assert rollout_pb2.Rollout.FromString(entry.payload).attempt == 1
     await parts.queue.hand_over(JOB, entry, scored, "score:7/0:1", score(7))
     assert not (await asyncio.wait_for(future, 20)).samples[0].is_failed
+    await cancel_all([taking])
+
+
+# -- mixtures --------------------------------------------------------------------------------------------------------
+
+SCORED = keys.scored(JOB.job_id, JOB.epoch)
+
+
+def mixture(number: int) -> rollout_pb2.PromptGroup:
+    made = group(number)
+    made.further.add(teacher="second", teacher_prompt_ids=ids_tensor([7, 8, 9]))
+    return made
+
+
+async def asked(parts: Any, teacher: str) -> Entry:
+    """The next rollout on a teacher's stream."""
+    stream = keys.rollouts(JOB.job_id, JOB.epoch, teacher)
+
+    async def found() -> Entry | None:
+        entries = await parts.queue.claim([stream], keys.TEACHERS_GROUP, f"of-{teacher}", 1, 100)
+        return entries[0] if entries else None
+
+    return await wait_until(found, timeout_s=20, what=f"a rollout for teacher {teacher}")
+
+
+async def say(parts: Any, payload: bytes, attempt: int = 0) -> None:
+    rollout = rollout_pb2.Score.FromString(payload).rollout
+    await parts.queue.add(JOB, SCORED, score_mark(rollout.sample_id, rollout.teacher, attempt), payload)
+
+
+async def test_a_sample_of_a_mixture_ends_when_all_of_its_teachers_have_spoken(parts: Any) -> None:
+    await parts.exchange.open()
+    future = await parts.exchange.plan(mixture(7))
+    taking = asyncio.create_task(parts.exchange.run())
+    await say(parts, score(7))
+    entry = await asked(parts, "second")
+    rollout = rollout_pb2.Rollout.FromString(entry.payload)
+    assert (rollout.sample_id, rollout.teacher, rollout.attempt) == ("7/0", "second", 0)
+    assert ids_list(rollout.teacher_prompt_ids) == [7, 8, 9]
+    assert ids_list(rollout.completion_ids) == [1, 2]
+    assert not future.done()
+    await say(parts, score(7))  # the same word again says nothing new
+    assert parts.exchange.num_ended == 0
+    await parts.queue.hand_over(JOB, entry, SCORED, score_mark("7/0", "second"), score(7, "second"))
+    (sample,) = (await asyncio.wait_for(future, 20)).samples
+    assert [each.rollout.teacher for each in scores_of(sample.score)] == ["main", "second"]
+    assert [each.teacher for each in sample.by_teacher()] == ["main", "second"]
+    assert all(ids_list(each.score.rollout.completion_ids) == [1, 2] for each in sample.by_teacher())
+    assert not sample.score.further[0].rollout.HasField("completion_ids"), "the journal holds the tokens once"
+    assert (parts.exchange.num_ended, parts.exchange.num_failed) == (1, 0)
+    await parts.exchange.done([sample])
+    assert await parts.queue.length(SCORED) == 0
+    await cancel_all([taking])
+
+
+async def test_one_failed_teacher_is_the_end_of_the_sample_once(parts: Any) -> None:
+    """What the others say then is late."""
+    await parts.exchange.open()
+    future = await parts.exchange.plan(mixture(7))
+    taking = asyncio.create_task(parts.exchange.run())
+    failed = rollout_pb2.Score.FromString(score(7, "second"))
+    failed.failed.reason = "teacher_error"
+    await say(parts, failed.SerializeToString())
+    (sample,) = (await asyncio.wait_for(future, 20)).samples
+    assert sample.is_failed
+    assert (parts.exchange.num_ended, parts.exchange.num_failed) == (1, 1)
+    await parts.exchange.done([sample])
+    await say(parts, score(7))
+
+    async def is_dropped() -> bool:
+        return await parts.queue.length(SCORED) == 0
+
+    await wait_until(is_dropped, timeout_s=20, what="the late word to leave the queue")
+    assert parts.exchange.num_ended == 1
+    await cancel_all([taking])
+
+
+async def test_all_teachers_of_a_journalled_sample_are_asked_again(parts: Any) -> None:
+    """Replay: the completion is there, so nobody waits for another."""
+    parts.queue.losses = 0
+    await parts.exchange.open()
+    journalled = rollout_pb2.Score.FromString(score(7))
+    journalled.rollout.attempt = 3
+    add_further(journalled, rollout_pb2.Score.FromString(score(7, "second")))
+    future = await parts.exchange.rescore(7, [journalled])
+    taking = asyncio.create_task(parts.exchange.run())
+    for teacher in ("second", "main"):
+        entry = await asked(parts, teacher)
+        rollout = rollout_pb2.Rollout.FromString(entry.payload)
+        assert (rollout.teacher, rollout.attempt, rollout.epoch) == (teacher, 1, JOB.epoch)
+        await parts.queue.hand_over(JOB, entry, SCORED, score_mark("7/0", teacher, 1), score(7, teacher))
+    (sample,) = (await asyncio.wait_for(future, 20)).samples
+    assert [each.teacher for each in sample.by_teacher()] == ["main", "second"], "in the order of the journal"
     await cancel_all([taking])

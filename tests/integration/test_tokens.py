@@ -9,9 +9,9 @@ import pytest
 
 from stillhouse.core.spec import TokensSpec
 from stillhouse.core.tensors import ids_list
-from stillhouse.trainer.exchange import ScoredSample
 from stillhouse.trainer.journal import read_step
 from stillhouse.trainer.masks import mask_tokens
+from stillhouse.trainer.scored import ScoredSample
 from stillhouse.trainer.train import to_sample
 from stillhouse.v1 import rollout_pb2 as pb
 from tests.cluster import Cluster, job_spec

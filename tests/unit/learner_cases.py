@@ -80,11 +80,11 @@ class Teacher:
 
     @torch.no_grad()
     def score(
-        self, rollouts: list[tuple[list[int], list[int]]], temperature: float = 1.0, **fields
+        self, rollouts: list[tuple[list[int], list[int]]], temperature: float = 1.0, first: int = 0, **fields
     ) -> list[TrainSample]:
-        """Samples of (prompt, completion) pairs; `fields` replace fields of all of them."""
+        """Samples of (prompt, completion) pairs, groups from `first` on; `fields` replace fields of all of them."""
         samples = []
-        for index, (prompt, completion) in enumerate(rollouts):
+        for index, (prompt, completion) in enumerate(rollouts, first):
             ids = prompt + completion
             rows = slice(len(prompt) - 1, len(ids) - 1)
             logprobs = self.log_probs(ids, temperature)[rows].gather(1, torch.tensor(completion)[:, None])[:, 0]
@@ -122,3 +122,18 @@ def train(student: Learner, samples: list[TrainSample], *teachers: Teacher, max_
 
 def weights_of(student: Learner) -> dict[str, np.ndarray]:
     return {name: array for name, array, _ in student.state_arrays()}
+
+
+def captured_gradients(student: Learner, samples: list[TrainSample], *teachers: Teacher, max_tokens: int = 64):
+    """(metrics, gradients) of a step, as AdamW gets them; clipping is out of the way in the specs used here."""
+    seen: dict[str, torch.Tensor] = {}
+
+    engine = engine_of(student)
+
+    def keep(optimizer, *_) -> None:
+        seen.update({name: p.grad.clone() for name, p in engine.model.named_parameters() if p.grad is not None})
+
+    hook = engine.parameters.optimizer.register_step_pre_hook(keep)
+    metrics = train(student, samples, *teachers, max_tokens=max_tokens)
+    hook.remove()
+    return metrics, seen

@@ -106,7 +106,10 @@ class Job:
         """Write the journal of a step."""
         consumed = list(groups) or list(range(step * PER_STEP, (step + 1) * PER_STEP))
         written = list(scores) if scores is not None else self.scores(step, consumed)
-        plan = planned or [s.rollout.sample_id for s in written if s.WhichOneof("result") != "failed"]
+        plan: dict[str, list[str]] = {"main": list(planned)} if planned else {}
+        for score in written if not planned else ():
+            if score.WhichOneof("result") != "failed":
+                plan.setdefault(score.rollout.teacher, []).append(score.rollout.sample_id)
         header = journal_pb2.StepHeader(
             schema_version=1,
             job_id=JOB_ID,
@@ -116,7 +119,7 @@ class Job:
             num_samples=len(written),
             next_group=next_group or (step + 1) * PER_STEP,
             stage=self.spec.span_at(step).index if stage is None else stage,
-            micro_batches=[journal_pb2.MicroBatchPlan(teacher="main", sample_ids=plan)],
+            micro_batches=[journal_pb2.MicroBatchPlan(teacher=name, sample_ids=ids) for name, ids in plan.items()],
             written_at=time.time(),
         )
         path = self.artifacts.journal(self.epoch, step)
@@ -417,6 +420,16 @@ def job_of(root: Path, bug: str) -> Job:
     return Job(root, stage_steps=(4, 2) if bug in TWO_STAGES else (STEPS,))
 
 
+def wrong_teachers(job: Job) -> None:
+    """A score on its way to the trainer was taken for that of another teacher."""
+    job.run(2)
+    scores = job.scores(2)
+    scores[1].rollout.teacher = "somebody"
+    job.train(2, job.journal(2, scores))
+    job.run(STEPS)
+    job.finish()
+
+
 CASES: dict[str, tuple[Callable[[Job], None], set[str]]] = {
     "ack_before_result": (ack_before_result, {"complete"}),
     "train_before_journal": (train_before_journal, {"trained"}),
@@ -436,5 +449,6 @@ CASES: dict[str, tuple[Callable[[Job], None], set[str]]] = {
     "out_of_order": (out_of_order, {"prefix"}),
     "stage_not_drained": (stage_not_drained, {"stage"}),
     "stage_lost_at_restore": (stage_lost_at_restore, {"stage"}),
+    "wrong_teachers": (wrong_teachers, {"teachers"}),
 }
 """Bug -> (what it leaves, rules that must be among the broken ones)."""

@@ -14,6 +14,7 @@ from stillhouse.gateway.references import NamedModels
 from tests.gateway_kit import Gateway, add_model, make_spec, open_gateway
 
 TWO = [{"prompt": "one"}, {"prompt": "two"}]
+BOTH = {"main": {"model": "big"}, "b": {"model": "big"}}
 
 
 @pytest.fixture
@@ -52,8 +53,9 @@ def mixed(mix: dict[str, float], *domains: str) -> dict[str, Any]:
         grpo({"prompt": "1 + 1", "answer": "2"}, reward={"verifier": "exact"}),
         job({"objective": "policy_gradient"}, [{"prompt": "x", "completion": "y", "verifier": "nobody"}]),
         mixed({"a": 2, "b": 1}, "a", "b", "b"),
+        job({"objective": "policy_gradient"}, [{"prompt": "x", "teacher": {"main": 2, "b": 1}}], teachers=BOTH),
     ],
-    ids=["sft", "seq_kd", "grpo", "grpo, verifier of the loss", "columns that nothing reads", "a mix"],
+    ids=["sft", "seq_kd", "grpo", "grpo, verifier of the loss", "columns that nothing reads", "a mix", "a mixture"],
 )
 async def test_these_are_accepted(gateway: Gateway, spec: dict[str, Any]) -> None:
     answer = await gateway.submit(spec)
@@ -85,6 +87,21 @@ async def test_these_are_accepted(gateway: Gateway, spec: dict[str, Any]) -> Non
         (grpo({"prompt": "x", "verifier": "exact"}), "stages.0.data.rows.0", ["row 0", "'answer'"]),
         (mixed({"a": 1, "b": 1}, "a"), "stages.0.data.mix.b", ["routed to 'b'", "rows for a", "remove its share"]),
         (mixed({"a": 1}, "a", "b"), "teachers.b", ["no share for this teacher", "give it a share"]),
+        (
+            job({"objective": "policy_gradient"}, [{"prompt": "x", "teacher": {"main": 2, "b": 1}}]),
+            "stages.0.data.rows.0",
+            ["unknown teacher 'b'"],
+        ),
+        (
+            job({"objective": "policy_gradient"}, [{"prompt": "x", "teacher": {"main": 2, "b": -1}}], teachers=BOTH),
+            "stages.0.data.rows.0.teacher.b",
+            ["-1"],
+        ),
+        (
+            sft({"prompt": "x", "teacher": {"main": 2, "b": 1}}, teachers=BOTH, off_policy_source="teacher"),
+            "stages.0.data.rows.0",
+            ["asks none for scores", "name one"],
+        ),
     ],
     ids=[
         "no completion",
@@ -97,6 +114,9 @@ async def test_these_are_accepted(gateway: Gateway, spec: dict[str, Any]) -> Non
         "no answer",
         "a share without rows",
         "a teacher without a share",
+        "a mixture with an unknown teacher",
+        "a mixture with a negative weight",
+        "a mixture that nothing asks",
     ],
 )
 async def test_these_are_refused_with_their_fix(

@@ -15,7 +15,7 @@ from stillhouse.core.errors import NonFiniteError, WeightsError, WireError
 from stillhouse.core.models import inspect_model
 from stillhouse.core.spec import OptimizerSpec
 from stillhouse.trainer.batch import MIN_LOG_Q, TeacherHead, TrainSample
-from stillhouse.trainer.learner import Learner, learning_rate
+from stillhouse.trainer.learner import learning_rate
 from stillhouse.v1 import rollout_pb2
 from tests.tiny import TOKENIZER_SIZE, make_tiny_model
 from tests.unit.learner_cases import (
@@ -23,6 +23,7 @@ from tests.unit.learner_cases import (
     FULL,
     POLICY_GRADIENT,
     Teacher,
+    captured_gradients,
     engine_of,
     learner,
     rollouts,
@@ -73,21 +74,6 @@ def naive_gradients(model_dir: Path, samples: list[TrainSample], teacher: Teache
             count += 1
     (total / count).backward()
     return (total / count).item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-def captured_gradients(student: Learner, samples: list[TrainSample], *teachers: Teacher, max_tokens: int = 64):
-    """(metrics, gradients) of a step, as AdamW gets them; clipping is out of the way in the specs used here."""
-    seen: dict[str, torch.Tensor] = {}
-
-    engine = engine_of(student)
-
-    def keep(optimizer, *_) -> None:
-        seen.update({name: p.grad.clone() for name, p in engine.model.named_parameters() if p.grad is not None})
-
-    hook = engine.parameters.optimizer.register_step_pre_hook(keep)
-    metrics = train(student, samples, *teachers, max_tokens=max_tokens)
-    hook.remove()
-    return metrics, seen
 
 
 @pytest.mark.parametrize("name", ["student", "untied"])
@@ -178,7 +164,7 @@ def test_evaluation_is_the_definition_per_sample(models: dict[str, Path], teache
 
 def test_teachers_have_weights_and_metrics_of_their_own(models: dict[str, Path], teacher: Teacher) -> None:
     other = Teacher(models["other"], "u")
-    samples = teacher.score(rollouts(0)) + other.score(rollouts(1))
+    samples = teacher.score(rollouts(0)) + other.score(rollouts(1), first=5)
     spec = stage(FULL, max_grad_norm=1e6)
     student = learner(models["student"], spec, teachers=("t", "u"), weights={"u": 3.0})
     metrics, grads = captured_gradients(student, samples, teacher, other)

@@ -177,7 +177,7 @@ def test_a_step_in_which_nothing_trains_moves_nothing(student: Path, teacher: Te
 
 def test_per_teacher_reaches_the_loss(student: Path, teacher: Teacher) -> None:
     """Two teachers of the same mind, one with ten times the samples: each counts half."""
-    own, other = teacher.score(rollouts(1, 10)), teacher.score(rollouts(2, 1), teacher="u")
+    own, other = teacher.score(rollouts(1, 10)), teacher.score(rollouts(2, 1), first=10, teacher="u")
     heads = {"t": teacher.head, "u": teacher.head}
     loss: dict[str, float] = {}
     for name, samples, per_teacher in (("t", own, False), ("u", other, False), ("both", own + other, True)):

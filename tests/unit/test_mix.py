@@ -80,7 +80,7 @@ def prompts(domains: str) -> list[Prompt]:
 def test_the_oracle_finds_the_same_rows(mix: dict[str, float], per_step: int) -> None:
     domains = "abcab" * 10
     order = PromptOrder(prompts(domains), "7/stage", True, per_step, mix)
-    found = Rows(list(domains), "7/stage", True, per_step, mix)
+    found = Rows([[domain] for domain in domains], "7/stage", True, per_step, mix)
     expected = [order[group].row for group in range(400)]
     assert [found.row(group) for group in range(400)] == expected
     pools = {domains[rows[0]]: (rows, drawn) for rows, drawn in found.pools(400)}

@@ -15,10 +15,10 @@ from stillhouse.core.errors import WireError
 from stillhouse.core.spec import HorizonSpec, TokensSpec
 from stillhouse.core.tensors import ids_tensor, to_tensor
 from stillhouse.trainer.batch import MIN_LOG_Q, TrainSample
-from stillhouse.trainer.exchange import ScoredSample
 from stillhouse.trainer.losses import make_objective, packed_loss
 from stillhouse.trainer.masks import mask_tokens
 from stillhouse.trainer.objectives.base import Head, Signals
+from stillhouse.trainer.scored import ScoredSample
 from stillhouse.trainer.spans import span_arrays
 from stillhouse.trainer.train import to_sample
 from stillhouse.v1 import rollout_pb2 as pb

@@ -159,7 +159,7 @@ def test_with_one_teacher_per_teacher_changes_nothing(shapes, reduction: Any) ->
 @given(some, reductions)
 def test_more_samples_of_one_teacher_leave_the_others_their_share(shapes, reduction: Any) -> None:
     samples = [sample(i, *shape) for i, shape in enumerate(shapes)]
-    doubled = samples + [s for s in samples if s.teacher == "a"]
+    doubled = samples + [replace(s, sample_id=f"again {s.sample_id}") for s in samples if s.teacher == "a"]
     shares = [loss_weights(part, [1.0] * len(part), reduction, True) for part in (samples, doubled)]
     plain = [loss_weights(part, [1.0] * len(part), reduction) for part in (samples, doubled)]
     for i, s in enumerate(samples):

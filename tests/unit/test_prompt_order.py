@@ -49,7 +49,7 @@ def test_a_prompt_does_not_depend_on_where_one_begins() -> None:
 @pytest.mark.parametrize("per_step", [1, PER_STEP])
 def test_the_oracle_finds_the_same_rows(per_step: int) -> None:
     order = PromptOrder(PROMPTS, 7, True, per_step)
-    found = Rows([prompt.teacher for prompt in PROMPTS], "7", True, per_step)
+    found = Rows([[prompt.teacher] for prompt in PROMPTS], "7", True, per_step)
     assert [found.row(group) for group in range(200)] == [order[group].row for group in range(200)]
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from stillhouse.core.tensors import floats_tensor, from_tensor, ids_tensor
-from stillhouse.trainer.exchange import ScoredGroup, ScoredSample
 from stillhouse.trainer.journal import JournalledStep
 from stillhouse.trainer.run import Run
+from stillhouse.trainer.scored import ScoredGroup, ScoredSample
 from stillhouse.v1 import journal_pb2
 from stillhouse.v1 import rollout_pb2 as pb
 
@@ -27,7 +27,7 @@ class ScoresAgain:
     """An exchange whose teacher answers with other last bits, and knows nothing of verdicts."""
 
     async def rescore(self, group: int, scores: list[pb.Score]) -> Any:
-        fresh = [ScoredSample(hidden_score(s.rollout.index, -1.5), hidden=np.zeros((1, 2))) for s in scores]
+        fresh = [ScoredSample(hidden_score(s.rollout.index, -1.5), hidden={"": np.zeros((1, 2))}) for s in scores]
         answer: asyncio.Future[ScoredGroup] = asyncio.get_running_loop().create_future()
         answer.set_result(ScoredGroup(group, fresh))
         return answer
@@ -45,7 +45,7 @@ async def test_verdicts_and_log_probabilities_are_the_journals() -> None:
     assert [sample.score.reward for sample in again] == [1.0, 0.25]
     assert [sample.score.reward_note for sample in again] == ["right", ""]
     assert [float(from_tensor(s.score.hidden.teacher_logprobs)[0]) for s in again] == [-1.0, -2.0]
-    assert all(sample.hidden is not None for sample in again)
+    assert all(sample.hidden for sample in again)
 
 
 async def test_a_sample_without_a_verdict_gets_none() -> None:

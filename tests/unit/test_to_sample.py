@@ -7,7 +7,7 @@ import pytest
 
 from stillhouse.core.errors import WireError
 from stillhouse.core.tensors import floats_tensor, ids_tensor
-from stillhouse.trainer.exchange import ScoredSample
+from stillhouse.trainer.scored import ScoredSample
 from stillhouse.trainer.train import to_sample
 from stillhouse.v1 import rollout_pb2 as pb
 

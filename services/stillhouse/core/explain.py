@@ -120,6 +120,8 @@ def _user_path(loc: Sequence[Any], body: Any) -> list[str]:
             is_tag = not is_last or part in value.values()
             if is_tag:  # such as "policy_gradient"; any other last part is a key that is missing
                 continue
+        if isinstance(part, str) and isinstance(value, str | int | float):
+            continue  # a kind of value that this one might have been
         path.append(str(part))
         if isinstance(value, Mapping):
             value = value.get(part)

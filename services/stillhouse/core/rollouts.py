@@ -1,4 +1,4 @@
-"""A sample before anybody has written it: what sampler and trainer both make of a prompt group."""
+"""A sample before anybody has written it, and its way to its teachers: what sampler, teacher and trainer agree on."""
 
 from __future__ import annotations
 
@@ -14,10 +14,15 @@ def sample_id(group: pb.PromptGroup, index: int) -> str:
     return f"{group.group_id}/{index}"
 
 
-def score_mark(name: str, attempt: int = 0) -> str:
-    """Mark of a sample's end in an attempt at scoring it. A sampler that ends it shares attempt 0 with the teacher's
-    score: whoever comes first is the end."""
-    return f"score:{name}:{attempt}"
+def rollout_mark(name: str, teacher: str, attempt: int = 0) -> str:
+    """Mark of a sample on its way to a teacher; a sampler's attempt is always 0."""
+    return f"rollout:{name}:{teacher}:{attempt}"
+
+
+def score_mark(name: str, teacher: str, attempt: int = 0) -> str:
+    """Mark of a teacher's word on a sample in an attempt at scoring it. A sampler that ends the sample shares attempt 0
+    with its (first) teacher's score: whoever comes first is the end."""
+    return f"score:{name}:{teacher}:{attempt}"
 
 
 def blank_rollout(group: pb.PromptGroup, index: int) -> pb.Rollout:
@@ -41,3 +46,44 @@ def blank_rollout(group: pb.PromptGroup, index: int) -> pb.Rollout:
     if group.HasField("teacher_prompt_ids"):
         rollout.teacher_prompt_ids.CopyFrom(group.teacher_prompt_ids)
     return rollout
+
+
+def rollout_for(rollout: pb.Rollout, other: pb.FurtherTeacher | pb.Rollout) -> pb.Rollout:
+    """The sample as another teacher of its mixture gets it, attempt 0."""
+    asked = pb.Rollout()
+    asked.CopyFrom(rollout)
+    asked.teacher, asked.attempt = other.teacher, 0
+    asked.ClearField("teacher_prompt_ids")
+    if other.HasField("teacher_prompt_ids"):
+        asked.teacher_prompt_ids.CopyFrom(other.teacher_prompt_ids)
+    return asked
+
+
+def add_further(score: pb.Score, further: pb.Score) -> None:
+    """Put what another teacher of a mixture said beside what the first one did; the tokens are there once."""
+    added = score.further.add()
+    added.CopyFrom(further)
+    added.rollout.CopyFrom(pb.Rollout(teacher=further.rollout.teacher, attempt=further.rollout.attempt))
+    if further.rollout.HasField("teacher_prompt_ids"):
+        added.rollout.teacher_prompt_ids.CopyFrom(further.rollout.teacher_prompt_ids)
+
+
+def scores_of(score: pb.Score) -> list[pb.Score]:
+    """What each teacher of a sample said, the first one's first."""
+    return [score, *score.further]
+
+
+def scores_apart(score: pb.Score) -> list[pb.Score]:
+    """The same as scores of their own, each with the whole rollout."""
+    found = [score]
+    if score.further:
+        alone = pb.Score()
+        alone.CopyFrom(score)
+        alone.ClearField("further")
+        found = [alone]
+    for further in score.further:
+        whole = pb.Score()
+        whole.CopyFrom(further)
+        whole.rollout.CopyFrom(rollout_for(score.rollout, further.rollout))
+        found.append(whole)
+    return found

@@ -323,9 +323,10 @@ class JobSpec(Closed):
         for index, stage in enumerate(self.stages):
             for number, row in enumerate(stage.data.rows or ()):
                 where = f"stages.{index}.data.rows.{number}"
-                if row.teacher is not None and row.teacher not in self.teachers:
-                    raise ValueError(f"{where}: unknown teacher '{row.teacher}'; the job has {sorted(self.teachers)}")
-                if row.teacher is None and len(self.teachers) > 1:
+                mixture = row.mixture(self.teachers)
+                if unknown := sorted(mixture.keys() - self.teachers.keys()):
+                    raise ValueError(f"{where}: unknown teacher '{unknown[0]}'; the job has {sorted(self.teachers)}")
+                if not mixture and self.teachers:
                     raise ValueError(f"{where}: name the row's 'teacher', the job has {sorted(self.teachers)}")
         check_followers(self)
         check_stage_references(self)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from stillhouse.core.spec_base import Closed, Name
 
@@ -36,6 +37,18 @@ TemplateArguments = Annotated[
 """Arguments of a chat template by name."""
 
 
+Mixture = Annotated[dict[Name, Annotated[float, Field(gt=0, le=1000)]], Field(min_length=2, max_length=64)]
+"""Teachers that judge one sample together, with their weights in its loss."""
+
+
+def _one_or_several(value: Any) -> str:
+    return "mixture" if isinstance(value, dict) else "name"
+
+
+Judges = Annotated[Annotated[Name, Tag("name")] | Annotated[Mixture, Tag("mixture")], Discriminator(_one_or_several)]
+"""A teacher's name, or a mixture."""
+
+
 class Message(Closed):
     """One turn of a conversation."""
 
@@ -52,8 +65,9 @@ class Row(Closed):
     """The user's message. Either this or `messages`."""
     messages: tuple[Message, ...] | None = Field(default=None, min_length=1, max_length=256)
     """A conversation whose last turn is the user's. Either this or `prompt`."""
-    teacher: Name | None = None
-    """Name of the teacher that scores this row; default: the job's only teacher."""
+    teacher: Judges | None = None
+    """Name of the teacher that scores this row; default: the job's only teacher. Or several with their weights,
+    `{math: 0.7, general: 0.3}`: each scores the same completion, and the loss is the sum of weight times loss."""
     teacher_prompt: tuple[Message, ...] | None = Field(default=None, min_length=1, max_length=256)
     """The whole conversation as the teacher reads it, where it differs from the student's; a `system_prompt` of the
     teacher is not added."""
@@ -77,6 +91,14 @@ class Row(Closed):
         _check_last("messages", self.messages)
         _check_last("teacher_prompt", self.teacher_prompt)
         return self
+
+    def mixture(self, teachers: Collection[str]) -> dict[str, float]:
+        """The row's teachers and their weights, the heaviest first, of equals by name; a row that names none has the
+        only one of the job's `teachers`. Empty = there is none, or no telling which."""
+        if isinstance(self.teacher, dict):
+            return dict(sorted(self.teacher.items(), key=lambda item: (-item[1], item[0])))
+        names = [self.teacher] if self.teacher is not None else list(teachers)
+        return {names[0]: 1.0} if len(names) == 1 else {}
 
     def conversation(self) -> list[dict[str, str]]:
         """The messages as the student's chat template takes them."""

@@ -1,4 +1,4 @@
-"""Checks of a job about what judges completions: the verifiers of outcome rewards and of held-out accuracy."""
+"""Checks of a job about what judges completions: verifiers of rewards and of held-out accuracy, several teachers."""
 
 from __future__ import annotations
 
@@ -47,3 +47,13 @@ def _judged(case: Case) -> Iterator[tuple[Source, str | None, str]]:
             yield source, loss.reward.verifier, "loss.reward.verifier"
     if case.evaluation is not None:
         yield case.evaluation, case.spec.evaluation.verifier, "evaluation.verifier"
+
+
+def check_mixtures(case: Case) -> Iterator[Finding]:
+    """Several teachers judge a sample only where the loss asks for scores."""
+    for source in case.training:
+        silent = source.stage is not None and source.stage.loss.payload() == "none"
+        for index, row in enumerate(source.rows if silent else ()):
+            if len(routed := case.teachers_of(row)) > 1:
+                message = f"{source.name(index)} names the teachers {routed}, the loss asks none for scores"
+                yield Finding(source.where(index), message, "name one")

@@ -110,10 +110,8 @@ def check_stage_teachers(case: Case) -> Iterator[Finding]:
         index = stages.index(source.stage.name) if source.stage else 0
         when = f"stage '{source.stage.name}'" if source.stage else "held-out evaluation, from the first step on,"
         for number, row in enumerate(source.rows):
-            teacher = case.teacher_of(row) or ""
-            if ends.get(teacher, -1) >= index:
-                message = (
-                    f"{source.name(number)} asks the teacher '{teacher}' in {when} and that is {references[teacher]}, "
-                )
-                message += "which has not ended then"
-                yield Finding(source.where(number), message, f"route it to another teacher, or name {START}")
+            for teacher in case.teachers_of(row):
+                if ends.get(teacher, -1) >= index:
+                    message = f"{source.name(number)} asks the teacher '{teacher}' in {when} and that is "
+                    message += f"{references[teacher]}, which has not ended then"
+                    yield Finding(source.where(number), message, f"route it to another teacher, or name {START}")

@@ -18,7 +18,7 @@ from stillhouse.core.explain import MAX_FINDINGS, Finding
 from stillhouse.core.models import ModelEntry
 from stillhouse.core.spec import DataSpec, JobSpec, Row, StageSpec
 from stillhouse.core.vocabulary import difference, tokenizer_of
-from stillhouse.gateway.judging import check_verifiers
+from stillhouse.gateway.judging import check_mixtures, check_verifiers
 from stillhouse.gateway.problems import InvalidError
 from stillhouse.gateway.reading import (
     check_chat_template,
@@ -105,9 +105,13 @@ class Case:
         """All rows the student answers."""
         return [*self.training, *([self.evaluation] if self.evaluation else [])]
 
-    def teacher_of(self, row: Row) -> str | None:
-        """Name of the teacher a row is routed to; None = it names none and there are several."""
-        return row.teacher or (next(iter(self.spec.teachers)) if len(self.spec.teachers) == 1 else None)
+    def teachers_of(self, row: Row) -> list[str]:
+        """Names of the teachers that judge a row; none = it names none and there are several."""
+        return list(row.mixture(self.spec.teachers))
+
+    def domain_of(self, row: Row) -> str:
+        """The heaviest of them; "" = none."""
+        return next(iter(self.teachers_of(row)), "")
 
 
 Check = Callable[[Case], Iterator[Finding]]
@@ -182,13 +186,14 @@ def check_routes(case: Case) -> Iterator[Finding]:
     have = ", ".join(names) or "none"
     for source in case.sources():
         for index, row in enumerate(source.rows):
-            teacher = case.teacher_of(row)
-            if teacher is None and names:
+            routed = case.teachers_of(row)
+            if not routed and names:
                 message = f"{source.name(index)} names no teacher and the job has {have}"
                 yield Finding(source.where(index), message, "set the row's 'teacher'")
-            elif teacher is not None and teacher not in case.spec.teachers:
-                message = f"{source.name(index)} is routed to '{teacher}', the job has {have}"
-                yield Finding(source.where(index), message, "use one of these names, or add the teacher")
+            for teacher in routed:
+                if teacher not in case.spec.teachers:
+                    message = f"{source.name(index)} is routed to '{teacher}', the job has {have}"
+                    yield Finding(source.where(index), message, "use one of these names, or add the teacher")
 
 
 def check_teachers_used(case: Case) -> Iterator[Finding]:
@@ -200,8 +205,9 @@ def check_teachers_used(case: Case) -> Iterator[Finding]:
             message = "the loss asks no teacher, and there is no held-out evaluation that would"
             yield Finding(f"teachers.{name}", message, "remove it, or add evaluation.data")
         return
-    routed = [(source.data.mix, case.teacher_of(row)) for source in case.training for row in source.rows]
-    used, drawn = {name for _, name in routed}, {name for mix, name in routed if mix is None or name in mix}
+    rows = [(source.data.mix, row) for source in case.training for row in source.rows]
+    used = {name for _, row in rows for name in case.teachers_of(row)}
+    drawn = {name for mix, row in rows if mix is None or case.domain_of(row) in mix for name in case.teachers_of(row)}
     for name in case.spec.teachers:
         if name not in used:
             yield Finding(f"teachers.{name}", "no row is routed to this teacher", "remove it, or route rows to it")
@@ -213,7 +219,7 @@ def check_teachers_used(case: Case) -> Iterator[Finding]:
 def check_mix(case: Case) -> Iterator[Finding]:
     """Every domain of a mix is a teacher of the job and has rows."""
     for source in case.training:
-        rows = Counter(case.teacher_of(row) or "" for row in source.rows)
+        rows = Counter(case.domain_of(row) for row in source.rows)
         for name in source.data.mix or ():
             param = f"{source.param}.mix.{name}"
             if name not in case.spec.teachers:
@@ -286,12 +292,12 @@ def _readers(case: Case, source: Source, teachers: Mapping[str, ModelEntry]) -> 
     for index, row in enumerate(source.rows):
         text = "\n".join(message["content"] for message in row.conversation())
         yield _Reader(index, text, student_limit, student_what)
-        name = case.teacher_of(row)
-        teacher = teachers.get(name or "")
-        if is_read and teacher is not None and name is not None:
-            read = _teacher_text(row, case.spec.teachers[name].system_prompt)
-            what = f"the max_sequence_length of the teacher '{name}' ({teacher.name})"
-            yield _Reader(index, text if read is None else read, teacher.max_sequence_length, what)
+        for name in case.teachers_of(row) if is_read else ():
+            teacher = teachers.get(name)
+            if teacher is not None:
+                read = _teacher_text(row, case.spec.teachers[name].system_prompt)
+                what = f"the max_sequence_length of the teacher '{name}' ({teacher.name})"
+                yield _Reader(index, text if read is None else read, teacher.max_sequence_length, what)
 
 
 def _teacher_text(row: Row, system_prompt: str | None) -> str | None:
@@ -353,6 +359,7 @@ CHECKS: Final[tuple[Check, ...]] = (
     check_files,
     check_routes,
     check_mix,
+    check_mixtures,
     check_teachers_used,
     check_completions,
     check_verifiers,

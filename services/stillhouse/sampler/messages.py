@@ -9,7 +9,7 @@ from typing import Final
 from stillhouse.core.errors import WireError
 from stillhouse.core.queue import keys
 from stillhouse.core.queue.streams import Scope
-from stillhouse.core.rollouts import SCHEMA_VERSION, blank_rollout, sample_id, score_mark
+from stillhouse.core.rollouts import SCHEMA_VERSION, blank_rollout, rollout_mark, sample_id, score_mark
 from stillhouse.core.tensors import floats_tensor, from_tensor, ids_list, ids_tensor
 from stillhouse.sampler.engines.base import SampleRequest
 from stillhouse.sampler.generation import Completion
@@ -145,11 +145,7 @@ def destination(rollout: pb.Rollout, scope: Scope) -> tuple[str, str, bytes]:
     """(stream, mark, message) of a finished sample: to its teacher, or to its end if no teacher is asked."""
     if rollout.score.kind == pb.SCORE_KIND_NONE:
         score = pb.Score(schema_version=SCHEMA_VERSION, rollout=rollout, none=pb.NoScore())
-        return keys.scored(scope.job_id, scope.epoch), score_mark(rollout.sample_id), score.SerializeToString()
+        mark = score_mark(rollout.sample_id, rollout.teacher)
+        return keys.scored(scope.job_id, scope.epoch), mark, score.SerializeToString()
     stream = keys.rollouts(scope.job_id, scope.epoch, rollout.teacher)
-    return stream, rollout_mark(rollout.sample_id), rollout.SerializeToString()
-
-
-def rollout_mark(name: str) -> str:
-    """Mark of a sample's rollout; the sampler's attempt is always 0."""
-    return f"rollout:{name}:0"
+    return stream, rollout_mark(rollout.sample_id, rollout.teacher), rollout.SerializeToString()

@@ -22,7 +22,7 @@ from stillhouse.core.queue import keys
 from stillhouse.core.queue.claims import QUEUE_ERRORS, Claims
 from stillhouse.core.queue.client import BLOCK_MS
 from stillhouse.core.queue.streams import Entry, Outcome, Scope
-from stillhouse.core.rollouts import sample_id, score_mark
+from stillhouse.core.rollouts import rollout_mark, sample_id, score_mark
 from stillhouse.core.service import Context
 from stillhouse.core.tasks import cancel_all
 from stillhouse.core.telemetry import DROPPED, SAMPLED_ROLLOUTS
@@ -35,7 +35,6 @@ from stillhouse.sampler.messages import (
     group_requests,
     make_failure,
     make_rollout,
-    rollout_mark,
 )
 from stillhouse.sampler.student import Student
 from stillhouse.sampler.work import Work
@@ -223,10 +222,11 @@ class Shift:
     async def _go_on(self, work: Work) -> None:
         """Forget the samples that an earlier holder of the group handed over; take what it kept of the others."""
         names = {index: completion.key for index, completion in work.completions.items()}
-        marks = [mark(name) for name in names.values() for mark in (rollout_mark, score_mark)]
-        done = await self._ctx.queue.marked(self._scope, marks)
+        teacher = work.group.teacher
+        marks = {name: {rollout_mark(name, teacher), score_mark(name, teacher)} for name in names.values()}
+        done = await self._ctx.queue.marked(self._scope, sorted(set().union(*marks.values())))
         for index, name in names.items():
-            if rollout_mark(name) in done or score_mark(name) in done:
+            if marks[name] & done:
                 del work.completions[index]
         parts = await self._ctx.queue.partials(work.entry)
         try:
@@ -302,7 +302,7 @@ class Shift:
         target, is_last = keys.scored(scope.job_id, scope.epoch), len(work.completions) == 1
         self._ctx.log.warning("sample failed", job_id=scope.job_id, sample_id=name, reason=reason, message=message)
         outcome = await self._ctx.queue.hand_over(
-            scope, work.entry, target, score_mark(name), payload, last=is_last, dead=payload
+            scope, work.entry, target, score_mark(name, score.rollout.teacher), payload, last=is_last, dead=payload
         )
         self._settle(work, index, outcome)
 

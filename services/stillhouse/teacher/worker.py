@@ -322,7 +322,7 @@ class TeacherWorker:
             Scope(task.job_id, task.epoch),
             entry,
             keys.scored(task.job_id, task.epoch),
-            score_mark(score.rollout.sample_id, score.rollout.attempt),
+            score_mark(score.rollout.sample_id, score.rollout.teacher, score.rollout.attempt),
             payload,
             dead=dead,
         )

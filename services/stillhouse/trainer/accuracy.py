@@ -13,9 +13,9 @@ from typing import Any
 from stillhouse.core.errors import StillhouseError
 from stillhouse.core.spec import EvaluationSpec
 from stillhouse.core.tensors import ids_list
-from stillhouse.trainer.exchange import ScoredSample
 from stillhouse.trainer.prompts import Prompt
 from stillhouse.trainer.rewards import make_item
+from stillhouse.trainer.scored import ScoredSample
 from stillhouse.trainer.verify.judges import Item, Judges, Verdict
 
 

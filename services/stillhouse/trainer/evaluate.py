@@ -17,16 +17,17 @@ from typing import Any, Final
 
 from stillhouse.core.blobs import JobArtifacts, read_json, write_json
 from stillhouse.core.errors import JobFailedError, StillhouseError
+from stillhouse.core.rollouts import scores_of
 from stillhouse.core.spec import EvaluationSpec, TeacherSpec
 from stillhouse.core.spec_base import NO_TEACHER
 from stillhouse.core.tensors import DTYPE_NAMES, ids_list, ids_tensor
 from stillhouse.trainer.asks import held_out_kinds, held_out_score
 from stillhouse.trainer.batch import TeacherHead, TrainSample
-from stillhouse.trainer.exchange import ScoredGroup, ScoredSample
 from stillhouse.trainer.measures import Kl, measures
 from stillhouse.trainer.preflight import Readers
 from stillhouse.trainer.prompts import Prompt
 from stillhouse.trainer.samplers import SamplerPool
+from stillhouse.trainer.scored import ScoredGroup, ScoredSample
 from stillhouse.trainer.space import Space
 from stillhouse.trainer.spans import sums
 from stillhouse.trainer.train import LearnerThread, to_sample
@@ -115,10 +116,10 @@ class HeldOut:
         """Measure the weights of `step` steps, or their moving average; the result is also written to the artifacts."""
         start = time.monotonic()
         sampled, greedy = await self._write(step)
-        kls = await self._reverse_kls([to_sample(sample, 1.0) for sample in sampled])
+        kls = await self._reverse_kls(self._by_teacher(sampled))
         verdicts = await self._judge(greedy)
         rewards = [
-            (sample.score.rollout.teacher, verdicts[sample.sample_id].reward)
+            ([each.rollout.teacher for each in scores_of(sample.score)], verdicts[sample.sample_id].reward)
             for sample in greedy
             if sample.sample_id in verdicts
         ]
@@ -127,11 +128,7 @@ class HeldOut:
             "step": step,
             "averaged": is_averaged,
             **measures(kls, rewards),
-            **(
-                {"teacher_nll_greedy": _mean_nll([to_sample(sample, 1.0) for sample in greedy])}
-                if self._is_scored
-                else {}
-            ),
+            **({"teacher_nll_greedy": _mean_nll(self._by_teacher(greedy))} if self._is_scored else {}),
             "repeated_4grams": _mean([repeated_ngrams(self._text_ids(ids)) for ids in greedy_ids.values()]),
             "completion_length_mean": _mean([float(len(ids)) for ids in greedy_ids.values()]),
             "samples": await self._texts(greedy, verdicts),
@@ -155,12 +152,21 @@ class HeldOut:
         return await self._collect(step, sampled), await self._collect(step, greedy)
 
     async def _reverse_kls(self, samples: Sequence[TrainSample]) -> list[Kl]:
-        """Of each sample."""
+        """Of each sample, to each of its teachers."""
         if self._by_spans:
-            sums_of = [(sample.teacher, *sums(sample)) for sample in samples]
-            return [Kl(teacher, log_p - log_q, number) for teacher, log_p, log_q, number in sums_of]
-        rows = await self._learner.evaluate(samples, self._heads)
-        return [Kl(row["teacher"], row["reverse_kl_sum"], row["num_tokens"]) for row in rows]
+            found = [(log_p - log_q, number) for log_p, log_q, number in map(sums, samples)]
+        else:
+            rows = await self._learner.evaluate(samples, self._heads)
+            found = [(row["reverse_kl_sum"], row["num_tokens"]) for row in rows]
+        return [Kl(sample.teacher, *kl, share=sample.weight) for sample, kl in zip(samples, found, strict=True)]
+
+    def _by_teacher(self, samples: Sequence[ScoredSample]) -> list[TrainSample]:
+        """What each teacher said, with the weight that it has in means over samples."""
+        return [
+            to_sample(each, self._prompts[sample.score.rollout.group].share_of(each.teacher))
+            for sample in samples
+            for each in sample.by_teacher()
+        ]
 
     def read(self, step: int) -> dict[str, Any]:
         """An earlier result."""
@@ -264,4 +270,6 @@ def _mean_nll(samples: Sequence[TrainSample]) -> float:
     found = [
         (float(s.teacher_logprobs.sum()), len(s.teacher_logprobs)) if s.spans is None else sums(s)[1:] for s in samples
     ]
-    return -sum(log_q for log_q, _ in found) / max(sum(number for _, number in found), 1)
+    weights = [sample.weight for sample in samples]
+    num_tokens = sum(weight * number for weight, (_, number) in zip(weights, found, strict=True))
+    return -sum(weight * log_q for weight, (log_q, _) in zip(weights, found, strict=True)) / max(num_tokens, 1)

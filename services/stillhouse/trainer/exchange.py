@@ -4,6 +4,9 @@ A sample's life here:  planned -> waiting -> arrived (score, payload fetched) ->
                                      ^          |
                                      +----------+  payload gone with its teacher: put back for scoring, attempt + 1
 
+A sample that a mixture of teachers judges comes back from the first of them; then it goes to all others at once. It
+ends when each has answered, or with the first failure.
+
 Bulk never crosses the queue: hidden states are fetched from the teacher that holds them, as soon as the score arrives.
 """
 
@@ -12,10 +15,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Final
 
-import numpy as np
 from redis.exceptions import RedisError
 
 from stillhouse.core.blobs import xxh3
@@ -30,8 +31,10 @@ from stillhouse.core.queue import keys
 from stillhouse.core.queue.epochs import close_epochs
 from stillhouse.core.queue.registry import Registry
 from stillhouse.core.queue.streams import Entry, Outcome, QueueBackend, Scope
+from stillhouse.core.rollouts import rollout_for, rollout_mark, sample_id, score_mark, scores_of
 from stillhouse.core.rpc import Peers, collect
 from stillhouse.core.tensors import from_bytes
+from stillhouse.trainer.scored import PendingGroup, ScoredGroup, ScoredSample
 from stillhouse.v1 import rollout_pb2, teacher_pb2, teacher_pb2_grpc
 
 CLAIM_COUNT: Final = 64
@@ -51,52 +54,6 @@ sample."""
 
 Payload = rollout_pb2.HiddenScore | rollout_pb2.TopKScore | rollout_pb2.TargetsScore
 """Scores that may stay with the teacher until they are fetched."""
-
-
-@dataclass(slots=True)
-class ScoredSample:
-    """A sample at its end: a score, or a failure."""
-
-    score: rollout_pb2.Score
-    entry: Entry | None = None
-    """Its queue entry, until the journal holds it."""
-    hidden: np.ndarray | None = None
-    """float16 or float32 [T, D], for scores of kind hidden."""
-
-    @property
-    def sample_id(self) -> str:
-        return self.score.rollout.sample_id
-
-    @property
-    def is_failed(self) -> bool:
-        return self.score.WhichOneof("result") == "failed"
-
-    def score_bytes(self) -> int:
-        """Size of what the teacher said about the sample, payload included."""
-        hidden = 0 if self.hidden is None else self.hidden.nbytes
-        return self.score.ByteSize() - self.score.rollout.ByteSize() + hidden
-
-
-@dataclass(slots=True)
-class ScoredGroup:
-    """All samples of a planned group, in order of their index."""
-
-    group: int
-    samples: list[ScoredSample]
-
-    @property
-    def scored(self) -> list[ScoredSample]:
-        return [sample for sample in self.samples if not sample.is_failed]
-
-
-@dataclass(slots=True)
-class _Pending:
-    """A group in flight."""
-
-    group: int
-    wanted: set[str]
-    future: asyncio.Future[ScoredGroup]
-    arrived: dict[str, ScoredSample] = field(default_factory=dict)
 
 
 class Exchange:
@@ -120,8 +77,8 @@ class Exchange:
         self._peers = peers
         self._consumer = consumer
         self._log = log
-        self._pending: dict[str, _Pending] = {}
-        self._by_sample: dict[str, _Pending] = {}
+        self._pending: dict[str, PendingGroup] = {}
+        self._by_sample: dict[str, PendingGroup] = {}
         self._fetches = asyncio.Semaphore(FETCH_CONCURRENCY)
         self._scored = keys.scored(scope.job_id, scope.epoch)
         self._prompts = keys.prompts(scope.job_id, scope.epoch)
@@ -171,65 +128,70 @@ class Exchange:
 
     async def plan(self, group: rollout_pb2.PromptGroup) -> asyncio.Future[ScoredGroup]:
         """Put a group on the queue; the future completes when each of its samples has ended."""
-        wanted = {f"{group.group_id}/{index}" for index in group.sample_indices}
-        future = self._expect(group.group_id, group.group, wanted)
-        mark = f"plan:{group.group_id}:0"
-        if await self._queue.add(self._scope, self._prompts, mark, group.SerializeToString()) is Outcome.CLOSED:
-            raise _closed(self._scope)
+        future = self.expect(group)
+        await self._add(self._prompts, f"plan:{group.group_id}:0", group)
         failpoint("trainer.planned")
         return future
 
     def expect(self, group: rollout_pb2.PromptGroup) -> asyncio.Future[ScoredGroup]:
         """A group whose completions the trainer itself brings (`bring`); the future is that of `plan`."""
-        return self._expect(group.group_id, group.group, {f"{group.group_id}/{i}" for i in group.sample_indices})
+        is_scored = group.score.kind != rollout_pb2.SCORE_KIND_NONE
+        further = list(group.further) if is_scored else []
+        teachers = [group.teacher, *(other.teacher for other in further)]
+        wanted = {sample_id(group, index): teachers for index in group.sample_indices}
+        return self._expect(group.group_id, group.group, wanted, further)
 
     async def bring(self, rollouts: Sequence[rollout_pb2.Rollout], failure: rollout_pb2.Failure | None = None) -> None:
         """Put completions where a sampler's would go: to their teacher, or to their end if no teacher is asked or they
         could not be had. May be repeated: each arrives once.
         """
         for rollout in rollouts:
-            stream, mark = self._scored, f"score:{rollout.sample_id}:0"
-            message: Any = rollout_pb2.Score(schema_version=1, rollout=rollout)
+            if failure is None and rollout.score.kind != rollout_pb2.SCORE_KIND_NONE:
+                await self._ask(rollout)
+                continue
+            end = rollout_pb2.Score(schema_version=1, rollout=rollout)
             if failure is not None:
-                message.failed.CopyFrom(failure)
-            elif rollout.score.kind == rollout_pb2.SCORE_KIND_NONE:
-                message.none.SetInParent()
+                end.failed.CopyFrom(failure)
             else:
-                stream = keys.rollouts(self._scope.job_id, self._scope.epoch, rollout.teacher)
-                mark, message = f"rollout:{rollout.sample_id}:0", rollout
-            if await self._queue.add(self._scope, stream, mark, message.SerializeToString()) is Outcome.CLOSED:
-                raise _closed(self._scope)
+                end.none.SetInParent()
+            await self._add(self._scored, score_mark(rollout.sample_id, rollout.teacher), end)
 
     async def rescore(self, group: int, scores: Sequence[rollout_pb2.Score]) -> asyncio.Future[ScoredGroup]:
         """Have journalled rollouts scored again (their payloads were not journalled): replay after a takeover."""
-        future = self._expect(f"replay-{group}", group, {score.rollout.sample_id for score in scores})
+        wanted = {s.rollout.sample_id: [each.rollout.teacher for each in scores_of(s)] for s in scores}
+        future = self._expect(f"replay-{group}", group, wanted, ())
         for score in scores:
-            first = rollout_pb2.Rollout()
-            first.CopyFrom(score.rollout)
-            first.attempt = 0  # an attempt of this epoch: those of the one before are no fault of the sample
-            await self._put_back(first)
+            for each in scores_of(score):
+                # attempts count anew: those of the epoch before are no fault of the sample
+                await self._put_back(rollout_for(score.rollout, each.rollout))
         return future
 
-    def _expect(self, name: str, group: int, wanted: set[str]) -> asyncio.Future[ScoredGroup]:
+    def _expect(
+        self,
+        name: str,
+        group: int,
+        wanted: Mapping[str, Sequence[str]],
+        further: Sequence[rollout_pb2.FurtherTeacher],
+    ) -> asyncio.Future[ScoredGroup]:
         if not self._pending:
             self.last_arrival = time.monotonic()
-        pending = _Pending(group, wanted, asyncio.get_running_loop().create_future())
+        pending = PendingGroup(group, wanted, further, asyncio.get_running_loop().create_future())
         self._pending[name] = pending
-        for sample_id in wanted:
-            self._by_sample[sample_id] = pending
+        for each in wanted:
+            self._by_sample[each] = pending
         pending.future.add_done_callback(lambda _: self._forget(name))
         return pending.future
 
     def _forget(self, name: str) -> None:
         pending = self._pending.pop(name, None)
-        for sample_id in pending.wanted if pending else ():
-            self._by_sample.pop(sample_id, None)
+        for each in pending.wanted if pending else ():
+            self._by_sample.pop(each, None)
 
     async def done(self, samples: Sequence[ScoredSample]) -> None:
         """The samples are journalled: their entries leave the queue."""
-        await self._remove([sample.entry for sample in samples if sample.entry is not None])
+        await self._remove([entry for sample in samples for entry in sample.entries])
         for sample in samples:
-            sample.entry = None
+            sample.entries.clear()
 
     async def _remove(self, entries: list[Entry]) -> None:
         await self._queue.ack_delete(entries)
@@ -269,29 +231,39 @@ class Exchange:
     async def _arrive(self, entry: Entry) -> None:
         failpoint("trainer.score_taken")
         score = rollout_pb2.Score.FromString(entry.payload)
-        sample = ScoredSample(score, entry)
-        pending = self._by_sample.get(sample.sample_id)
-        if pending is None or pending.future.done() or sample.sample_id in pending.arrived:
-            # nobody waits for it: a group that was given up, or a second score of the same sample
+        answer = ScoredSample(score, [entry])
+        pending = self._by_sample.get(answer.sample_id)
+        if pending is None or not pending.waits_for(answer):
+            # nobody waits for it: a group that was given up, or a second word of the same teacher
             await self._remove([entry])
             return
+        await self._ask_others(pending, score)
         if _is_elsewhere(score):
             try:
                 async with self._fetches:
-                    await self._fetch(sample)
+                    await self._fetch(answer)
             except (StillhouseError, RedisError) as error:
-                await self._retry_scoring(sample, str(error))
+                await self._retry_scoring(pending, answer, str(error))
                 return
-        self._settle(pending, sample)
+        await self._settle(pending, answer)
 
-    def _settle(self, pending: _Pending, sample: ScoredSample) -> None:
+    async def _ask_others(self, pending: PendingGroup, score: rollout_pb2.Score) -> None:
+        """The first teacher has answered, so the completion is there for the others of its mixture. May be repeated."""
+        is_first = score.rollout.teacher not in [other.teacher for other in pending.further]
+        if is_first and score.WhichOneof("result") != "failed":
+            for other in pending.further:
+                await self._ask(rollout_for(score.rollout, other))
+
+    async def _settle(self, pending: PendingGroup, answer: ScoredSample) -> None:
+        """A teacher has said its word on a sample."""
+        if not pending.waits_for(answer):  # it has ended while the payload was fetched
+            await self._remove(answer.entries)
+            return
         self.last_arrival = time.monotonic()
-        self.num_ended += 1
-        self.num_failed += sample.is_failed
-        pending.arrived[sample.sample_id] = sample
-        if pending.arrived.keys() >= pending.wanted and not pending.future.done():
-            samples = sorted(pending.arrived.values(), key=lambda sample: sample.score.rollout.index)
-            pending.future.set_result(ScoredGroup(pending.group, samples))
+        sample = pending.take(answer)
+        if sample is not None:
+            self.num_ended += 1
+            self.num_failed += sample.is_failed
 
     async def _fetch(self, sample: ScoredSample) -> None:
         """Complete a sample with the payload that the teacher holds."""
@@ -306,11 +278,11 @@ class Exchange:
         if xxh3(data) != blob.xxh3_128:
             raise WireError(f"sample {sample.sample_id}: the payload does not match its checksum")
         if isinstance(payload, rollout_pb2.HiddenScore):
-            sample.hidden = from_bytes(data, payload.dtype, payload.shape)
+            sample.hidden[sample.teacher] = from_bytes(data, payload.dtype, payload.shape)
         else:
             payload.ParseFromString(bytes(data))  # takes the place of the message with the reference
 
-    async def _retry_scoring(self, sample: ScoredSample, error: str) -> None:
+    async def _retry_scoring(self, pending: PendingGroup, sample: ScoredSample, error: str) -> None:
         rollout = sample.score.rollout
         self._log.warning("score payload is gone", sample_id=rollout.sample_id, attempt=rollout.attempt, error=error)
         if rollout.attempt + 1 >= MAX_ATTEMPTS:
@@ -318,23 +290,26 @@ class Exchange:
                 reason="payload_lost", message=error, service="trainer", attempts=rollout.attempt + 1
             )
             sample.score.failed.CopyFrom(failure)
-            pending = self._by_sample.get(sample.sample_id)
-            if pending is not None:
-                self._settle(pending, sample)
+            await self._settle(pending, sample)
             return
         await asyncio.sleep(RETRY_PAUSES_S[min(rollout.attempt, len(RETRY_PAUSES_S) - 1)])
         await self._put_back(rollout)
-        if sample.entry is not None:
-            await self._remove([sample.entry])
+        await self._remove(sample.entries)
 
     async def _put_back(self, rollout: rollout_pb2.Rollout) -> None:
         again = rollout_pb2.Rollout()
         again.CopyFrom(rollout)
         again.attempt += 1
         again.epoch = self._scope.epoch
+        await self._ask(again)
+
+    async def _ask(self, rollout: rollout_pb2.Rollout) -> None:
+        """Put a rollout on the stream of its teacher, once in each attempt."""
         stream = keys.rollouts(self._scope.job_id, self._scope.epoch, rollout.teacher)
-        mark = f"rollout:{again.sample_id}:{again.attempt}"
-        if await self._queue.add(self._scope, stream, mark, again.SerializeToString()) is Outcome.CLOSED:
+        await self._add(stream, rollout_mark(rollout.sample_id, rollout.teacher, rollout.attempt), rollout)
+
+    async def _add(self, stream: str, mark: str, message: Any) -> None:
+        if await self._queue.add(self._scope, stream, mark, message.SerializeToString()) is Outcome.CLOSED:
             raise _closed(self._scope)
 
     def check_failures(self, max_fraction: float) -> None:

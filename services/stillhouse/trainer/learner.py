@@ -308,7 +308,7 @@ class Learner:
         for indices in plan:
             if len(found) < MAX_NAMED and not is_finite([indices]):
                 found += [samples[index].sample_id for index in indices if not is_finite([[index]])]
-        return found[:MAX_NAMED]
+        return list(dict.fromkeys(found))[:MAX_NAMED]
 
     def _check_weights(self, update: Update) -> None:
         """Refuse to go on with weights that are no numbers: they would be published and committed."""

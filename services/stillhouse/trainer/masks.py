@@ -3,7 +3,7 @@
     drop_truncated  nothing of a completion that was cut off at max_tokens
     mask_special    no special token but the one that ended the completion
     horizon         the first h(step) tokens of each completion
-    select          of the tokens that the others leave, the `fraction` of each teacher's that say most
+    select          of the tokens that the others leave, the `fraction` of each teacher's (or mixture's) that say most
 
 Where teachers judge spans of text, a span trains as a whole: it does not if one of its tokens is taken away. Each only
 takes tokens away. Nothing here draws or remembers, so a replay of a journal masks as the first run did. What does not
@@ -20,6 +20,7 @@ import numpy as np
 from stillhouse.core.errors import WireError
 from stillhouse.core.spec import HorizonSpec, SelectSpec, TokensSpec
 from stillhouse.trainer.batch import TrainSample
+from stillhouse.trainer.mixtures import firsts, route, shares, together
 from stillhouse.v1 import rollout_pb2
 
 
@@ -46,15 +47,16 @@ def horizon(spec: HorizonSpec, step: int) -> int:
 
 def token_metrics(samples: Sequence[TrainSample], teachers: Collection[str] = ()) -> dict[str, float]:
     """What of a step's completions trains, and the share of each of several teachers in that."""
-    by_teacher = dict.fromkeys(teachers, 0)
-    for sample in samples:
-        by_teacher[sample.teacher] = by_teacher.get(sample.teacher, 0) + sample.num_loss_tokens
+    by_teacher = dict.fromkeys(teachers, 0.0)
+    for sample, share in zip(samples, shares(samples), strict=True):
+        by_teacher[sample.teacher] = by_teacher.get(sample.teacher, 0.0) + float(share) * sample.num_loss_tokens
     trained = sum(by_teacher.values())
-    dropped = sum(_is_truncated(sample) and not sample.num_loss_tokens for sample in samples)
+    own = firsts(samples)
+    dropped = sum(_is_truncated(sample) and not sample.num_loss_tokens for sample in own)
     metrics = {
-        "tokens/selected_fraction": trained / max(1, sum(len(sample.completion_ids) for sample in samples)),
+        "tokens/selected_fraction": trained / max(1, sum(len(sample.completion_ids) for sample in own)),
         "completion/dropped_truncated": float(dropped),
-        "completion/filtered_fraction": sum(sample.is_filtered for sample in samples) / max(1, len(samples)),
+        "completion/filtered_fraction": sum(sample.is_filtered for sample in own) / max(1, len(own)),
     }
     if len(teachers) > 1:
         metrics |= {f"tokens/share/{name}": count / max(1, trained) for name, count in by_teacher.items()}
@@ -81,21 +83,31 @@ def _is_truncated(sample: TrainSample) -> bool:
 
 
 def _select(samples: Sequence[TrainSample], masks: Sequence[np.ndarray], select: SelectSpec) -> list[np.ndarray]:
-    """The masks with the telling tokens only, counted over all of a teacher's samples; of equals the first."""
+    """The masks with the telling tokens only, counted over all samples of a teacher, or of a mixture; of equals the
+    first. What several teachers judge has one mask for all of them."""
     chosen = [np.zeros_like(mask) for mask in masks]
-    for teacher in {sample.teacher for sample in samples}:
-        own = [index for index, sample in enumerate(samples) if sample.teacher == teacher]
-        rows = [np.flatnonzero(masks[index]) for index in own]
-        scores = np.concatenate([_scores(samples[i], select)[kept] for i, kept in zip(own, rows, strict=True)])
+    by_route: dict[tuple[str, ...], list[list[int]]] = {}
+    for indices in together(samples):
+        by_route.setdefault(route(samples, indices), []).append(indices)
+    for own in by_route.values():
+        rows = [np.flatnonzero(masks[indices[0]]) for indices in own]
+        scores = np.concatenate([_scores(samples, i, select)[kept] for i, kept in zip(own, rows, strict=True)])
         is_chosen = np.zeros(len(scores), dtype=bool)
         is_chosen[np.argsort(-scores, kind="stable")[: max(1, round(select.fraction * len(scores)))]] = True
         parts = np.split(is_chosen, np.cumsum([len(kept) for kept in rows])[:-1])
-        for index, kept, part in zip(own, rows, parts, strict=True):
-            chosen[index][kept[part]] = 1
+        for indices, kept, part in zip(own, rows, parts, strict=True):
+            for index in indices:
+                chosen[index][kept[part]] = 1
     return chosen
 
 
-def _scores(sample: TrainSample, select: SelectSpec) -> np.ndarray:
+def _scores(samples: Sequence[TrainSample], indices: Sequence[int], select: SelectSpec) -> np.ndarray:
+    """[T] float64 how much each token of a sample says, nats: the mean over its teachers, by their shares."""
+    own = [samples[index] for index in indices]
+    return shares(own) @ np.stack([_score(sample, select) for sample in own])
+
+
+def _score(sample: TrainSample, select: SelectSpec) -> np.ndarray:
     """[T] float64 how much each token says, nats."""
     if select.by == "entropy":
         if sample.entropies is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 COMPARED: Final = ("reverse_kl", "accuracy", "teacher_nll_greedy", "repeated_4grams")
@@ -18,23 +18,28 @@ class Kl(NamedTuple):
     total: float
     """Summed over its tokens, nats."""
     num_tokens: int
+    share: float = 1.0
+    """Of the completion in means over completions; those of a mixture's teachers add up to 1."""
 
 
-def measures(kls: Sequence[Kl], rewards: Sequence[tuple[str, float]]) -> dict[str, Any]:
-    """Measures of all prompts, and in `by_teacher` of each teacher's; `rewards` = (teacher, reward) of those that were
+def measures(kls: Sequence[Kl], rewards: Sequence[tuple[Collection[str], float]]) -> dict[str, Any]:
+    """Measures of all prompts, and in `by_teacher` of each teacher's; `rewards` = (teachers, reward) of those that were
     judged."""
-    by_teacher = {
-        name: _measures([kl for kl in kls if kl.teacher == name], [value for owner, value in rewards if owner == name])
-        for name in sorted({kl.teacher for kl in kls})
-    }
+
+    def of(name: str) -> dict[str, Any]:
+        own = [kl._replace(share=1.0) for kl in kls if kl.teacher == name]
+        return _measures(own, [value for owners, value in rewards if name in owners])
+
+    by_teacher = {name: of(name) for name in sorted({kl.teacher for kl in kls})}
     return {**_measures(kls, [value for _, value in rewards]), "by_teacher": by_teacher}
 
 
 def _measures(kls: Sequence[Kl], rewards: Sequence[float]) -> dict[str, Any]:
-    found: dict[str, Any] = {"num_prompts": len(kls) or len(rewards)}
+    found: dict[str, Any] = {"num_prompts": round(sum(kl.share for kl in kls)) or len(rewards)}
     if kls:
-        num_tokens = sum(kl.num_tokens for kl in kls)
-        found |= {"reverse_kl": sum(kl.total for kl in kls) / max(num_tokens, 1), "num_tokens": num_tokens}
+        num_tokens = sum(kl.share * kl.num_tokens for kl in kls)
+        total = sum(kl.share * kl.total for kl in kls)
+        found |= {"reverse_kl": total / max(num_tokens, 1), "num_tokens": round(num_tokens)}
     if rewards:
         found |= {"accuracy": sum(rewards) / len(rewards), "num_judged": len(rewards)}
     return found

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
 from stillhouse.trainer.batch import MIN_LOG_Q, RowMeasures, TrainSample
 from stillhouse.trainer.masks import token_metrics
+from stillhouse.trainer.mixtures import firsts, is_first, shares
 from stillhouse.trainer.packing import MicroBatch
 from stillhouse.v1 import rollout_pb2
 
 
 @dataclass(eq=False)
 class StepMeasures:
-    """Collects the rows of all micro-batches of a step; the student's terms are those before the update."""
+    """Collects the rows of all micro-batches of a step; the student's terms are those before the update. Tokens that
+    several teachers judge are in several of them and count once; in the mean of the KLs each word has its share."""
 
     samples: Sequence[TrainSample]
     teachers: Collection[str] = ()
@@ -25,6 +28,8 @@ class StepMeasures:
     loss: float = 0.0
     reverse_kl: dict[str, list[np.ndarray]] = field(default_factory=dict)
     """Teacher -> [R] per micro-batch."""
+    shares: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    """The same rows' shares in a mean over tokens."""
     entropy: list[np.ndarray] = field(default_factory=list)
     gap: list[np.ndarray] = field(default_factory=list)
     """|rollout_logprobs - student_logprobs|."""
@@ -39,11 +44,21 @@ class StepMeasures:
             return
         self.loss += rows.loss
         self.reverse_kl.setdefault(batch.teacher, []).append(rows.reverse_kl[trained])
-        self.entropy.append(rows.entropy[trained])
+        self.shares.setdefault(batch.teacher, []).append(self._shares[batch.sample_of_row][trained])
         self.gate.append(rows.gate[trained])
         if self.counts_forbidden:
             self.forbidden.append((batch.teacher_logprobs < MIN_LOG_Q)[trained])
-        self.gap.append(np.abs(batch.rollout_logprobs - rows.logprobs)[trained])
+        is_counted = trained & self._is_first[batch.sample_of_row]
+        self.entropy.append(rows.entropy[is_counted])
+        self.gap.append(np.abs(batch.rollout_logprobs - rows.logprobs)[is_counted])
+
+    @cached_property
+    def _shares(self) -> np.ndarray:
+        return shares(self.samples)
+
+    @cached_property
+    def _is_first(self) -> np.ndarray:
+        return is_first(self.samples)
 
     def summary(self, policy_version: int) -> dict[str, float]:
         """The step's metrics; `policy_version` is that of the weights that were trained."""
@@ -53,7 +68,7 @@ class StepMeasures:
             gap, gate = _known(self.gap), np.concatenate(self.gate)
             metrics["student/entropy"] = _mean(np.concatenate(self.entropy))
             if by_teacher:
-                metrics["loss/reverse_kl/mean"] = _mean(np.concatenate(list(by_teacher.values())))
+                metrics["loss/reverse_kl/mean"] = self._mean_kl()
             if len(gap):
                 metrics |= {"mismatch/logprob_abs_mean": _mean(gap), "mismatch/logprob_abs_max": float(gap.max())}
             if (gate != 1).any():
@@ -63,18 +78,26 @@ class StepMeasures:
             if len(self.teachers) > 1:
                 metrics |= {f"loss/reverse_kl/{teacher}": _mean(rows) for teacher, rows in by_teacher.items()}
         if self.samples:
-            own = [sample for sample in self.samples if sample.is_on_policy]
-            truncated = [sample.finish_reason == rollout_pb2.FINISH_REASON_LENGTH for sample in self.samples]
+            samples = firsts(self.samples)
+            own = [sample for sample in samples if sample.is_on_policy]
+            truncated = [sample.finish_reason == rollout_pb2.FINISH_REASON_LENGTH for sample in samples]
             if own:
                 staleness = [policy_version - sample.oldest_policy_version for sample in own]
                 metrics |= {"staleness/max": float(max(staleness)), "staleness/mean": float(np.mean(staleness))}
             metrics |= {
-                "tokens/on_policy_fraction": _share(own, self.samples),
-                "completion/length_mean": float(np.mean([len(sample.completion_ids) for sample in self.samples])),
+                "tokens/on_policy_fraction": _share(own, samples),
+                "completion/length_mean": float(np.mean([len(sample.completion_ids) for sample in samples])),
                 "completion/truncated_fraction": float(np.mean(truncated)),
                 **token_metrics(self.samples, self.teachers),
             }
         return metrics
+
+    def _mean_kl(self) -> float:
+        """Per token, nats; of rows about which something is known."""
+        kls = np.concatenate([values for rows in self.reverse_kl.values() for values in rows])
+        weights = np.concatenate([values for rows in self.shares.values() for values in rows])
+        is_known = ~np.isnan(kls)
+        return float(np.average(kls[is_known].astype(np.float64), weights=weights[is_known]))
 
 
 def _known(rows: Sequence[np.ndarray]) -> np.ndarray:

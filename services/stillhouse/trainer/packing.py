@@ -16,6 +16,7 @@ import numpy as np
 
 from stillhouse.core.errors import WireError
 from stillhouse.trainer.batch import TeacherHead, TrainSample
+from stillhouse.trainer.mixtures import num_trained, route, together
 from stillhouse.trainer.support import union
 
 PADDING_ID = 0
@@ -80,23 +81,23 @@ def loss_weights(
     """Weight of each trained token of each sample, so that the step's loss is the plain sum over all rows.
 
     Denominators count the trained tokens (or sequences) of the whole step, hence the split into micro-batches changes
-    nothing. With `per_teacher` they count those of the sample's teacher, times the teachers that have any. They ignore
-    the weights: a sample of weight 2 pulls twice as hard, whatever else is in the step.
+    nothing. A sample that several teachers judge counts once. With `per_teacher` they count those of the sample's
+    teacher (or mixture of teachers), times the teachers that have any. They ignore the weights: a sample of weight 2
+    pulls twice as hard, whatever else is in the step.
     """
-    counts = [sample.num_loss_tokens for sample in samples]
-    owners = [sample.teacher if per_teacher else "" for sample in samples]
-    totals: dict[str, int] = {}
+    groups = together(samples)
+    counts = [num_trained(samples, group) for group in groups]
+    owners = [route(samples, group) if per_teacher else () for group in groups]
+    totals: dict[tuple[str, ...], int] = {}
     for owner, count in zip(owners, counts, strict=True):
         totals[owner] = totals.get(owner, 0) + (count if reduction == "token_mean" else count > 0)
     num_owners = sum(total > 0 for total in totals.values())
-    denominators = [
-        max(1, totals[owner] * num_owners * (1 if reduction == "token_mean" else count))
-        for owner, count in zip(owners, counts, strict=True)
-    ]
-    return [
-        sample.weight * weight / denominator
-        for sample, weight, denominator in zip(samples, teacher_weights, denominators, strict=True)
-    ]
+    weights = [0.0] * len(samples)
+    for group, owner, count in zip(groups, owners, counts, strict=True):
+        denominator = max(1, totals[owner] * num_owners * (1 if reduction == "token_mean" else count))
+        for index in group:
+            weights[index] = samples[index].weight * teacher_weights[index] / denominator
+    return weights
 
 
 @dataclass(frozen=True, eq=False)

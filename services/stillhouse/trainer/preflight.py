@@ -109,6 +109,10 @@ def load_prompts(stage: StageSpec, spec: JobSpec, readers: Readers, artifacts: A
     """
     with naming(f"stage '{stage.name}'") if len(spec.stages) > 1 else nullcontext():
         prompts = _load(stage.data, stage.sampling.max_tokens, spec, readers, artifacts, is_read=stage.needs_teacher())
+        if not stage.asks_teachers() and (several := [prompt.row for prompt in prompts if prompt.further]):
+            raise PreflightError(
+                f"row {several[0]} names several teachers, and the loss asks none for scores; name one"
+            )
         if stage.reads_completions():
             prompts = with_completions(prompts, readers.renderer, stop_token_ids(readers.student))
     return prompts

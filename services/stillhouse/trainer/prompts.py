@@ -23,6 +23,15 @@ from stillhouse.v1 import rollout_pb2
 
 
 @dataclass(frozen=True, slots=True)
+class Reading:
+    """A prompt as a teacher reads it."""
+
+    teacher: str
+    prompt_ids: tuple[int, ...] | None
+    """[Q]; None = as the student does."""
+
+
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """A row, ready to be sampled and scored."""
 
@@ -32,7 +41,7 @@ class Prompt:
     text: str
     """The user's last message, for people."""
     teacher: str
-    """Name of its teacher; NO_TEACHER in a job without."""
+    """Name of its teacher, of a mixture the heaviest; NO_TEACHER in a job without."""
     weight: float
     prompt_ids: tuple[int, ...]
     """[P] as the student reads it."""
@@ -40,6 +49,18 @@ class Prompt:
     """[Q] as the teacher reads it; None = the same."""
     completion_ids: tuple[int, ...] | None = None
     """[T] the row's own completion, where the job reads those."""
+    further: tuple[Reading, ...] = ()
+    """The other teachers of its mixture."""
+    mixture: Mapping[str, float] = field(default_factory=dict)
+    """Weights of its teachers; empty = it has one, or none."""
+
+    def weight_of(self, teacher: str) -> float:
+        """What a teacher's word on its samples counts in the loss."""
+        return self.weight * self.mixture.get(teacher, 1.0)
+
+    def share_of(self, teacher: str) -> float:
+        """And in a mean over samples, in which all of its teachers together count once."""
+        return self.mixture[teacher] / sum(self.mixture.values()) if self.mixture else 1.0
 
 
 def load_rows(data: DataSpec, file_path: Path | None) -> list[Row]:
@@ -76,7 +97,7 @@ def prepare(
         PreflightError: names the row and whose template refuses it.
     """
     render = _Render(renderer, for_teachers or {}, arguments or {})
-    return [render(row, index, _route(row, index, teachers), teachers) for index, row in enumerate(rows)]
+    return [render(row, index, _mixture(row, index, teachers), teachers) for index, row in enumerate(rows)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,26 +110,33 @@ class _Render:
     _checked: set[tuple[str, str]] = field(default_factory=set)
     """(whose, arguments) for which the template ends prompts where the assistant speaks."""
 
-    def __call__(self, row: Row, index: int, name: str, teachers: Mapping[str, TeacherSpec]) -> Prompt:
-        conversation, teacher = row.conversation(), teachers.get(name)
+    def __call__(
+        self, row: Row, index: int, mixture: Mapping[str, float], teachers: Mapping[str, TeacherSpec]
+    ) -> Prompt:
+        conversation = row.conversation()
         arguments = {**self.arguments, **row.chat_template_kwargs}
         prompt_ids = self._ids("the student", self.renderer, index, conversation, arguments)
-        teacher_ids = prompt_ids
-        if teacher is not None:
+
+        def reading(name: str, teacher: TeacherSpec) -> Reading:
             read = _teacher_conversation(row, conversation, teacher)
             renderer = self.for_teachers.get(name, self.renderer)
             # rendering takes longest of all here; most often both read the same
-            if renderer is not self.renderer or read is not conversation or teacher.chat_template_kwargs:
-                arguments |= teacher.chat_template_kwargs
-                teacher_ids = self._ids(f"teacher '{name}'", renderer, index, read, arguments)
+            if renderer is self.renderer and read is conversation and not teacher.chat_template_kwargs:
+                return Reading(name, None)
+            ids = self._ids(f"teacher '{name}'", renderer, index, read, arguments | teacher.chat_template_kwargs)
+            return Reading(name, ids if ids != prompt_ids else None)
+
+        first, *further = [reading(name, teachers[name]) for name in mixture] or [Reading(NO_TEACHER, None)]
         return Prompt(
             source=row,
             row=index,
             text=conversation[-1]["content"],
-            teacher=name,
+            teacher=first.teacher,
             weight=row.weight,
             prompt_ids=prompt_ids,
-            teacher_prompt_ids=teacher_ids if teacher_ids != prompt_ids else None,
+            teacher_prompt_ids=first.prompt_ids,
+            further=tuple(further),
+            mixture=mixture if further else {},
         )
 
     def _ids(
@@ -136,13 +164,13 @@ def with_completions(prompts: Sequence[Prompt], renderer: Renderer, stop_ids: Se
     return made
 
 
-def _route(row: Row, index: int, teachers: Mapping[str, TeacherSpec]) -> str:
-    """Name of the row's teacher."""
-    if row.teacher is None and len(teachers) < 2:
-        return next(iter(teachers), NO_TEACHER)
-    if row.teacher is None or row.teacher not in teachers:
-        raise PreflightError(f"row {index}: teacher '{row.teacher}' is not one of {sorted(teachers)}")
-    return row.teacher
+def _mixture(row: Row, index: int, teachers: Mapping[str, TeacherSpec]) -> dict[str, float]:
+    """The row's teachers with their weights; empty = the job has none."""
+    mixture = row.mixture(teachers)
+    if (teachers and not mixture) or mixture.keys() - teachers.keys():
+        named = sorted(mixture.keys() - teachers.keys()) or [None]
+        raise PreflightError(f"row {index}: teacher '{named[0]}' is not one of {sorted(teachers)}")
+    return mixture
 
 
 def _teacher_conversation(row: Row, conversation: list[dict[str, str]], teacher: TeacherSpec) -> list[dict[str, str]]:
@@ -166,8 +194,9 @@ def check_lengths(
     """
     for prompt in prompts:
         needs = {"student": (len(prompt.prompt_ids), max_tokens)}
-        if (name := prompt.teacher) != NO_TEACHER:
-            needs[name] = (len(prompt.teacher_prompt_ids or prompt.prompt_ids), 1 if name in crossing else max_tokens)
+        for reading in (Reading(prompt.teacher, prompt.teacher_prompt_ids), *prompt.further):
+            if (name := reading.teacher) != NO_TEACHER:
+                needs[name] = (len(reading.prompt_ids or prompt.prompt_ids), 1 if name in crossing else max_tokens)
         for who, (length, room) in needs.items():
             if length + room > limits[who]:
                 fix = "shorten the prompt" + (" or lower sampling.max_tokens" if room == max_tokens else "")
@@ -255,4 +284,8 @@ def make_group(
     )
     if prompt.teacher_prompt_ids is not None:
         message.teacher_prompt_ids.CopyFrom(ids_tensor(prompt.teacher_prompt_ids))
+    for reading in prompt.further:
+        further = message.further.add(teacher=reading.teacher)
+        if reading.prompt_ids is not None:
+            further.teacher_prompt_ids.CopyFrom(ids_tensor(reading.prompt_ids))
     return message

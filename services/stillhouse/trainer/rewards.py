@@ -16,9 +16,9 @@ import numpy as np
 
 from stillhouse.core.spec import RewardSpec, Row
 from stillhouse.core.tensors import ids_list
-from stillhouse.trainer.exchange import ScoredSample
 from stillhouse.trainer.outcome import group_advantages
 from stillhouse.trainer.prompts import Prompt
+from stillhouse.trainer.scored import ScoredSample
 from stillhouse.trainer.verify.judges import Item, Verdict
 
 

@@ -14,12 +14,13 @@ from stillhouse.core.errors import NonFiniteError
 from stillhouse.core.failpoints import failpoint
 from stillhouse.core.queue.jobs import JobStore
 from stillhouse.core.queue.streams import Scope
+from stillhouse.core.rollouts import scores_of
 from stillhouse.core.spec import JobSpec, StageSpan
 from stillhouse.trainer import manifests
 from stillhouse.trainer.asks import train_score
 from stillhouse.trainer.batch import TeacherHead, TrainSample
 from stillhouse.trainer.evaluate import HeldOut
-from stillhouse.trainer.exchange import Exchange, ScoredGroup, ScoredSample
+from stillhouse.trainer.exchange import Exchange
 from stillhouse.trainer.followed import Followed
 from stillhouse.trainer.journal import JournalledStep, StepJournal, read_step
 from stillhouse.trainer.ledger import Ledger
@@ -31,6 +32,7 @@ from stillhouse.trainer.publish import Publisher
 from stillhouse.trainer.retention import Policy, retain
 from stillhouse.trainer.rewards import reward_metrics
 from stillhouse.trainer.samplers import SamplerPool
+from stillhouse.trainer.scored import ScoredGroup, ScoredSample
 from stillhouse.trainer.space import Space
 from stillhouse.trainer.stage import Stage
 from stillhouse.trainer.texts import Texts
@@ -199,16 +201,21 @@ class Run:
     def _busy_seconds(self, scored: Sequence[ScoredSample]) -> dict[str, float]:
         """Tokens, seconds and processes of samplers and teachers; texts of the data and missing scores cost none."""
         sampled = [sample.score.rollout for sample in scored if sample.score.rollout.origin != rollout_pb2.ORIGIN_DATA]
-        judged = [sample.score for sample in scored if sample.score.WhichOneof("result") != "none"]
+        judged = [
+            (sample.score.rollout.completion_ids.shape[0], score)
+            for sample in scored
+            for score in scores_of(sample.score)
+            if score.WhichOneof("result") != "none"
+        ]
         return {
             "sampled_tokens": float(sum(rollout.completion_ids.shape[0] for rollout in sampled)),
-            "scored_tokens": float(sum(score.rollout.completion_ids.shape[0] for score in judged)),
+            "scored_tokens": float(sum(num_tokens for num_tokens, _ in judged)),
             "sample_s": sum(rollout.sample_s for rollout in sampled),
-            "score_s": sum(score.score_s for score in judged),
+            "score_s": sum(score.score_s for _, score in judged),
             "samplers": float(len({rollout.sampler for rollout in sampled})),
-            "teachers": float(len({score.teacher_instance for score in judged})),
-            "cached_tokens": float(sum(score.rollout.completion_ids.shape[0] for score in judged if score.is_cached)),
-            "model_loads": float(sum(score.model_loads for score in judged)),
+            "teachers": float(len({score.teacher_instance for _, score in judged})),
+            "cached_tokens": float(sum(num_tokens for num_tokens, score in judged if score.is_cached)),
+            "model_loads": float(sum(score.model_loads for _, score in judged)),
             "score_bytes": float(sum(sample.score_bytes() for sample in scored)),
         }
 
@@ -240,7 +247,8 @@ class Run:
                     step=step,
                     sample_ids=list(error.sample_ids),
                 )
-        self.ledger.add(step, [(s.sample_id, s.completion_ids) for s in samples], is_skipped=is_skipped)
+        consumed = {sample.sample_id: sample.completion_ids for sample in samples}
+        self.ledger.add(step, list(consumed.items()), is_skipped=is_skipped)
         self.step_done = step + 1
         return metrics
 

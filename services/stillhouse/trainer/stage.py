@@ -17,7 +17,7 @@ from stillhouse.core.service import Context
 from stillhouse.core.spec import JobSpec, PolicyGradientLoss, StageSpan, StageSpec, TeacherSpec
 from stillhouse.trainer.asks import asks
 from stillhouse.trainer.batch import TeacherHead, TrainSample
-from stillhouse.trainer.exchange import Exchange, ScoredSample
+from stillhouse.trainer.exchange import Exchange
 from stillhouse.trainer.heads import ensure_loaded, fetch_head, make_task
 from stillhouse.trainer.loop import Interrupt
 from stillhouse.trainer.masks import mask_tokens
@@ -35,6 +35,7 @@ from stillhouse.trainer.progress import Progress
 from stillhouse.trainer.prompts import Prompt, PromptOrder
 from stillhouse.trainer.rewards import Rewards, outcomes
 from stillhouse.trainer.samplers import SamplerPool
+from stillhouse.trainer.scored import ScoredSample
 from stillhouse.trainer.tokens import special_token_ids
 from stillhouse.trainer.train import to_sample
 from stillhouse.trainer.verify.judges import Judges, VerifierError
@@ -88,8 +89,9 @@ class Stage:
         advantages = outcomes(scored, self.rewards.spec) if self.rewards is not None else {}
         samples = []
         for sample in scored:
-            weight = self.prompts[sample.score.rollout.row].weight
-            samples.append(to_sample(sample, weight, temperature, advantages.get(sample.sample_id, 0.0)))
+            prompt, outcome = self.prompts[sample.score.rollout.row], advantages.get(sample.sample_id, 0.0)
+            for each in sample.by_teacher():
+                samples.append(to_sample(each, prompt.weight_of(each.teacher), temperature, outcome))
         return mask_tokens(samples, self.spec.tokens, step - self.span.first_step, self.special_ids)
 
 
@@ -271,4 +273,4 @@ class Stages:
 
 def _teachers(prompts: Sequence[Prompt]) -> set[str]:
     """Names of the teachers of prompts."""
-    return {prompt.teacher for prompt in prompts}
+    return {name for prompt in prompts for name in (prompt.teacher, *(other.teacher for other in prompt.further))}

@@ -16,9 +16,10 @@ from stillhouse.core.errors import StillhouseError
 from stillhouse.core.rollouts import blank_rollout
 from stillhouse.core.spec import TeacherSpec
 from stillhouse.core.tensors import DTYPE_NAMES, ids_tensor
-from stillhouse.trainer.exchange import Exchange, ScoredGroup
+from stillhouse.trainer.exchange import Exchange
 from stillhouse.trainer.prompts import Prompt
 from stillhouse.trainer.samplers import GENERATE_TRIES, SamplerPool, Written
+from stillhouse.trainer.scored import ScoredGroup
 from stillhouse.trainer.space import Space
 from stillhouse.v1 import rollout_pb2 as pb
 from stillhouse.v1 import sampler_pb2

@@ -18,10 +18,11 @@ import numpy as np
 from stillhouse.core.blobs import staged_dir
 from stillhouse.core.errors import WireError
 from stillhouse.core.pulse import BULK, Pulse
+from stillhouse.core.rollouts import scores_of
 from stillhouse.core.spec import JobSpec, StageSpan, StageSpec
 from stillhouse.core.tensors import from_tensor
 from stillhouse.trainer.batch import STUDENT_ORIGINS, TeacherHead, TrainSample
-from stillhouse.trainer.exchange import ScoredSample
+from stillhouse.trainer.scored import ScoredSample
 from stillhouse.trainer.spans import span_arrays
 from stillhouse.v1 import journal_pb2, rollout_pb2
 
@@ -36,8 +37,8 @@ LISTS: Final = ("topk_ids", "topk_logprobs", "target_ids", "target_logprobs")
 def to_sample(
     sample: ScoredSample, weight: float, temperature: float | None = None, outcome: float = 0.0
 ) -> TrainSample:
-    """A scored sample as the learner takes it; checks that all lengths agree, and the temperature if one is given.
-    `outcome` as in `TrainSample`.
+    """A sample as one teacher scored it, as the learner takes it; checks that all lengths agree, and the temperature if
+    one is given. `outcome` as in `TrainSample`.
 
     Raises:
         WireError: names the sample and both lengths or temperatures.
@@ -57,8 +58,9 @@ def to_sample(
         "rollout_logprobs": rollout_logprobs,
         "loss_mask": mask,
     }
-    if sample.hidden is not None:
-        arrays["hidden"] = sample.hidden
+    hidden = sample.hidden.get(sample.teacher)
+    if hidden is not None:
+        arrays["hidden"] = hidden
     if rollout.HasField("entropies"):
         arrays["entropies"] = from_tensor(rollout.entropies)
     arrays |= _lists(sample.score)
@@ -78,7 +80,7 @@ def to_sample(
         loss_mask=mask,
         rollout_logprobs=rollout_logprobs,
         teacher_logprobs=teacher_logprobs,
-        hidden=sample.hidden,
+        hidden=hidden,
         weight=weight,
         oldest_policy_version=min((span.policy_version for span in rollout.spans), default=0),
         finish_reason=int(rollout.finish_reason),
@@ -267,8 +269,9 @@ def plan_from_journal(
     samples: Sequence[TrainSample], micro_batches: Sequence[journal_pb2.MicroBatchPlan]
 ) -> list[list[int]]:
     """The journalled plan as indices into `samples`; samples that no longer have a score are left out."""
-    index = {sample.sample_id: position for position, sample in enumerate(samples)}
-    plan = [[index[sample_id] for sample_id in batch.sample_ids if sample_id in index] for batch in micro_batches]
+    index = {(sample.teacher, sample.sample_id): position for position, sample in enumerate(samples)}
+    planned = [[(batch.teacher, sample_id) for sample_id in batch.sample_ids] for batch in micro_batches]
+    plan = [[index[each] for each in batch if each in index] for batch in planned]
     return [batch for batch in plan if batch]
 
 
@@ -277,6 +280,7 @@ def keep_journalled(old: rollout_pb2.Score, new: rollout_pb2.Score) -> None:
 
     Which tokens train (the last bits of a new score may differ), and the verdict: completions are judged once.
     """
-    new.hidden.teacher_logprobs.CopyFrom(old.hidden.teacher_logprobs)
+    for mine, journalled in zip(scores_of(new), scores_of(old), strict=True):
+        mine.hidden.teacher_logprobs.CopyFrom(journalled.hidden.teacher_logprobs)
     if old.HasField("reward"):
         new.reward, new.reward_note = old.reward, old.reward_note

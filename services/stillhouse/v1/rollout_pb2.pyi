@@ -101,7 +101,7 @@ class Span(_message.Message):
     def __init__(self, first_token: _Optional[int] = ..., policy_version: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class PromptGroup(_message.Message):
-    __slots__ = ("schema_version", "job_id", "epoch", "purpose", "group", "group_id", "sample_indices", "prompt_ids", "teacher_prompt_ids", "teacher", "sampling", "score", "seeds", "min_policy_version", "exact_policy_version_plus_one", "row", "traceparent")
+    __slots__ = ("schema_version", "job_id", "epoch", "purpose", "group", "group_id", "sample_indices", "prompt_ids", "teacher_prompt_ids", "teacher", "sampling", "score", "seeds", "min_policy_version", "exact_policy_version_plus_one", "row", "traceparent", "further")
     SCHEMA_VERSION_FIELD_NUMBER: _ClassVar[int]
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -119,6 +119,7 @@ class PromptGroup(_message.Message):
     EXACT_POLICY_VERSION_PLUS_ONE_FIELD_NUMBER: _ClassVar[int]
     ROW_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
+    FURTHER_FIELD_NUMBER: _ClassVar[int]
     schema_version: int
     job_id: str
     epoch: int
@@ -136,7 +137,16 @@ class PromptGroup(_message.Message):
     exact_policy_version_plus_one: int
     row: int
     traceparent: str
-    def __init__(self, schema_version: _Optional[int] = ..., job_id: _Optional[str] = ..., epoch: _Optional[int] = ..., purpose: _Optional[_Union[Purpose, str]] = ..., group: _Optional[int] = ..., group_id: _Optional[str] = ..., sample_indices: _Optional[_Iterable[int]] = ..., prompt_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., teacher_prompt_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., teacher: _Optional[str] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., score: _Optional[_Union[ScoreSpec, _Mapping]] = ..., seeds: _Optional[_Iterable[int]] = ..., min_policy_version: _Optional[int] = ..., exact_policy_version_plus_one: _Optional[int] = ..., row: _Optional[int] = ..., traceparent: _Optional[str] = ...) -> None: ...
+    further: _containers.RepeatedCompositeFieldContainer[FurtherTeacher]
+    def __init__(self, schema_version: _Optional[int] = ..., job_id: _Optional[str] = ..., epoch: _Optional[int] = ..., purpose: _Optional[_Union[Purpose, str]] = ..., group: _Optional[int] = ..., group_id: _Optional[str] = ..., sample_indices: _Optional[_Iterable[int]] = ..., prompt_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., teacher_prompt_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., teacher: _Optional[str] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., score: _Optional[_Union[ScoreSpec, _Mapping]] = ..., seeds: _Optional[_Iterable[int]] = ..., min_policy_version: _Optional[int] = ..., exact_policy_version_plus_one: _Optional[int] = ..., row: _Optional[int] = ..., traceparent: _Optional[str] = ..., further: _Optional[_Iterable[_Union[FurtherTeacher, _Mapping]]] = ...) -> None: ...
+
+class FurtherTeacher(_message.Message):
+    __slots__ = ("teacher", "teacher_prompt_ids")
+    TEACHER_FIELD_NUMBER: _ClassVar[int]
+    TEACHER_PROMPT_IDS_FIELD_NUMBER: _ClassVar[int]
+    teacher: str
+    teacher_prompt_ids: _tensor_pb2.Tensor
+    def __init__(self, teacher: _Optional[str] = ..., teacher_prompt_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
 
 class Rollout(_message.Message):
     __slots__ = ("schema_version", "job_id", "epoch", "sample_id", "purpose", "group", "index", "attempt", "teacher", "prompt_ids", "teacher_prompt_ids", "completion_ids", "rollout_logprobs", "loss_mask", "finish_reason", "spans", "sampling", "score", "seed", "tokenizer_sha256", "row", "target_ids", "sampler", "sample_s", "traceparent", "weights_sha256", "entropies", "origin")
@@ -275,7 +285,7 @@ class Failure(_message.Message):
     def __init__(self, reason: _Optional[str] = ..., message: _Optional[str] = ..., service: _Optional[str] = ..., attempts: _Optional[int] = ...) -> None: ...
 
 class Score(_message.Message):
-    __slots__ = ("schema_version", "rollout", "teacher_sha256", "sampled", "topk", "targets", "hidden", "failed", "none", "spans", "teacher_instance", "score_s", "reward", "reward_note", "model_loads", "is_cached")
+    __slots__ = ("schema_version", "rollout", "teacher_sha256", "sampled", "topk", "targets", "hidden", "failed", "none", "spans", "teacher_instance", "score_s", "reward", "reward_note", "model_loads", "is_cached", "further")
     SCHEMA_VERSION_FIELD_NUMBER: _ClassVar[int]
     ROLLOUT_FIELD_NUMBER: _ClassVar[int]
     TEACHER_SHA256_FIELD_NUMBER: _ClassVar[int]
@@ -292,6 +302,7 @@ class Score(_message.Message):
     REWARD_NOTE_FIELD_NUMBER: _ClassVar[int]
     MODEL_LOADS_FIELD_NUMBER: _ClassVar[int]
     IS_CACHED_FIELD_NUMBER: _ClassVar[int]
+    FURTHER_FIELD_NUMBER: _ClassVar[int]
     schema_version: int
     rollout: Rollout
     teacher_sha256: str
@@ -308,7 +319,8 @@ class Score(_message.Message):
     reward_note: str
     model_loads: int
     is_cached: bool
-    def __init__(self, schema_version: _Optional[int] = ..., rollout: _Optional[_Union[Rollout, _Mapping]] = ..., teacher_sha256: _Optional[str] = ..., sampled: _Optional[_Union[SampledScore, _Mapping]] = ..., topk: _Optional[_Union[TopKScore, _Mapping]] = ..., targets: _Optional[_Union[TargetsScore, _Mapping]] = ..., hidden: _Optional[_Union[HiddenScore, _Mapping]] = ..., failed: _Optional[_Union[Failure, _Mapping]] = ..., none: _Optional[_Union[NoScore, _Mapping]] = ..., spans: _Optional[_Union[SpansScore, _Mapping]] = ..., teacher_instance: _Optional[str] = ..., score_s: _Optional[float] = ..., reward: _Optional[float] = ..., reward_note: _Optional[str] = ..., model_loads: _Optional[int] = ..., is_cached: _Optional[bool] = ...) -> None: ...
+    further: _containers.RepeatedCompositeFieldContainer[Score]
+    def __init__(self, schema_version: _Optional[int] = ..., rollout: _Optional[_Union[Rollout, _Mapping]] = ..., teacher_sha256: _Optional[str] = ..., sampled: _Optional[_Union[SampledScore, _Mapping]] = ..., topk: _Optional[_Union[TopKScore, _Mapping]] = ..., targets: _Optional[_Union[TargetsScore, _Mapping]] = ..., hidden: _Optional[_Union[HiddenScore, _Mapping]] = ..., failed: _Optional[_Union[Failure, _Mapping]] = ..., none: _Optional[_Union[NoScore, _Mapping]] = ..., spans: _Optional[_Union[SpansScore, _Mapping]] = ..., teacher_instance: _Optional[str] = ..., score_s: _Optional[float] = ..., reward: _Optional[float] = ..., reward_note: _Optional[str] = ..., model_loads: _Optional[int] = ..., is_cached: _Optional[bool] = ..., further: _Optional[_Iterable[_Union[Score, _Mapping]]] = ...) -> None: ...
 
 class TeacherTask(_message.Message):
     __slots__ = ("schema_version", "job_id", "epoch", "teacher", "model", "model_sha256", "dtype", "tokenizer_sha256", "follows_student", "asks", "threads", "retokenize")

@@ -120,7 +120,7 @@ def draw_job(draw: random.Random) -> JobSpec:
 
 
 def _varied(spec: dict[str, Any]) -> dict[str, Any]:
-    return _with_second_stage(_with_a_mix(_with_given_texts(spec)))
+    return _with_mixtures(_with_second_stage(_with_a_mix(_with_given_texts(spec))))
 
 
 def _with_given_texts(spec: dict[str, Any]) -> dict[str, Any]:
@@ -171,3 +171,17 @@ def _with_second_stage(spec: dict[str, Any]) -> dict[str, Any]:
         },
     }
     return {**spec, "teachers": {name: {"model": "teacher"} for name in teachers}, "stages": [*spec["stages"], second]}
+
+
+def _with_mixtures(spec: dict[str, Any]) -> dict[str, Any]:
+    """Every third job has two teachers, and where its losses ask them, rows for one of them or for both."""
+    draw = random.Random(f"mixtures {spec['seed']}")
+    if not spec["teachers"] or draw.randrange(3):
+        return spec
+    for stage in spec["stages"]:
+        is_scored = stage["loss"]["objective"] != "cross_entropy"
+        for row in stage["data"]["rows"]:
+            heavy = row.get("teacher") or draw.choice(("main", "second"))
+            light = "second" if heavy == "main" else "main"
+            row["teacher"] = draw.choice((heavy, {heavy: 0.7, light: 0.3} if is_scored else heavy))
+    return {**spec, "teachers": {"main": {"model": "teacher"}, "second": {"model": "second"}}}

@@ -11,10 +11,11 @@ from stillhouse.core.oracle.lineage import lineage_of, working_epochs
 from stillhouse.core.oracle.read import read_epochs, read_journal
 from stillhouse.core.oracle.verify import verify_job
 from stillhouse.core.queue.jobs import _record
+from stillhouse.core.rollouts import scores_of
 from stillhouse.core.spec import JobSpec
-from stillhouse.core.tensors import ids_list
+from stillhouse.core.tensors import from_tensor, ids_list
 from stillhouse.v1 import rollout_pb2
-from tests.chaos.sim.toys import toy_completion
+from tests.chaos.sim.toys import in_order, toy_completion, toy_logprobs
 from tests.chaos.sim.world import World
 
 
@@ -55,7 +56,8 @@ def _check_oracle(world: World, record: Any) -> None:
 
 
 def _check_truth(world: World, record: Any) -> None:
-    """What the toy learner remembers is what the journals of the lineage say, and its samplers had real weights."""
+    """What the toy learner remembers is what the journals of the lineage say, its samplers had real weights, and
+    its teachers said what they say."""
     artifacts = world.artifacts.job(record.id)
     epochs = read_epochs(artifacts)
     lineage = lineage_of(epochs, next(iter(working_epochs(epochs)), 0))
@@ -65,8 +67,11 @@ def _check_truth(world: World, record: Any) -> None:
             _, scores = read_journal(artifacts.journal(lineage.steps[step], step))
             scored = [score for score in scores if score.WhichOneof("result") != "failed"]
             stage = JobSpec.model_validate(record.spec).span_at(step).index
-            expected += [[step, score.rollout.sample_id, stage] for score in scored]
+            said = [(score.rollout.sample_id, each.rollout.teacher) for score in scored for each in scores_of(score)]
+            said = [[step, name, stage, teacher] for name, teacher in said]
+            expected += sorted(said, key=in_order)
             for score in scored:
+                _check_words(world, score)
                 _check_weights(world, record.id, score.rollout)
                 _check_tokens(world, score.rollout)
     for checkpoint in lineage.checkpoints[-1:]:
@@ -96,6 +101,19 @@ def _check_tokens(world: World, rollout: Any) -> None:
     expected, found = toy_completion(rollout.seed, rollout.sampling.max_tokens), ids_list(rollout.completion_ids)
     if found != expected:
         world.violate(f"truth: sample {rollout.sample_id} is {found}, its seed says {expected}")
+
+
+def _check_words(world: World, score: Any) -> None:
+    """Every teacher of the sample said what its model says of these tokens."""
+    for each in scores_of(score):
+        result = each.WhichOneof("result")
+        if result in ("sampled", "hidden"):
+            model = world.spec.teachers[each.rollout.teacher].model
+            expected = toy_logprobs(model, ids_list(score.rollout.completion_ids)).tolist()
+            found = from_tensor(getattr(each, result).teacher_logprobs).tolist()
+            if found != expected:
+                name = f"{score.rollout.sample_id} by teacher '{each.rollout.teacher}'"
+                world.violate(f"truth: the score of sample {name} is {found}, its model says {expected}")
 
 
 def _check_leftovers(world: World, job_id: str) -> None:

@@ -19,9 +19,10 @@ from stillhouse.sampler.student import Student
 from stillhouse.teacher import scoring
 from stillhouse.teacher import worker as teacher_worker
 from stillhouse.trainer import lead, loop, manifests, run
-from stillhouse.trainer.exchange import Exchange, ScoredGroup
+from stillhouse.trainer.exchange import Exchange
 from stillhouse.trainer.lead import Lead
 from stillhouse.trainer.run import Run
+from stillhouse.trainer.scored import PendingGroup, ScoredGroup, ScoredSample
 from stillhouse.trainer.start import Start
 from tests.chaos.sim.toys import ToyLearner
 from tests.chaos.sim.world import World
@@ -155,7 +156,7 @@ _MARK_ADD: Final = "if redis.call('HSETNX', KEYS[2], ARGV[2], 1) == 0 then retur
 _MARK: Final = "if redis.call('HSETNX', KEYS[2], ARGV[2], 1) == 1 then"
 
 
-def _count_all(self: Any, pending: Any, sample: Any) -> None:
+async def _count_all(self: Any, pending: Any, sample: Any) -> None:
     pending.arrived[f"{sample.sample_id} {len(pending.arrived)}"] = sample
     if len(pending.arrived) >= len(pending.wanted) and not pending.future.done():
         samples = sorted(pending.arrived.values(), key=lambda sample: sample.score.rollout.index)
@@ -241,6 +242,16 @@ async def _stay_in_the_stage_that_ended(self: Any, *args: Any) -> Any:
         return await _load_student(self, *args)
 
 
+# -- wrong_teachers ----------------------------------------------------------------------------------------------------
+
+_take = PendingGroup.take
+
+
+def _first_word_ends(self: PendingGroup, answer: ScoredSample) -> ScoredSample | None:
+    self.wanted = {**self.wanted, answer.sample_id: [answer.teacher]}
+    return _take(self, answer)
+
+
 PLANTS: Final[dict[str, Plant]] = {
     "ack_before_result": replaced((WorkQueue, "claim", _claim_and_ack)),
     "train_before_journal": replaced((Run, "write", _prepare_only), (Run, "commit_if_due", _journal_after_all)),
@@ -277,5 +288,6 @@ PLANTS: Final[dict[str, Plant]] = {
     "out_of_order": replaced((loop, "deque", _FirstDone)),
     "stage_not_drained": replaced((StageSpan, "oldest_version", _of_the_stage_before)),
     "stage_lost_at_restore": replaced((Start, "_load_student", _stay_in_the_stage_that_ended)),
+    "wrong_teachers": replaced((PendingGroup, "take", _first_word_ends)),
 }
 """Name of a bug of BUGS -> what puts it in."""

@@ -33,7 +33,7 @@ VOCABULARY = 64
 TOKEN_S = 0.004
 """Time that a toy sampler takes for a token, unless a run has slow ones."""
 POISON = 13
-"""One sample of so many makes the teacher's arithmetic overflow, but never the first of a group."""
+"""One sample of so many makes a teacher's arithmetic overflow, but never the first of a group."""
 
 
 def entry(name: str) -> ModelEntry:
@@ -58,11 +58,11 @@ def entry(name: str) -> ModelEntry:
 
 
 class ToyModels:
-    """`Models` with two registered ones."""
+    """`Models` with a student and two teachers, registered."""
 
     def __init__(self, artifacts: Artifacts) -> None:
         self.artifacts = artifacts
-        self._entries = {name: entry(name) for name in ("student", "teacher")}
+        self._entries = {name: entry(name) for name in ("student", "teacher", "second")}
 
     def get(self, name: str) -> ModelEntry:
         if name not in self._entries:
@@ -98,6 +98,12 @@ def digest(*parts: Any) -> np.ndarray:
 def toy_completion(seed: int, max_tokens: int) -> list[int]:
     """What a toy sampler writes."""
     return [(seed >> (index % 48)) % VOCABULARY for index in range(1 + seed % max_tokens)]
+
+
+def toy_logprobs(model: str, completion_ids: Sequence[int]) -> np.ndarray:
+    """[T] float32, nats: what a toy teacher says of tokens; each model says something else."""
+    scale = VOCABULARY + sum(model.encode())
+    return np.array([-float(token + 1) / scale for token in completion_ids], dtype=np.float32)
 
 
 class ToySampler:
@@ -162,6 +168,9 @@ class ToySampler:
 class ToyTeacher:
     """`teacher.engines.base.Engine`: scores follow from the tokens; some are NaN, which checks.py has to find."""
 
+    def __init__(self, model: str) -> None:
+        self._model = model
+
     vocab_size = VOCABULARY
     max_sequence_length = 512
     size_bytes = 4 * WIDTH
@@ -170,8 +179,8 @@ class ToyTeacher:
         return [self._score(item) for item in items]
 
     def _score(self, item: ScoreItem) -> Scored | Unscored:
-        logprobs = np.array([-float(token + 1) / VOCABULARY for token in item.completion_ids], dtype=np.float32)
-        if not item.key.endswith("/0") and sum(item.completion_ids) % POISON == 0:
+        logprobs = toy_logprobs(self._model, item.completion_ids)
+        if not item.key.endswith("/0") and sum(item.completion_ids) % POISON == (self._model == "second"):
             logprobs[-1] = np.nan
         hidden = None
         if item.kind == rollout_pb2.SCORE_KIND_HIDDEN:
@@ -195,7 +204,7 @@ class ToyLearner:
         self.weights = digest("init", seed)[:WIDTH]
         self.policy_version = 0
         self.trained: list[list[Any]] = []
-        """[step, sample id, stage] of everything behind the weights, in order."""
+        """[step, sample id, stage, teacher] of everything behind the weights, in order of samples."""
         self.begin_stage(span)
 
     def begin_stage(self, span: StageSpan) -> None:
@@ -221,12 +230,12 @@ class ToyLearner:
                 weights = 0.5 * weights + moment
                 if not np.isfinite(signal).all():
                     weights = weights * np.float32(np.nan)
-                trained.append([self.policy_version, sample.sample_id, self.span.index])
+                trained.append([self.policy_version, sample.sample_id, self.span.index, sample.teacher])
             failpoint("trainer.mid_backward")
         if not np.isfinite(weights).all() and not self.keeps_nan:
             raise NonFiniteError(f"step {self.policy_version}: the toy's weights are not finite")
         self.weights, self.moment = weights.astype(np.float32), moment.astype(np.float32)
-        self.trained += sorted(trained, key=lambda item: [int(part) for part in item[1].split("/")])
+        self.trained += sorted(trained, key=in_order)
         self.policy_version += 1
         lag = [self.policy_version - 1 - s.oldest_policy_version for s in samples if s.is_on_policy] or [0]
         return {"tokens/trained": float(sum(s.num_loss_tokens for s in samples)), "staleness/max": float(max(lag))}
@@ -267,6 +276,11 @@ class ToyLearnerThread(LearnerThread):
                 write_safetensors(staged.path / "model.safetensors", self._learner.weights)
 
         await self.call(write)
+
+
+def in_order(item: Sequence[Any]) -> list[Any]:
+    """Sorts what one step was trained on: by group, index and teacher."""
+    return [*(int(part) for part in item[1].split("/")), item[3]]
 
 
 def write_safetensors(path: Path, weights: np.ndarray) -> None:

@@ -169,7 +169,7 @@ class World:
         if ctx.role == "trainer":
             return TrainerApp(ctx, lambda: ToyLearnerThread(ctx.pulse, ctx.settings.hang_s))
         if ctx.role == "teacher":
-            load_teacher: Any = lambda entry, dtype: ToyTeacher()  # noqa: E731
+            load_teacher: Any = lambda entry, dtype: ToyTeacher(entry.name)  # noqa: E731
             return TeacherApp(ctx, load_teacher)
 
         async def load_sampler(entry: ModelEntry, dtype: str) -> ToySampler:

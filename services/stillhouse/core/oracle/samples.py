@@ -11,6 +11,7 @@ from stillhouse.core.errors import WireError
 from stillhouse.core.oracle.lineage import Lineage
 from stillhouse.core.oracle.report import Report
 from stillhouse.core.oracle.stages import StagePlan
+from stillhouse.core.rollouts import scores_apart, scores_of
 from stillhouse.core.spec import JobSpec, PolicyGradientLoss, StageSpec
 from stillhouse.core.tensors import from_tensor
 from stillhouse.v1 import rollout_pb2
@@ -55,10 +56,11 @@ class SampleCheck:
             if not (score.failed.reason and score.failed.service):
                 self._report.violate("reason", f"sample {rollout.sample_id} failed, and nothing says why", **where)
         else:
-            num_tokens = self._check_values(score, getattr(score, result), where)
-            self._check_answers(score, result, where)
+            self._check_teachers(score, result, where)
+            num_tokens = [self._check_values(each, where) for each in scores_apart(score)]
+            self._check_answers(score, where)
             if rollout.origin in STUDENTS:
-                self._check_spans(rollout, num_tokens, epoch, step, where)
+                self._check_spans(rollout, num_tokens[0], epoch, step, where)
 
     def _check_identity(self, rollout: rollout_pb2.Rollout, where: dict[str, Any]) -> None:
         name = rollout.sample_id
@@ -107,10 +109,21 @@ class SampleCheck:
             message = f"sample {name}: row {rollout.row} had another completion before"
             self._report.violate("rows", message, **where)
 
-    def _check_answers(self, score: rollout_pb2.Score, result: str, where: dict[str, Any]) -> None:
-        """What teacher and verifier were asked for is there, and nothing else."""
+    def _check_teachers(self, score: rollout_pb2.Score, result: str, where: dict[str, Any]) -> None:
+        """Each teacher of its row has said its word, once; where none is asked, there is none beside the first."""
+        expected = self._stage.rows.teachers_of(score.rollout.row)
+        if expected is None:
+            return
+        expected = expected[:1] if result == "none" else expected
+        found = [each.rollout.teacher for each in scores_of(score) if each.rollout.teacher]
+        if found != expected:
+            message = f"sample {score.rollout.sample_id} was judged by {found}, its row names {expected}"
+            self._report.violate("teachers", message, **where)
+
+    def _check_answers(self, score: rollout_pb2.Score, where: dict[str, Any]) -> None:
+        """What teachers and verifier were asked for is there, and nothing else."""
         name = score.rollout.sample_id
-        if result != self._kind:
+        for result in {each.WhichOneof("result") for each in scores_of(score)} - {self._kind}:
             self._report.violate(
                 "kind", f"sample {name} has a score '{result}', the loss needs '{self._kind}'", **where
             )
@@ -120,9 +133,9 @@ class SampleCheck:
         elif self._is_rewarded and not 0 <= score.reward <= 1:
             self._report.violate("reward", f"sample {name}: its reward is {score.reward}, not 0 to 1", **where)
 
-    def _check_values(self, score: rollout_pb2.Score, result: Any, where: dict[str, Any]) -> int:
-        """Lengths and numbers; returns T."""
-        rollout = score.rollout
+    def _check_values(self, score: rollout_pb2.Score, where: dict[str, Any]) -> int:
+        """Lengths and numbers of what one teacher said; returns T."""
+        rollout, result = score.rollout, getattr(score, score.WhichOneof("result") or "none")
         arrays = {}
         try:
             ids = np.atleast_1d(from_tensor(rollout.completion_ids))

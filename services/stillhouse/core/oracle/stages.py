@@ -21,8 +21,8 @@ class Rows:
     the other way round.
     """
 
-    teachers: list[str] | None
-    """Teacher of each row; None = unknown."""
+    teachers: list[list[str]] | None
+    """Teachers of each row, the heaviest first; None = unknown."""
     seed: int | str
     """Of the stage: the job's for the first, "seed/stage/INDEX" for the others."""
     is_shuffled: bool
@@ -49,7 +49,7 @@ class Rows:
         step, position = divmod(group, self.per_step)
         if step != self._step[0]:
             drawn = [self._drawn(step * self.per_step + index) for index in range(self.per_step)]
-            self._step = (step, sorted(drawn, key=self.teachers.__getitem__, reverse=step % 2 == 1))
+            self._step = (step, sorted(drawn, key=self._domain_of, reverse=step % 2 == 1))
         return self._step[1][position]
 
     def pools(self, num_groups: int) -> list[tuple[list[int], int]]:
@@ -58,6 +58,10 @@ class Rows:
             return [(self._rows_of(""), num_groups)]
         drawn = Counter(self._turn(group)[0] for group in range(num_groups))
         return [(self._rows_of(domain), drawn[domain]) for domain in self.mix]
+
+    def teachers_of(self, row: int) -> list[str] | None:
+        """None = unknown."""
+        return self.teachers[row] if self.teachers and row < len(self.teachers) else None
 
     def _drawn(self, group: int) -> int:
         domain, number = ("", group) if self.mix is None else self._turn(group)
@@ -72,7 +76,11 @@ class Rows:
 
     def _rows_of(self, domain: str) -> list[int]:
         """Rows of a domain in the data's order; "" = all."""
-        return [row for row, teacher in enumerate(self.teachers or ()) if domain in ("", teacher)]
+        return [row for row in range(self.number) if domain in ("", self._domain_of(row))]
+
+    def _domain_of(self, row: int) -> str:
+        """Its teacher, of a mixture the heaviest."""
+        return "".join((self.teachers or [])[row][:1])
 
     def _turn(self, group: int) -> tuple[str, int]:
         """The domain of a group, and how many groups that had before."""
@@ -141,15 +149,21 @@ class Plan:
         return [stage.stop_step for stage in self.stages]
 
 
-def row_teachers(artifacts: JobArtifacts, spec: JobSpec, stage: StageSpec, report: Report) -> list[str] | None:
-    """The teacher of each row of a stage's data; None if its file is gone."""
-    data, names = stage.data, list(spec.teachers)
-    only = names[0] if len(names) == 1 else ""  # where there is no choice, rows need not say it
+def row_teachers(artifacts: JobArtifacts, spec: JobSpec, stage: StageSpec, report: Report) -> list[list[str]] | None:
+    """The teachers of each row of a stage's data, the heaviest first; None if its file is gone."""
+    data = stage.data
     if data.rows is not None:
-        return [only or row.teacher or "" for row in data.rows]
+        return [_heaviest_first(row.teacher, spec) for row in data.rows]
     path = artifacts.root.parent.parent / "files" / f"{data.file}.jsonl"
     if not path.is_file():
         report.notes.append(f"the uploaded file {data.file} is gone: rows and coverage are not checked")
         return None
     with path.open("rb") as stream:
-        return [only or json.loads(line).get("teacher") or "" for line in stream if line.strip()]
+        return [_heaviest_first(json.loads(line).get("teacher"), spec) for line in stream if line.strip()]
+
+
+def _heaviest_first(teacher: str | dict[str, float] | None, spec: JobSpec) -> list[str]:
+    """The teachers that a row names, or the job's only one."""
+    if isinstance(teacher, dict):
+        return sorted(teacher, key=lambda name: (-teacher[name], name))
+    return [teacher] if teacher else list(spec.teachers)[:1]

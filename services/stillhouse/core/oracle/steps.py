@@ -17,6 +17,7 @@ from stillhouse.core.oracle.read import read_journal
 from stillhouse.core.oracle.report import Report
 from stillhouse.core.oracle.samples import SampleCheck
 from stillhouse.core.oracle.stages import Plan, StagePlan
+from stillhouse.core.rollouts import scores_of
 from stillhouse.core.spec import JobSpec
 from stillhouse.v1 import journal_pb2, rollout_pb2
 
@@ -159,15 +160,21 @@ class StepChecks:
     def _check_batches(
         self, header: journal_pb2.StepHeader, scores: list[rollout_pb2.Score], epoch: int, step: int
     ) -> None:
-        planned = Counter(name for batch in header.micro_batches for name in batch.sample_ids)
+        planned = Counter((name, batch.teacher) for batch in header.micro_batches for name in batch.sample_ids)
         every = {score.rollout.sample_id for score in scores}
-        scored = {score.rollout.sample_id for score in scores if score.WhichOneof("result") not in (None, "failed")}
+        scored = {
+            (score.rollout.sample_id, each.rollout.teacher)
+            for score in scores
+            if score.WhichOneof("result") not in (None, "failed")
+            for each in scores_of(score)
+        }
         # a sample that failed when it was scored again stays in the plan, and the learner leaves it out
-        wrong = [name for name in planned if planned[name] > 1 or name not in every]
+        wrong = [each for each in planned if planned[each] > 1 or each[0] not in every]
         wrong += sorted(scored - planned.keys())
         if wrong:
-            message = f"step {step}: the micro-batches hold {wrong[0]} {planned[wrong[0]]} times"
-            self._report.violate("plan", message, epoch=epoch, step=step, sample=wrong[0])
+            name, teacher = wrong[0]
+            message = f"step {step}: the micro-batches of teacher '{teacher}' hold {name} {planned[wrong[0]]} times"
+            self._report.violate("plan", message, epoch=epoch, step=step, sample=name)
 
     def _check_coverage(self, stage: StagePlan, first: int, end: int) -> None:
         """Whole passes over the data of a stage take every row equally often."""

@@ -1,0 +1,109 @@
+"""Samples on their way back from their teachers: what one of them said, a sample at its end, a group in flight."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from stillhouse.core.queue.streams import Entry
+from stillhouse.core.rollouts import add_further, scores_apart
+from stillhouse.v1 import rollout_pb2
+
+
+@dataclass(slots=True)
+class ScoredSample:
+    """A sample at its end: a score, or a failure. On the way there: what one of its teachers said."""
+
+    score: rollout_pb2.Score
+    """With those of the other teachers in `further`."""
+    entries: list[Entry] = field(default_factory=list)
+    """Its queue entries, until the journal holds it."""
+    hidden: dict[str, np.ndarray] = field(default_factory=dict)
+    """Teacher -> float16 or float32 [T, D], for scores of kind hidden."""
+
+    @property
+    def sample_id(self) -> str:
+        return self.score.rollout.sample_id
+
+    @property
+    def teacher(self) -> str:
+        """Its first."""
+        return self.score.rollout.teacher
+
+    @property
+    def is_failed(self) -> bool:
+        return self.score.WhichOneof("result") == "failed"
+
+    def score_bytes(self) -> int:
+        """Size of what the teacher said about the sample, payload included."""
+        hidden = sum(states.nbytes for states in self.hidden.values())
+        return self.score.ByteSize() - self.score.rollout.ByteSize() + hidden
+
+    def by_teacher(self) -> list[ScoredSample]:
+        """The sample as each of its teachers sees it."""
+        return [ScoredSample(score, hidden=self.hidden) for score in scores_apart(self.score)]
+
+
+@dataclass(slots=True)
+class ScoredGroup:
+    """All samples of a planned group, in order of their index."""
+
+    group: int
+    samples: list[ScoredSample]
+
+    @property
+    def scored(self) -> list[ScoredSample]:
+        return [sample for sample in self.samples if not sample.is_failed]
+
+
+@dataclass(slots=True)
+class PendingGroup:
+    """A group in flight."""
+
+    group: int
+    wanted: Mapping[str, Sequence[str]]
+    """Sample -> the teachers that judge it, in order."""
+    further: Sequence[rollout_pb2.FurtherTeacher]
+    """Those that are asked once the first has answered."""
+    future: asyncio.Future[ScoredGroup]
+    answers: dict[str, dict[str, ScoredSample]] = field(default_factory=dict)
+    """Sample -> teacher -> what it said."""
+    arrived: dict[str, ScoredSample] = field(default_factory=dict)
+    """Samples that have ended."""
+
+    def waits_for(self, answer: ScoredSample) -> bool:
+        """False for what comes late or twice."""
+        if self.future.done() or answer.sample_id in self.arrived:
+            return False
+        return answer.teacher not in self.answers.get(answer.sample_id, {})
+
+    def take(self, answer: ScoredSample) -> ScoredSample | None:
+        """Note what a teacher said; gives the sample if it ended: with the last word, or with the first failure."""
+        answers = self.answers.setdefault(answer.sample_id, {})
+        answers[answer.teacher] = answer
+        teachers = self.wanted[answer.sample_id]
+        if answer.is_failed:
+            answer.entries = [entry for each in answers.values() for entry in each.entries]
+            sample = answer
+        elif len(answers) == len(teachers):
+            sample = _joined([answers[name] for name in teachers])
+        else:
+            return None
+        self.arrived[sample.sample_id] = sample
+        if len(self.arrived) == len(self.wanted):
+            samples = sorted(self.arrived.values(), key=lambda sample: sample.score.rollout.index)
+            self.future.set_result(ScoredGroup(self.group, samples))
+        return sample
+
+
+def _joined(answers: Sequence[ScoredSample]) -> ScoredSample:
+    """One sample of what each of its teachers said."""
+    sample = answers[0]
+    for answer in answers[1:]:
+        add_further(sample.score, answer.score)
+        sample.entries += answer.entries
+        sample.hidden |= answer.hidden
+    return sample
