@@ -68,6 +68,7 @@ def _stage(stage: str, key: str, preset: Preset) -> Iterator[str]:
     for variation in preset.variations:
         yield from _comment(f"Or: {variation.about}", 4)
         yield from (f"    #   {line}" for line in _block(variation.stage))
+        yield from (f"    # with rows like {json.dumps(row, ensure_ascii=False)}" for row in variation.rows)
 
 
 def _values(tree: dict[str, Any], indent: int) -> Iterator[str]:
@@ -102,7 +103,7 @@ def scalar(value: Any) -> str:
 
 
 def _block(section: dict[str, Any]) -> list[str]:
-    return yaml.safe_dump(section, sort_keys=False).splitlines()
+    return yaml.safe_dump(section, sort_keys=False).splitlines() if section else []
 
 
 def _comment(text: str, indent: int = 0) -> list[str]:

@@ -92,7 +92,10 @@ def _explain_use(preset: Preset) -> None:
     for variation in preset.variations:
         say("")
         _paragraph("or", variation.about)
-        say(f"          {_flow(variation.stage)}")
+        if variation.stage:
+            say(f"          {_flow(variation.stage)}")
+        for row in variation.rows:
+            say(f"          rows like {_flow(row)}")
 
 
 def _paragraph(label: str, text: str) -> None:

@@ -50,8 +50,8 @@ class Variation(Closed):
 
     about: str
     """What it is."""
-    stage: dict[str, Any]
-    """What a stage says beside `recipe`."""
+    stage: dict[str, Any] = Field(default_factory=dict)
+    """What a stage says beside `recipe`; nothing where only rows differ."""
     rows: tuple[dict[str, Any], ...] = ()
     """Rows that it needs, where they differ from the preset's."""
 
