@@ -15,7 +15,7 @@ import pytest
 from stillhouse.core.blobs import JobArtifacts
 from stillhouse.core.oracle.verify import verify_job
 
-pytestmark = [pytest.mark.full, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 NAMES = sorted(path.parent.name for path in EXAMPLES.glob("*/prepare.py"))
 
