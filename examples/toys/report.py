@@ -66,13 +66,14 @@ def _normalised(share: Json) -> Json:
 def costs(job: Json, metrics: list[Json]) -> Json:
     """What the teachers' side did."""
     usage, heads = job["usage"], [point["values"].get("heads/loaded") or 0.0 for point in metrics]
+    scored = int(usage["scored_tokens"])
     return {
         "sampled_tokens": int(usage["sampled_tokens"]),
-        "scored_tokens": int(usage["scored_tokens"]),
+        "scored_tokens": scored,
         "model_loads": int(usage["model_loads"]),
         "model_loads_per_step": round(usage["model_loads"] / max(len(metrics), 1), 2),
         "head_loads_per_step": round(fmean(heads), 2) if heads else 0,
-        "score_bytes_per_token": round(usage["score_bytes"] / max(usage["scored_tokens"], 1), 1),
+        "score_bytes_per_token": round(usage["score_bytes"] / scored, 1) if scored else 0,
     }
 
 
@@ -101,7 +102,8 @@ def _measured(job: Json, file: str) -> Iterator[Json]:
         yield line("loads of teachers a step, while scoring", None, told["model_loads_per_step"])
     if told["head_loads_per_step"]:
         yield line("heads brought to the trainer's device a step", None, told["head_loads_per_step"])
-    yield line("bytes of scores a token", None, told["score_bytes_per_token"])
+    if told["scored_tokens"]:
+        yield line("bytes of scores a token", None, told["score_bytes_per_token"])
 
 
 def tables(summary: Json) -> list[Table]:
