@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -129,8 +128,9 @@ class JobModels:
 
     async def _settle(self, reference: str, settled: Settled) -> None:
         await self._fence()
-        work = partial(asyncio.to_thread, settle, self._job, {reference: settled})
-        await self._space.insist("what the job names", work)
+        await self._space.insist(
+            "what the job names", lambda: asyncio.to_thread(settle, self._job, {reference: settled})
+        )
 
 
 def check_same_model(student: ModelEntry, start: ModelEntry) -> None:
