@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from toys import models, tasks
 
 OLD, NEW = "reverse", "digits"
+SHORT: Final = {"steps": 16}
 
 
 def prepare(folder: Path, *, short: bool = False) -> None:
@@ -29,14 +30,15 @@ def write_data(folder: Path) -> None:
 def judge(jobs: list[dict[str, Any]], *, short: bool) -> list[str]:
     """What is not as promised: at least 2/3 of what fine-tuning lost comes back, and the new task keeps its score.
 
-    A short run hardly forgets: it has to end nearer to the old model than fine-tuning left it.
+    A short run hardly forgets: it has to learn the new task, and to know the old one at its end.
     """
     boundary = jobs[0]["job"]["spec"]["stages"][0]["schedule"]["steps"]
     at = {point["step"]: point["by_teacher"] for point in jobs[0]["evaluations"]}
     before, tuned, after = at[0], at[boundary], at[max(at)]
     if short:
-        nearer = after["old"]["reverse_kl"] < tuned["old"]["reverse_kl"]
-        return [] if nearer else [f"old task: {tuned['old']} after fine-tuning, {after['old']} at the end"]
+        is_kept = after["old"]["accuracy"] >= before["old"]["accuracy"] - 0.25
+        is_learned = after["new"]["accuracy"] > before["new"]["accuracy"]
+        return [] if is_kept and is_learned else [f"before {before}, at the end {after}"]
     lost = before["old"]["accuracy"] - tuned["old"]["accuracy"]
     back = after["old"]["accuracy"] - tuned["old"]["accuracy"]
     kept = after["new"]["accuracy"] - tuned["new"]["accuracy"]
