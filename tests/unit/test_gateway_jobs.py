@@ -136,13 +136,20 @@ async def test_cancelling_a_claimed_job_asks_its_trainer(gateway: Gateway, statu
 
 async def test_the_view_of_a_running_job(gateway: Gateway) -> None:
     scope = await claimed(gateway)
-    progress = {"phase": "training", "bottleneck": "teacher", "eta_s": 12.5, "tokens": 99, "kl": float("nan")}
+    progress = {
+        "phase": "training",
+        "stage": "main",
+        "bottleneck": "teacher",
+        "eta_s": 12.5,
+        "tokens": 99,
+        "kl": float("nan"),
+    }
     weights = {"policy_version": 2, "epoch": 1}
     await gateway.ctx.jobs.update(scope, step=2, progress=progress, weights=weights, started_at=1.5, usage={"a": 1})
     job = (await gateway.http.get(f"/v1/jobs/{scope.job_id}")).json()
     assert job["progress"] | {} == {
         "step": 2, "total_steps": 3, "percent": 66.67, "eta_s": 12.5, "phase": "training", "bottleneck": "teacher",
-        "tokens": 99, "kl": None,
+        "stage": "main", "tokens": 99, "kl": None,
     }  # fmt: skip
     assert job["policy_version"] == 2
     assert job["started_at"] == "1970-01-01T00:00:01.500Z"
