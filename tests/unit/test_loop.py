@@ -174,3 +174,15 @@ async def test_an_interrupt_stops_between_steps() -> None:
         await run.run(interrupt=interrupt)
     assert run.events[-1] == ("commit", 4)
     assert run.version == 4
+
+
+@pytest.mark.parametrize("max_staleness", [0, 2])
+async def test_a_later_stage_counts_on_and_asks_for_no_weights_from_before_it(max_staleness: int) -> None:
+    run = FakeRun(stage(6, 3, max_staleness, first_step=10, first_group=7))
+    await run.run(first_step=10)
+    assert [group for kind, group in run.events if kind == "start"] == list(range(7, 7 + 6 * 3))
+    assert [step for kind, step in run.events if kind == "train"] == list(range(10, 16))
+    span = run._span
+    assert [span.min_policy_version(group) for group in (7, 9, 10)] == [10, 10, 10 if max_staleness else 11]
+    assert span.min_policy_version(7 + 5 * 3) == 15 - max_staleness
+    assert [span.step_of(group) for group in (7, 9, 10, 24)] == [10, 10, 11, 15]
