@@ -135,6 +135,7 @@ async def test_a_put_back_rollout_is_a_new_attempt_and_ends_once(parts: Any) -> 
 # -- mixtures --------------------------------------------------------------------------------------------------------
 
 SCORED = keys.scored(JOB.job_id, JOB.epoch)
+TASKS = {name: rollout_pb2.TeacherTask(model_sha256=sha * 64) for name, sha in (("main", "a"), ("second", "b"))}
 
 
 def mixture(number: int) -> rollout_pb2.PromptGroup:
@@ -161,6 +162,7 @@ async def say(parts: Any, payload: bytes, attempt: int = 0) -> None:
 
 async def test_a_sample_of_a_mixture_ends_when_all_of_its_teachers_have_spoken(parts: Any) -> None:
     await parts.exchange.open()
+    await parts.exchange.open_teachers(TASKS)
     future = await parts.exchange.plan(mixture(7))
     taking = asyncio.create_task(parts.exchange.run())
     await say(parts, score(7))
@@ -187,6 +189,7 @@ async def test_a_sample_of_a_mixture_ends_when_all_of_its_teachers_have_spoken(p
 async def test_one_failed_teacher_is_the_end_of_the_sample_once(parts: Any) -> None:
     """What the others say then is late."""
     await parts.exchange.open()
+    await parts.exchange.open_teachers(TASKS)
     future = await parts.exchange.plan(mixture(7))
     taking = asyncio.create_task(parts.exchange.run())
     failed = rollout_pb2.Score.FromString(score(7, "second"))
@@ -210,6 +213,7 @@ async def test_all_teachers_of_a_journalled_sample_are_asked_again(parts: Any) -
     """Replay: the completion is there, so nobody waits for another."""
     parts.queue.losses = 0
     await parts.exchange.open()
+    await parts.exchange.open_teachers(TASKS)
     journalled = rollout_pb2.Score.FromString(score(7))
     journalled.rollout.attempt = 3
     add_further(journalled, rollout_pb2.Score.FromString(score(7, "second")))
