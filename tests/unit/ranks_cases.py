@@ -17,7 +17,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from stillhouse.core.errors import CorruptError, NonFiniteError, StillhouseError
-from stillhouse.core.spec import EmaSpec
+from stillhouse.core.spec import EmaSpec, StageSpan
 from stillhouse.trainer.learner import Learner
 from tests.unit.learner_cases import FULL, POLICY_GRADIENT, Teacher, rollouts, stage, train, weights_of
 
@@ -52,8 +52,21 @@ def run(make: MakeLearner, root: Path, into: Path) -> dict[str, Any]:
         keep(student, into / name)
         seen[name] = metrics
         close(student)
+    seen["stages"] = boundary(make, root, into, teacher)
     seen["errors"] = mishaps(make, root, into, teacher)
     return seen
+
+
+def boundary(make: MakeLearner, root: Path, into: Path, teacher: Teacher) -> list[dict[str, float]]:
+    """Two steps in a stage and two in the next."""
+    student = make(root / "student", stage(POLICY_GRADIENT, ema_decay=0.5))
+    samples = [teacher.score(rollouts(step, count=6)) for step in range(4)]
+    metrics = [train(student, samples[step], teacher, max_tokens=MAX_TOKENS) for step in range(2)]
+    student.begin_stage(StageSpan(1, stage(FULL, lr=5e-3, warmup_steps=2), 2, 100, 0))
+    metrics += [train(student, samples[step], teacher, max_tokens=MAX_TOKENS) for step in range(2, 4)]
+    keep(student, into / "stages")
+    close(student)
+    return metrics
 
 
 def evaluate(student: Learner, samples: list, teacher: Teacher) -> list[dict[str, Any]]:
@@ -121,7 +134,7 @@ def close(student: Learner) -> None:
 
 def main(root: Path, source: Path | None, into: Path) -> None:
     """What every rank runs: `run`, or `reload` of a source."""
-    from stillhouse.core.spec import StageSpan, StageSpec, StudentSpec, TeacherSpec
+    from stillhouse.core.spec import StageSpec, StudentSpec, TeacherSpec
     from stillhouse.trainer.ranks import Part, RankedEngine, Ranks
 
     ranks = Ranks.join()

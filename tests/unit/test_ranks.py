@@ -59,7 +59,7 @@ def together(root: Path) -> dict[str, Any]:
     return json.loads((root / "together" / "seen.json").read_text())
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, "stages"])
 def test_two_ranks_train_as_one_does(root: Path, alone: dict, together: dict, name: str) -> None:
     for one, two in zip(alone[name], together[name], strict=True):
         assert one.keys() == two.keys()
