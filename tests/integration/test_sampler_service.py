@@ -11,6 +11,7 @@ import pytest
 from stillhouse.core import service
 from stillhouse.core.errors import ConflictError, NotFoundError, SpecError, UnimplementedError, WireError
 from stillhouse.core.queue import keys
+from stillhouse.core.rollouts import score_mark
 from stillhouse.core.tensors import from_tensor, ids_list, ids_tensor
 from stillhouse.core.vocabulary import tokenizer_of
 from stillhouse.sampler import worker
@@ -69,7 +70,7 @@ async def test_samples_that_no_teacher_is_asked_about_end_with_the_sampler(desk:
         assert len(tokens) == len(from_tensor(score.rollout.rollout_logprobs)) >= 1
         assert score.rollout.spans[0].policy_version == 0
     assert await desk.rollouts() == {}
-    marks = await desk.queue.marked(desk.scope, ["score:0/0:0", "score:0/1:0"])
+    marks = await desk.queue.marked(desk.scope, [score_mark(name, "main") for name in ended])
     assert len(marks) == 2, "a second hand-over of the sample would be a duplicate"
 
 

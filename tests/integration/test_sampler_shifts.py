@@ -15,6 +15,7 @@ from stillhouse.core import failpoints
 from stillhouse.core.oracle.verify import verify_job
 from stillhouse.core.queue import keys
 from stillhouse.core.queue.streams import Entry, Outcome, Scope
+from stillhouse.core.rollouts import rollout_mark
 from stillhouse.core.rpc import Server
 from stillhouse.core.tensors import from_tensor, ids_list
 from stillhouse.trainer.journal import read_step
@@ -46,7 +47,7 @@ async def test_a_claim_whose_holder_is_silent_is_taken_over(desk: Desk) -> None:
         desk.scope,
         lost,
         desk.rollouts_stream,
-        "rollout:0/1:0",
+        rollout_mark("0/1", group.teacher),
         pb.Rollout(sample_id="0/1", sampler="sampler-dead").SerializeToString(),
         last=False,
     )
