@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import structlog
+import torch
 from hypothesis import settings
 from redis import Redis
 from redis.backoff import NoBackoff
@@ -34,6 +35,9 @@ structlog.configure(
         structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback),
     ]
 )
+
+# tiny models gain nothing from threads, and on a busy machine threads that wait for each other cost five times the test
+torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parents[1]
 START_TIMEOUT_S = 15.0

@@ -23,10 +23,18 @@ ACTIONS: Final = ("kill", "stop", "raise")
 ONCE: Final = frozenset(
     f"trainer.{name}"
     for name in ("claimed", "epoch_made", "epoch_opened", "replayed", "exported", "ended", "stopping", "retaining")
-) | {"sampler.draining", "teacher.draining"}
+) | {"trainer.stage_ended", "trainer.stage_begun", "sampler.draining", "teacher.draining"}
 """Points that a job reaches once or a few times: nothing is skipped there."""
 FILES: Final = ("opened.json", ".journal", "0000", "manifest.json", "final.json", "job.json")
 """What is being written when a disk.* point is hit; "0000" is a checkpoint's folder or a journal."""
+SECOND_STAGE: Final = {
+    "name": "second",
+    "data": {"rows": [{"prompt": "something else"}, {"prompt": "and more"}]},
+    "sampling": {"max_tokens": 8},
+    "loss": {"objective": "policy_gradient"},
+    "schedule": {"steps": 3, "prompts_per_step": 2},
+}
+"""Follows the first where a stage has to end."""
 LONG_TOKENS: Final = 96
 """Completions that last long enough for a signal to arrive in the middle."""
 
@@ -146,7 +154,10 @@ class _Play:
             changes["steps"] = 40  # long enough for the signal to be noticed
         else:
             changes["steps"] = draw.randint(6, 9)
-        return job(self.name, every_steps=2 if point == "trainer.retaining" else draw.choice((2, 3)), **changes)
+        spec = job(self.name, every_steps=2 if point == "trainer.retaining" else draw.choice((2, 3)), **changes)
+        if point.startswith("trainer.stage_"):
+            spec["stages"].append(SECOND_STAGE)
+        return spec
 
     def _arm(self) -> None:
         point, order = self.cell.point, {}
