@@ -30,14 +30,15 @@ def write_data(folder: Path) -> None:
 def judge(jobs: list[dict[str, Any]], *, short: bool) -> list[str]:
     """What is not as promised: at least 2/3 of what fine-tuning lost comes back, and the new task keeps its score.
 
-    A short run is too short to recover: it has to keep what it learned.
+    A short run is too short for that: it has to learn the new task, and on the old one to come nearer to the model before.
     """
     boundary = jobs[0]["job"]["spec"]["stages"][0]["schedule"]["steps"]
     at = {point["step"]: point["by_teacher"] for point in jobs[0]["evaluations"]}
     before, tuned, after = at[0], at[boundary], at[max(at)]
     if short:
         is_learned = after["new"]["accuracy"] > before["new"]["accuracy"]
-        return [] if is_learned else [f"new task: before {before['new']}, at the end {after['new']}"]
+        is_nearer = after["old"]["reverse_kl"] < tuned["old"]["reverse_kl"]
+        return [] if is_learned and is_nearer else [f"before {before}, fine-tuned {tuned}, at the end {after}"]
     lost = before["old"]["accuracy"] - tuned["old"]["accuracy"]
     back = after["old"]["accuracy"] - tuned["old"]["accuracy"]
     kept = after["new"]["accuracy"] - tuned["new"]["accuracy"]

@@ -124,7 +124,6 @@ def test_what_the_user_writes_wins_value_by_value(key: str) -> None:
         assert at(merged, path) is mine
         others = {other: value for other, value in leaves(whole) if other != path}
         assert {other: at(merged, other) for other in others} == others
-        assert value is not mine
 
 
 @pytest.mark.parametrize("key", PRESETS)
@@ -297,7 +296,7 @@ def test_the_command_shows_all_and_explains_one(capsys: pytest.CaptureFixture[st
 
 def test_examples_use_the_recipe_whose_name_they_have() -> None:
     folders = [folder for folder in (ROOT / "examples").iterdir() if folder.name in recipes()]
-    assert len(folders) >= 3
+    assert {folder.name for folder in folders} == recipes().keys() - {"sft", "seq_kd", "grpo"}
     for folder in folders:
         jobs = [yaml.safe_load(file.read_text()) for file in folder.glob("*.yaml")]
         used = {stage.get("recipe", "").partition("/")[0] for job in jobs for stage in job["stages"]}

@@ -55,9 +55,10 @@ def check_stage_references(spec: JobSpec) -> None:
     for name, teacher in spec.teachers.items():
         stage = teacher.model.removeprefix(STAGE_PREFIX)
         if teacher.model.startswith(STAGE_PREFIX) and stage not in ("start", *stages):
+            ends = ", ".join(f"{STAGE_PREFIX}{end}" for end in ("start", *stages[:-1]))
             raise ValueError(
-                f"teachers.{name}.model: the job has no stage '{stage}'; name one of {', '.join(stages)}, or "
-                "stage/start for what the job began with"
+                f"teachers.{name}.model: the job has no stage '{stage}'; name one that ends before another begins, or "
+                f"what the job began with: {ends}"
             )
 
 
