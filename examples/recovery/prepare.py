@@ -30,7 +30,8 @@ def write_data(folder: Path) -> None:
 def judge(jobs: list[dict[str, Any]], *, short: bool) -> list[str]:
     """What is not as promised: at least 2/3 of what fine-tuning lost comes back, and the new task keeps its score.
 
-    A short run is too short for that: it has to learn the new task, and on the old one to come nearer to the model before.
+    A short run is too short for that: it has to learn the new task, and to come nearer to the model before on
+    the old one.
     """
     boundary = jobs[0]["job"]["spec"]["stages"][0]["schedule"]["steps"]
     at = {point["step"]: point["by_teacher"] for point in jobs[0]["evaluations"]}
