@@ -150,7 +150,7 @@ def test_what_is_not_there_is_said_with_what_is(artifacts: Artifacts, job: JobAr
 def test_a_stage_that_the_job_does_not_have_is_no_teacher() -> None:
     for model in ("stage/main", "stage/start"):
         JobSpec.model_validate(make_spec(teachers={"main": {"model": model}}))
-    with pytest.raises(ValidationError, match="no stage 'sft'; name one that ends .*: stage/start"):
+    with pytest.raises(ValidationError, match=r"no stage 'sft'; name one that ends .*: stage/start"):
         JobSpec.model_validate(make_spec(teachers={"main": {"model": "stage/sft"}}))
 
 
