@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import structlog
 from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import OutOfMemoryError
 
 from stillhouse.core.queue import keys
 from stillhouse.core.queue.client import connect, connect_blocking
@@ -227,3 +228,37 @@ async def test_all_teachers_of_a_journalled_sample_are_asked_again(parts: Any) -
     (sample,) = (await asyncio.wait_for(future, 20)).samples
     assert [each.teacher for each in sample.by_teacher()] == ["main", "second"], "in the order of the journal"
     await cancel_all([taking])
+
+
+async def test_a_full_queue_server_delays_the_other_teachers_of_a_mixture(
+    parts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ended the claim once, and all that was in flight was sampled anew."""
+    monkeypatch.setattr("stillhouse.trainer.exchange.FULL_PAUSE_S", 0.01)
+    await parts.exchange.open()
+    stream = keys.rollouts(JOB.job_id, JOB.epoch, "other")
+    await parts.queue.open_stream(JOB, stream, keys.TEACHERS_GROUP)
+    mixture = group(0)
+    mixture.further.add(teacher="other")
+    future = await parts.exchange.plan(mixture)
+    add, refusals = parts.queue.add, 3
+
+    async def full(scope: Any, to: str, *args: Any) -> Any:
+        nonlocal refusals
+        if to == stream and refusals:
+            refusals -= 1
+            raise OutOfMemoryError("command not allowed when used memory > 'maxmemory'")
+        return await add(scope, to, *args)
+
+    monkeypatch.setattr(parts.queue, "add", full)
+    run = asyncio.create_task(parts.exchange.run())
+    scored = keys.scored(JOB.job_id, JOB.epoch)
+    await add(JOB, scored, "score:0/0:main:0", score(0))
+    await wait_until(lambda: parts.queue.length(stream), timeout_s=10, what="the other teacher to be asked")
+    assert refusals == 0
+    assert not run.done()
+    await add(JOB, scored, "score:0/0:other:0", score(0, "other"))
+    [sample] = (await asyncio.wait_for(future, 10)).samples
+    assert not sample.is_failed
+    assert await parts.queue.length(stream) == 1, "asked once"
+    run.cancel()

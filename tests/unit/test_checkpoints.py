@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 from pydantic import TypeAdapter, ValidationError
 
+from stillhouse.cli.gc import delete_model
 from stillhouse.core.blobs import Artifacts, JobArtifacts, sealed, write_json
 from stillhouse.core.checkpoints import (
     EXPORT,
@@ -24,12 +26,15 @@ from stillhouse.core.checkpoints import (
     settle,
 )
 from stillhouse.core.errors import CorruptError, NotFoundError, SpecError
-from stillhouse.core.models import inspect_model, verify_files
+from stillhouse.core.models import ModelEntry, inspect_model, verify_files
 from stillhouse.core.spec import JobSpec
 from stillhouse.core.spec_base import CheckpointName, ModelName
 from stillhouse.trainer import manifests, retention
+from stillhouse.trainer.loop import Interrupt
 from stillhouse.trainer.manifests import ManifestRef, list_manifests, open_epoch
+from stillhouse.trainer.models import JobModels
 from stillhouse.trainer.retention import Policy, retain
+from stillhouse.trainer.space import Space
 from tests.gateway_kit import add_model, make_model, make_spec
 
 OURS, THEIRS = "job_00000000000000000001", "job_00000000000000000002"
@@ -287,3 +292,70 @@ def test_gc_knows_what_jobs_name_and_what_is_registered(
     assert [item["kind"] for item in gc()["items"]] == ["checkpoint", "model"]
     assert not folder.exists()
     assert models.made(name) is None
+
+
+def test_a_model_that_is_named_while_it_is_deleted_comes_back_whole(
+    artifacts: Artifacts, job: JobArtifacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models, name = made(artifacts, job)
+    folder = Path(models.get(name).path)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+
+    def names(root: Artifacts) -> set[str]:
+        assert not folder.exists(), "out of sight before anybody is asked"
+        assert models.made(name) is None
+        return {name}
+
+    monkeypatch.setattr("stillhouse.cli.gc.named", names)
+    assert delete_model(artifacts, job, folder) is False
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    assert models.made(name) is not None
+
+
+def test_a_deletion_that_dies_leaves_no_half_of_a_model_under_its_name(
+    artifacts: Artifacts, job: JobArtifacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models, name = made(artifacts, job)
+    folder = Path(models.get(name).path)
+
+    def dies(path: Path, **_: Any) -> None:
+        next(iter(path.iterdir())).unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("stillhouse.cli.gc.shutil.rmtree", dies)
+    with pytest.raises(KeyboardInterrupt):
+        delete_model(artifacts, job, folder)
+    assert not folder.exists()
+    assert models.made(name) is None
+
+
+async def test_a_stage_that_ended_again_teaches_by_its_new_checkpoint(artifacts: Artifacts, tmp_path: Path) -> None:
+    """The claim that ended it first died before its checkpoint was a model, and that one is on no lineage now."""
+    add_model(tmp_path, "small")
+    own, models = artifacts.job(THEIRS), Models(tmp_path / "models.yaml", artifacts)
+    stage = make_spec()["stages"][0]
+    stages = [{**stage, "name": name} for name in ("one", "two")]
+    spec = JobSpec.model_validate(make_spec(teachers={"main": {"model": "stage/one"}}, stages=stages))
+    entry = inspect_model("made", Path(models.get("small").path))
+    asked: list[str] = []
+
+    async def make(name: str) -> ModelEntry:
+        asked.append(name)
+        return entry.model_copy(update={"name": name})
+
+    async def nothing(*_: Any, **__: Any) -> None: ...
+
+    space = Space(tmp_path, Interrupt(), structlog.get_logger())
+    claim = JobModels(THEIRS, spec, models, make=make, fence=nothing, space=space, tell=nothing)
+    open_epoch(own, 1, "a")
+    _, lost = commit(own, 1, 1, 3)
+    settle(own, {"stage/one": Settled(lost)})
+    for file in (own.root / "epochs").glob("*/manifests/00000003-*/model.safetensors"):
+        file.write_bytes(b"rotten")
+    open_epoch(own, 2, "b")
+    [again] = commit(own, 2, 3)
+    assert (await claim.ready("main")).name == again
+    assert asked == [again]
+    assert read_references(own)["stage/one"] == Settled(again, entry.sha256)
+    commit(own, 2, 4)
+    assert (await claim.ready("main")).name == again, "what is a model stays what it is"

@@ -136,6 +136,14 @@ async def test_the_end_of_a_stage_teaches_after_it_and_is_not_measured_before(ga
     assert (await gateway.submit(spec)).status_code == 201, "the first stage asks nobody"
     body = await gateway.refused({**teacher("stage/opd"), "stages": spec["stages"]})
     assert (body["param"], "stage/opd, which has not ended then" in body["detail"]) == ("stages.1.data.rows.0", True)
+    rows = [{"prompt": "a", "teacher": "main"}, {"prompt": "b", "teacher": "big"}]
+    both = {name: {**stage, "name": name, "data": {"rows": rows}} for name in ("one", "two")}
+    shared = {"teachers": {"main": {"model": "stage/one"}, "big": {"model": "big"}}}
+    body = await gateway.refused({**make_spec(**shared), "stages": list(both.values())})
+    assert body["param"] == "stages.0.data.rows.0"
+    both["one"]["data"]["mix"] = {"big": 1}
+    answer = await gateway.submit({**make_spec(**shared), "stages": list(both.values())})
+    assert answer.status_code == 201, "a mix that leaves the teacher out never asks it"
     spec["evaluation"] = {"data": {"rows": [{"prompt": "three"}]}, "num_prompts": 1}
     body = await gateway.refused(spec)
     assert body["param"] == "evaluation.data.rows.0"

@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from redis.exceptions import RedisError
+from redis.exceptions import OutOfMemoryError, RedisError
 
 from stillhouse.core.blobs import xxh3
 from stillhouse.core.errors import (
@@ -47,6 +47,8 @@ FETCH_CONCURRENCY: Final = 4
 """Payloads fetched at once: enough to hide latency, few enough to bound memory in flight."""
 MAX_ATTEMPTS: Final = 5
 """Times a sample is put back for scoring before the trainer gives it up."""
+FULL_PAUSE_S: Final = 2.0
+"""Pause before a full queue server is asked again."""
 RETRY_PAUSES_S: Final = (0.0, 1.0, 4.0, 10.0)
 """Pause before the next attempt, by attempt: a teacher that died costs nothing, a link that is down for a while no
 sample."""
@@ -304,9 +306,19 @@ class Exchange:
         await self._ask(again)
 
     async def _ask(self, rollout: rollout_pb2.Rollout) -> None:
-        """Put a rollout on the stream of its teacher, once in each attempt."""
+        """Put a rollout on the stream of its teacher, once in each attempt; waits while the queue server is full.
+
+        Not by `Space.insist`: this runs beside the loop, which may only be interrupted between steps. Whoever ends the
+        claim ends the waiting.
+        """
         stream = keys.rollouts(self._scope.job_id, self._scope.epoch, rollout.teacher)
-        await self._add(stream, rollout_mark(rollout.sample_id, rollout.teacher, rollout.attempt), rollout)
+        mark = rollout_mark(rollout.sample_id, rollout.teacher, rollout.attempt)
+        while True:
+            try:
+                return await self._add(stream, mark, rollout)
+            except OutOfMemoryError as error:
+                self._log.error("no room to ask a teacher", sample_id=rollout.sample_id, error=str(error))
+                await asyncio.sleep(FULL_PAUSE_S)
 
     async def _add(self, stream: str, mark: str, message: Any) -> None:
         if await self._queue.add(self._scope, stream, mark, message.SerializeToString()) is Outcome.CLOSED:

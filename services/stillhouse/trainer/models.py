@@ -93,7 +93,9 @@ class JobModels:
     async def _settled(self, reference: str) -> ModelEntry:
         """The model of a reference to a checkpoint."""
         known = read_references(self._job).get(reference)
-        if known is None:
+        # a claim may have died over a stage's checkpoint; the stage ended again, and the old one is on no lineage
+        may_move = reference.startswith(STAGE_PREFIX) and known is not None and not known.sha256
+        if known is None or may_move:
             known = Settled(self._locate(reference))
             await self._settle(reference, known)  # named before it is read, so that nobody deletes it meanwhile
         entry = await self._make(known.model)

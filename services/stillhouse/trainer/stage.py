@@ -36,6 +36,7 @@ from stillhouse.trainer.prompts import Prompt, PromptOrder
 from stillhouse.trainer.rewards import Rewards, outcomes
 from stillhouse.trainer.samplers import SamplerPool
 from stillhouse.trainer.scored import ScoredSample
+from stillhouse.trainer.space import Space
 from stillhouse.trainer.tokens import special_token_ids
 from stillhouse.trainer.train import to_sample
 from stillhouse.trainer.verify.judges import Judges, VerifierError
@@ -105,6 +106,7 @@ class Stages:
     interrupt: Interrupt
     progress: Progress
     samplers: SamplerPool
+    space: Space
     log: Any
     heads: dict[str, TeacherHead] = field(default_factory=dict)
     """Of the teachers that judge now by hidden states, by name."""
@@ -187,7 +189,7 @@ class Stages:
             self.speakers[name] = self.spec.teachers[name].model_copy(update={"model": entry.name})
         judging = (trained if stage.asks_teachers() else set()) | measured
         tasks = {name: self._task(name, entry) for name, entry in entries.items() if name in judging}
-        await self.exchange.open_teachers(tasks)
+        await self.space.insist("the streams of teachers", lambda: self.exchange.open_teachers(tasks))
         with_heads = trained if stage.loss.payload() == "hidden" else set()
         with_heads = with_heads | (set() if self.spec.crosses_tokenizers() else measured)
         await self._ready(tasks, with_heads)

@@ -60,7 +60,16 @@ class Start:
     stages: Stages = field(init=False)
 
     def __post_init__(self) -> None:
-        self.stages = Stages(self.ctx, self.scope, self.spec, self.interrupt, self.progress, self.samplers, self.log)
+        self.stages = Stages(
+            ctx=self.ctx,
+            scope=self.scope,
+            spec=self.spec,
+            interrupt=self.interrupt,
+            progress=self.progress,
+            samplers=self.samplers,
+            space=self.space,
+            log=self.log,
+        )
 
     async def run(self, opening: Opening, set_status: Callable[[str], Awaitable[None]]) -> Run:
         """Validate the job and bring everything to the state that `opening` names."""
