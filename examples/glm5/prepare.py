@@ -39,6 +39,9 @@ def judge(jobs: list[dict[str, Any]], *, short: bool) -> list[str]:
     train, merge, one_job = jobs
     first, last = merge["evaluations"][0]["reverse_kl"], merge["evaluations"][-1]["reverse_kl"]
     complaints = [] if last < 0.9 * first else [f"2-merge: held-out reverse KL went from {first:.3f} to {last:.3f}"]
+    kls = [point["values"]["loss/reverse_kl/mean"] for point in one_job["metrics"] if point["stage"] == "merge"]
+    if sum(kls[-2:]) >= sum(kls[:2]):
+        complaints.append(f"3-one-job: reverse KL of its merging steps: {kls}")
     ends = [point["by_teacher"] for point in train["evaluations"]]
     for number, stage in enumerate(() if short else STAGES, start=1):
         best, left = ends[number][stage]["accuracy"], ends[-1][stage]["accuracy"]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,23 +12,17 @@ import pytest
 
 from stillhouse.core.blobs import JobArtifacts
 from stillhouse.core.oracle.verify import verify_job
+from tests.examples import EXAMPLES, neighbours
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 NAMES = sorted(path.parent.name for path in EXAMPLES.glob("*/prepare.py"))
 
 
 @pytest.fixture(scope="module")
 def run() -> Iterator[Any]:
     """The module examples/run.py."""
-    before = set(sys.modules)
-    sys.path.insert(0, str(EXAMPLES))
-    try:
-        yield importlib.import_module("run")
-    finally:
-        sys.path.remove(str(EXAMPLES))
-        for name in {"run", *(name for name in sys.modules if name.partition(".")[0] == "toys")} - before:
-            sys.modules.pop(name, None)
+    with neighbours(EXAMPLES, ["run"]) as modules:
+        yield modules["run"]
 
 
 class Deployments:

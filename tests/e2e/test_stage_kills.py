@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,9 @@ from stillhouse.core.blobs import read_jsonl
 from stillhouse.core.spec import JobSpec
 from stillhouse.trainer.journal import read_step
 from tests.chaos.harness import Chaos, deployment, until
+from tests.examples import EXAMPLES, neighbours
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(300)]
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 STEPS, KILLED_AT = 12, 5
 """Steps of each stage, and how many of them are trained when the trainer dies; the last commit is then a step old."""
 PROMPTS = 8
@@ -39,11 +38,11 @@ def test_qwen3_goes_on_after_a_kill_in_each_stage(tmp_path: Path, monkeypatch: p
 
 def add_models(chaos: Chaos, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The example's models by name only: what they know does not matter here, so they learn next to nothing."""
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    models = importlib.import_module("toys.models")
-    monkeypatch.setattr(models, "BASE_STEPS", (8, 8))
-    for seed, name in enumerate(("base", "thinker")):
-        chaos.command("models", "add", name, str(models.base(folder / name, seed=seed, short=True)))
+    with neighbours(EXAMPLES, ["toys.models"]) as modules:
+        models = modules["toys.models"]
+        monkeypatch.setattr(models, "BASE_STEPS", (8, 8))
+        for seed, name in enumerate(("base", "thinker")):
+            chaos.command("models", "add", name, str(models.base(folder / name, seed=seed, short=True)))
 
 
 def shortened() -> dict[str, Any]:

@@ -253,11 +253,11 @@ async def test_a_full_queue_server_delays_the_other_teachers_of_a_mixture(
     monkeypatch.setattr(parts.queue, "add", full)
     run = asyncio.create_task(parts.exchange.run())
     scored = keys.scored(JOB.job_id, JOB.epoch)
-    await add(JOB, scored, "score:0/0:main:0", score(0))
+    await add(JOB, scored, score_mark("0/0", "main"), score(0))
     await wait_until(lambda: parts.queue.length(stream), timeout_s=10, what="the other teacher to be asked")
     assert refusals == 0
     assert not run.done()
-    await add(JOB, scored, "score:0/0:other:0", score(0, "other"))
+    await add(JOB, scored, score_mark("0/0", "other"), score(0, "other"))
     [sample] = (await asyncio.wait_for(future, 10)).samples
     assert not sample.is_failed
     assert await parts.queue.length(stream) == 1, "asked once"

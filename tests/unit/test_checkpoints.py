@@ -13,7 +13,6 @@ import pytest
 import structlog
 from pydantic import TypeAdapter, ValidationError
 
-from stillhouse.cli.gc import delete_model
 from stillhouse.core.blobs import Artifacts, JobArtifacts, sealed, write_json
 from stillhouse.core.checkpoints import (
     EXPORT,
@@ -33,7 +32,7 @@ from stillhouse.trainer import manifests, retention
 from stillhouse.trainer.loop import Interrupt
 from stillhouse.trainer.manifests import ManifestRef, list_manifests, open_epoch
 from stillhouse.trainer.models import JobModels
-from stillhouse.trainer.retention import Policy, retain
+from stillhouse.trainer.retention import Policy, delete_model, retain
 from stillhouse.trainer.space import Space
 from tests.gateway_kit import add_model, make_model, make_spec
 
@@ -306,8 +305,8 @@ def test_a_model_that_is_named_while_it_is_deleted_comes_back_whole(
         assert models.made(name) is None
         return {name}
 
-    monkeypatch.setattr("stillhouse.cli.gc.named", names)
-    assert delete_model(artifacts, job, folder) is False
+    monkeypatch.setattr("stillhouse.trainer.retention.named", names)
+    assert delete_model(job, folder) is False
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
     assert models.made(name) is not None
 
@@ -322,9 +321,9 @@ def test_a_deletion_that_dies_leaves_no_half_of_a_model_under_its_name(
         next(iter(path.iterdir())).unlink()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("stillhouse.cli.gc.shutil.rmtree", dies)
+    monkeypatch.setattr("stillhouse.trainer.retention.shutil.rmtree", dies)
     with pytest.raises(KeyboardInterrupt):
-        delete_model(artifacts, job, folder)
+        delete_model(job, folder)
     assert not folder.exists()
     assert models.made(name) is None
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.examples import EXAMPLES, neighbours
+
 pytestmark = pytest.mark.timeout(240)  # ten seconds of computation; a busy machine may need many times that
 
-STUDY = Path(__file__).resolve().parents[2] / "examples" / "kl_study"
+STUDY = EXAMPLES / "kl_study"
 MODULES = [path.stem for path in STUDY.glob("*.py")]
 FIGURES = {"bimodal.png", "jsd_scale.png", "topk_bias.png"}
 
@@ -23,13 +23,8 @@ FIGURES = {"bimodal.png", "jsd_scale.png", "topk_bias.png"}
 @pytest.fixture(scope="module")
 def modules() -> Iterator[dict[str, Any]]:
     """The study's files by name; they import each other as neighbours, as they do when run.py is run."""
-    sys.path.insert(0, str(STUDY))
-    try:
-        yield {name: importlib.import_module(name) for name in MODULES}
-    finally:
-        sys.path.remove(str(STUDY))
-        for name in MODULES:
-            sys.modules.pop(name, None)
+    with neighbours(STUDY, MODULES) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")

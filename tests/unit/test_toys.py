@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +13,8 @@ from hypothesis import strategies as st
 
 from stillhouse.core.models import inspect_model
 from stillhouse.core.spec import Row
+from tests.examples import EXAMPLES, neighbours
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 NAMES = sorted(path.parent.name for path in EXAMPLES.glob("*/prepare.py"))
 MODULES = ("run", "toys", "toys.tasks", "toys.models", "toys.report")
 
@@ -24,13 +22,8 @@ MODULES = ("run", "toys", "toys.tasks", "toys.models", "toys.report")
 @pytest.fixture(scope="module")
 def toys() -> Iterator[dict[str, Any]]:
     """Modules of examples/ by name, as run.py finds them."""
-    sys.path.insert(0, str(EXAMPLES))
-    try:
-        yield {name: importlib.import_module(name) for name in MODULES}
-    finally:
-        sys.path.remove(str(EXAMPLES))
-        for name in MODULES:
-            sys.modules.pop(name, None)
+    with neighbours(EXAMPLES, MODULES) as modules:
+        yield modules
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ spill        payloads of a teacher that is gone
 
 from __future__ import annotations
 
-import secrets
 import shutil
 import time
 from collections.abc import Callable, Container, Iterator
@@ -22,7 +21,7 @@ from pydantic import ValidationError
 
 from stillhouse.cli.console import EXIT_USAGE, CliError, print_json, print_table, say, size
 from stillhouse.core.blobs import Artifacts, JobArtifacts, unsealed
-from stillhouse.core.checkpoints import named, registration
+from stillhouse.core.checkpoints import named
 from stillhouse.core.config import load_settings
 from stillhouse.core.errors import CorruptError, NotFoundError
 from stillhouse.core.models import ModelRegistry
@@ -126,40 +125,12 @@ def _models(root: Artifacts, job_id: str, older_than_s: float, registered: Conta
     ended_at = _ended_at(job)
     if ended_at is None or time.time() - ended_at < older_than_s:
         return
+    from stillhouse.trainer.retention import delete_model
+
     needed = named(root)
     for folder in sorted(job.models.glob("ckpt_*/")):
         if f"{job_id}/{folder.name}" not in needed and folder.resolve() not in registered:
-            yield Item(job_id, "model", folder, _bytes(folder), lambda folder=folder: delete_model(root, job, folder))
-
-
-def delete_model(root: Artifacts, job: JobArtifacts, folder: Path) -> bool:
-    """Delete what was made of a checkpoint, at once for every reader; False = it stays, or is gone already.
-
-    As with checkpoints (trainer/retention.py) it is moved out of sight first, then looked at who names it: jobs name
-    first and look then, so one of both sees the other. Nobody finds half of a model under its name.
-    """
-    own = registration(job, folder.name)
-    mark = secrets.token_hex(4)
-    doomed = [
-        (own, own.with_name(f"{own.name}.{mark}.tmp")),
-        (folder, folder.with_name(f"tmp.gone.{folder.name}.{mark}")),
-    ]
-    moved = [(path, aside) for path, aside in doomed if _moved(path, aside)]
-    if f"{job.root.name}/{folder.name}" in named(root):  # by a job that came meanwhile
-        for path, aside in reversed(moved):
-            aside.rename(path)
-        return False
-    for _, aside in moved:
-        shutil.rmtree(aside, ignore_errors=True) if aside.is_dir() else aside.unlink(missing_ok=True)
-    return bool(moved)
-
-
-def _moved(path: Path, aside: Path) -> bool:
-    try:
-        path.rename(aside)
-    except FileNotFoundError:  # another process was faster
-        return False
-    return True
+            yield Item(job_id, "model", folder, _bytes(folder), lambda folder=folder: delete_model(job, folder))
 
 
 def _ended_at(job: JobArtifacts) -> float | None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from stillhouse.core.spec_base import STAGE_PREFIX, Closed
+from stillhouse.core.spec_stages import START
 
 if TYPE_CHECKING:
     from stillhouse.core.spec import JobSpec
@@ -54,8 +55,8 @@ def check_stage_references(spec: JobSpec) -> None:
     stages = [stage.name for stage in spec.stages]
     for name, teacher in spec.teachers.items():
         stage = teacher.model.removeprefix(STAGE_PREFIX)
-        if teacher.model.startswith(STAGE_PREFIX) and stage not in ("start", *stages):
-            ends = ", ".join(f"{STAGE_PREFIX}{end}" for end in ("start", *stages[:-1]))
+        if teacher.model.startswith(STAGE_PREFIX) and stage not in (START, *stages):
+            ends = ", ".join(f"{STAGE_PREFIX}{end}" for end in (START, *stages[:-1]))
             raise ValueError(
                 f"teachers.{name}.model: the job has no stage '{stage}'; name one that ends before another begins, or "
                 f"what the job began with: {ends}"

@@ -108,10 +108,9 @@ def check_stage_teachers(case: Case) -> Iterator[Finding]:
         if source.stage is not None and not source.stage.needs_teacher():
             continue
         index = stages.index(source.stage.name) if source.stage else 0
-        mix = source.data.mix  # what it leaves out is never drawn
         when = f"stage '{source.stage.name}'" if source.stage else "held-out evaluation, from the first step on,"
         for number, row in enumerate(source.rows):
-            for teacher in case.teachers_of(row) if mix is None or case.domain_of(row) in mix else ():
+            for teacher in case.drawn(source, row):
                 if ends.get(teacher, -1) >= index:
                     message = f"{source.name(number)} asks the teacher '{teacher}' in {when} and that is "
                     message += f"{references[teacher]}, which has not ended then"

@@ -113,6 +113,11 @@ class Case:
         """The heaviest of them; "" = none."""
         return next(iter(self.teachers_of(row)), "")
 
+    def drawn(self, source: Source, row: Row) -> list[str]:
+        """Names of the teachers that judge a row, if its source ever draws it: a mix leaves rows out."""
+        mix = source.data.mix
+        return self.teachers_of(row) if mix is None or self.domain_of(row) in mix else []
+
 
 Check = Callable[[Case], Iterator[Finding]]
 
@@ -205,9 +210,9 @@ def check_teachers_used(case: Case) -> Iterator[Finding]:
             message = "the loss asks no teacher, and there is no held-out evaluation that would"
             yield Finding(f"teachers.{name}", message, "remove it, or add evaluation.data")
         return
-    rows = [(source.data.mix, row) for source in case.training for row in source.rows]
+    rows = [(source, row) for source in case.training for row in source.rows]
     used = {name for _, row in rows for name in case.teachers_of(row)}
-    drawn = {name for mix, row in rows if mix is None or case.domain_of(row) in mix for name in case.teachers_of(row)}
+    drawn = {name for source, row in rows for name in case.drawn(source, row)}
     for name in case.spec.teachers:
         if name not in used:
             yield Finding(f"teachers.{name}", "no row is routed to this teacher", "remove it, or route rows to it")

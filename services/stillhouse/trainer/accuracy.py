@@ -12,11 +12,10 @@ from typing import Any
 
 from stillhouse.core.errors import StillhouseError
 from stillhouse.core.spec import EvaluationSpec
-from stillhouse.core.tensors import ids_list
 from stillhouse.trainer.prompts import Prompt
 from stillhouse.trainer.rewards import make_item
 from stillhouse.trainer.scored import ScoredSample
-from stillhouse.trainer.verify.judges import Item, Judges, Verdict
+from stillhouse.trainer.verify.judges import Judges, Verdict
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Accuracy:
 
     async def judge(self, greedy: Sequence[ScoredSample]) -> dict[str, Verdict]:
         """Verdicts by sample id, of rows that have a verifier; without those of a verifier that does not work."""
-        items = {sample.sample_id: self._item(sample) for sample in greedy}
+        items = {sample.sample_id: make_item(sample, self.prompts, self.text, self.spec.verifier) for sample in greedy}
         verdicts: dict[str, Verdict] = {}
         judges = Judges(timeout_s=self.spec.verdict_timeout_s)
         try:
@@ -53,8 +52,3 @@ class Accuracy:
                 f"{len(failed)} of {len(verdicts)} held-out completions got no verdict and count as wrong; {failed[0]}"
             )
         return verdicts
-
-    def _item(self, sample: ScoredSample) -> Item:
-        rollout = sample.score.rollout
-        text = self.text(ids_list(rollout.completion_ids))
-        return make_item(self.prompts[rollout.row].source, text, self.spec.verifier)

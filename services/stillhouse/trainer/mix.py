@@ -1,7 +1,7 @@
 """Which row of the data is drawn next: in passes over all rows, or from each domain in its share (`data.mix`).
 
 Both are pure functions of the job's seed and the number of the draw, so that a claim that takes over draws the same. No
-torch here. core/oracle/steps.py has its own code for the same.
+torch here. core/oracle/stages.py has its own code for the same.
 """
 
 from __future__ import annotations

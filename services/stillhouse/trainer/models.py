@@ -105,9 +105,8 @@ class JobModels:
     def _locate(self, reference: str) -> str:
         if not reference.startswith(STAGE_PREFIX):
             return locate(self._models.artifacts, reference)
-        names = [stage.name for stage in self._spec.stages]
         name = reference.removeprefix(STAGE_PREFIX)
-        stop_step = sum(stage.schedule.steps for stage in self._spec.stages[: names.index(name) + 1])
+        stop_step = next(span.stop_step for span in self._spec.spans() if span.stage.name == name)
         past = lineage(self._job)
         for ref in past.manifests if past else ():
             if ref.step == stop_step and ref.folder(self._job).is_dir():

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -156,16 +156,47 @@ def delete(artifacts: JobArtifacts, ref: ManifestRef) -> bool:
     if is_named(artifacts, ref):
         return False
     doomed = folder.with_name(f"{GONE}{ref.name}.{secrets.token_hex(4)}")
-    try:
-        folder.rename(doomed)
-    except FileNotFoundError:  # another process was faster
-        return False
-    if is_named(artifacts, ref):
-        doomed.rename(folder)
+    if not _put_aside({folder: doomed}, lambda: is_named(artifacts, ref)):
         return False
     fsync_dir(folder.parent)
     failpoint("trainer.retaining", ref.name)
     shutil.rmtree(doomed, ignore_errors=True)
+    return True
+
+
+def delete_model(artifacts: JobArtifacts, folder: Path) -> bool:
+    """Delete what was made of a checkpoint, and its registration, as `delete` does: nobody finds half of a model under
+    its name. A process that dies here leaves leftovers.
+
+    Raises:
+        CorruptError: what the jobs name cannot be read.
+    """
+    own, mark = registration(artifacts, folder.name), secrets.token_hex(4)
+    doomed = folder.with_name(f"{GONE}{folder.name}.{mark}")
+    apart = own.with_name(f"{own.name}.{mark}.tmp")
+    name = f"{artifacts.root.name}/{folder.name}"
+    if not _put_aside({own: apart, folder: doomed}, lambda: name in named(Artifacts(artifacts.root.parent.parent))):
+        return False
+    apart.unlink(missing_ok=True)
+    shutil.rmtree(doomed, ignore_errors=True)
+    return True
+
+
+def _put_aside(paths: Mapping[Path, Path], is_needed: Callable[[], bool]) -> bool:
+    """Move what is there out of sight, and back if it is needed after all; False = nothing is out of sight."""
+    moved = [(path, aside) for path, aside in paths.items() if _moved(path, aside)]
+    if moved and is_needed():
+        for path, aside in reversed(moved):
+            aside.rename(path)
+        return False
+    return bool(moved)
+
+
+def _moved(path: Path, aside: Path) -> bool:
+    try:
+        path.rename(aside)
+    except FileNotFoundError:  # another process was faster
+        return False
     return True
 
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from stillhouse.core.spec import RewardSpec, Row
+from stillhouse.core.spec import RewardSpec
 from stillhouse.core.tensors import ids_list
 from stillhouse.trainer.outcome import group_advantages
 from stillhouse.trainer.prompts import Prompt
@@ -59,7 +59,7 @@ class Rewards:
         Raises:
             VerifierError: a verifier does not work.
         """
-        items = [self._item(sample) for sample in samples]
+        items = [make_item(sample, self.prompts, self.text, self.spec.verifier) for sample in samples]
         verdicts = await self.race(self.judges.judge(items))
         for sample, verdict in zip(samples, verdicts, strict=True):
             sample.score.reward, sample.score.reward_note = verdict.reward, verdict.note
@@ -69,17 +69,16 @@ class Rewards:
             if verdict.failure
         ]
 
-    def _item(self, sample: ScoredSample) -> Item:
-        rollout = sample.score.rollout
-        text = self.text(ids_list(rollout.completion_ids))
-        return make_item(self.prompts[rollout.row].source, text, self.spec.verifier)
 
-
-def make_item(row: Row, text: str, verifier: str | None) -> Item:
-    """A completion of a row, to judge; `verifier` if the row names none."""
+def make_item(
+    sample: ScoredSample, prompts: Sequence[Prompt], text: Callable[[Sequence[int]], str], verifier: str | None
+) -> Item:
+    """A completion to judge, beside its row; `verifier` if the row names none."""
+    rollout = sample.score.rollout
+    row = prompts[rollout.row].source
     return Item(
         verifier=row.verifier or verifier or "",
-        text=text,
+        text=text(ids_list(rollout.completion_ids)),
         answer=row.answer,
         row=row.model_dump(mode="json", exclude_none=True),
     )
