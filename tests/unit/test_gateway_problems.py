@@ -14,9 +14,9 @@ from redis.exceptions import OutOfMemoryError, ResponseError
 from structlog.testing import capture_logs
 
 from stillhouse.core.queue.jobs import STATUSES
+from stillhouse.core.schemas import Status
 from stillhouse.core.telemetry import METRICS
 from stillhouse.gateway.problems import problem_response
-from stillhouse.gateway.schemas import Status
 from tests.gateway_kit import Gateway, add_model, make_spec, open_gateway, problem
 
 

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, Final
 from stillhouse.core.blobs import JobArtifacts, read_json, sha256_file
 from stillhouse.core.errors import CorruptError, NotFoundError
 from stillhouse.core.queue.jobs import JobRecord
-from stillhouse.gateway.schemas import Checkpoint
+from stillhouse.core.schemas import Checkpoint
 from stillhouse.gateway.views import timestamp
 
 EXPORT_ID: Final = "ckpt_export"

@@ -20,8 +20,8 @@ from pydantic import ValidationError
 from stillhouse.core.blobs import Artifacts, fsync_dir, read_json, write_json
 from stillhouse.core.errors import NotFoundError, SpecError
 from stillhouse.core.explain import explain
+from stillhouse.core.schemas import File
 from stillhouse.core.spec import Row
-from stillhouse.gateway.schemas import File
 from stillhouse.gateway.views import timestamp
 
 MEDIA_TYPES: Final = frozenset({"application/jsonl", "application/x-ndjson", "application/x-jsonlines"})

@@ -16,8 +16,8 @@ from stillhouse.core.blobs import read_jsonl
 from stillhouse.core.errors import NotFoundError
 from stillhouse.core.queue import keys
 from stillhouse.core.queue.jobs import TERMINAL
+from stillhouse.core.schemas import MetricPoint
 from stillhouse.core.service import Context
-from stillhouse.gateway.schemas import MetricPoint
 from stillhouse.gateway.views import event_view
 
 POLL_S: Final = 0.25

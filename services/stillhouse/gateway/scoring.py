@@ -31,12 +31,12 @@ from stillhouse.core.explain import Finding
 from stillhouse.core.models import ModelEntry
 from stillhouse.core.queue.registry import ServiceInfo
 from stillhouse.core.rpc import Peer
+from stillhouse.core.schemas import ScoreError, Scores, ScoreUsage, TextScore
 from stillhouse.core.service import Context
 from stillhouse.core.spec_score import MAX_ALTERNATIVES, MAX_TOKENS, ScoreItem, ScoreRequest
 from stillhouse.core.tensors import DTYPE_NAMES, from_tensor, ids_tensor
 from stillhouse.core.vocabulary import tokenizer_of
 from stillhouse.gateway.problems import InvalidError
-from stillhouse.gateway.schemas import ScoreError, Scores, ScoreUsage, TextScore
 from stillhouse.v1 import rollout_pb2, teacher_pb2, teacher_pb2_grpc, tensor_pb2
 
 LOAD_S: Final = 25.0

@@ -10,8 +10,8 @@ from typing import Any
 from stillhouse.core.models import ModelEntry
 from stillhouse.core.queue.jobs import JobRecord
 from stillhouse.core.queue.registry import ServiceInfo
+from stillhouse.core.schemas import Event, Job, MetricPoint, Model, Progress, Service, Verifier
 from stillhouse.core.verifiers import VerifierInfo
-from stillhouse.gateway.schemas import Event, Job, MetricPoint, Model, Progress, Service, Verifier
 
 
 def timestamp(seconds: float) -> str:

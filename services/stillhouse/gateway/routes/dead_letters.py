@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Query
+from fastapi import APIRouter, Query
 from pydantic import BaseModel, ConfigDict, Field
 
 from stillhouse.core import dead_letters
@@ -13,14 +13,13 @@ from stillhouse.core.errors import NotFoundError
 from stillhouse.core.queue import keys
 from stillhouse.core.queue.jobs import JobRecord
 from stillhouse.core.queue.streams import PAYLOAD
+from stillhouse.core.schemas import DeadLetter, Page
 from stillhouse.core.service import Context
 from stillhouse.core.spec import ScheduleSpec
-from stillhouse.gateway.deps import get_context
+from stillhouse.gateway.deps import Ctx, OwnJob
 from stillhouse.gateway.routes.deadline import DeadlineRoute
-from stillhouse.gateway.schemas import DeadLetter, JobId, Page
 
 router = APIRouter(prefix="/v1/jobs/{job_id}", tags=["history"], route_class=DeadlineRoute)
-Ctx = Annotated[Context, Depends(get_context)]
 MOST_QUEUED = 10_000
 """Letters read from the queue: a job with more in flight fails by max_failed_fraction."""
 
@@ -37,13 +36,12 @@ class LettersQuery(BaseModel):
 
 
 @router.get("/dead_letters")
-async def get_dead_letters(ctx: Ctx, job_id: JobId, query: Annotated[LettersQuery, Query()]) -> Page[DeadLetter]:
+async def get_dead_letters(ctx: Ctx, record: OwnJob, query: Annotated[LettersQuery, Query()]) -> Page[DeadLetter]:
     """Samples that could not be sampled or scored, by step: from the job's journals, and those given up just now."""
-    record = await ctx.jobs.get(job_id)
-    artifacts = ctx.artifacts.job(job_id)
+    artifacts = ctx.artifacts.job(record.id)
 
     def tell(error: str) -> None:
-        ctx.log.warning("a journal cannot be read", job_id=job_id, error=error)
+        ctx.log.warning("a journal cannot be read", job_id=record.id, error=error)
 
     live = await _queued(ctx, record)  # before the journals: what leaves the queue meanwhile is in them
     found = {letter.sample_id: letter for letter in live}
@@ -51,7 +49,7 @@ async def get_dead_letters(ctx: Ctx, job_id: JobId, query: Annotated[LettersQuer
     letters = sorted(found.values(), key=lambda letter: letter.order)
     if query.after:
         if query.after not in found:
-            raise NotFoundError(f"job {job_id} has no dead letter '{query.after}' (any more)", param="after")
+            raise NotFoundError(f"job {record.id} has no dead letter '{query.after}' (any more)", param="after")
         letters = [letter for letter in letters if letter.order > found[query.after].order]
     page = letters[: query.limit]
     return Page(data=[_view(letter) for letter in page], has_more=len(letters) > len(page))

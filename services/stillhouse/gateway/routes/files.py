@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Path, Request
+from fastapi import APIRouter, Path, Request
 
 from stillhouse.core.errors import MediaTypeError, StillhouseError
-from stillhouse.core.service import Context
+from stillhouse.core.schemas import File
 from stillhouse.gateway import files
-from stillhouse.gateway.deps import get_context
+from stillhouse.gateway.deps import Ctx
 from stillhouse.gateway.middleware import check_declared_length, drain, too_large
-from stillhouse.gateway.schemas import File
 
 router = APIRouter(prefix="/v1/files", tags=["files"])
-Ctx = Annotated[Context, Depends(get_context)]
 FileId = Annotated[str, Path(pattern=r"^file_[a-z0-9]{8,40}$", max_length=45)]
 _BODY: dict[str, Any] = {
     "requestBody": {

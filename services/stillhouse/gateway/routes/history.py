@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import PlainTextResponse, StreamingResponse
 from fastapi.sse import EventSourceResponse
 from pydantic import BaseModel, ConfigDict, Field
@@ -13,16 +13,15 @@ from starlette.background import BackgroundTask
 
 from stillhouse.core.blobs import read_json
 from stillhouse.core.errors import CorruptError, SpecError
+from stillhouse.core.schemas import Checkpoint, Event, MetricPoint, Page
 from stillhouse.core.service import Context
 from stillhouse.gateway import history
 from stillhouse.gateway.checkpoints import TarStream, checkpoint_folder, list_checkpoints
-from stillhouse.gateway.deps import get_context
+from stillhouse.gateway.deps import Ctx, OwnJob
 from stillhouse.gateway.routes.deadline import DeadlineRoute
-from stillhouse.gateway.schemas import Checkpoint, Event, JobId, MetricPoint, Page
 from stillhouse.gateway.views import event_view, metric_view
 
 router = APIRouter(prefix="/v1/jobs/{job_id}", tags=["history"], route_class=DeadlineRoute)
-Ctx = Annotated[Context, Depends(get_context)]
 EventId = Annotated[str, Field(pattern=r"^([0-9]{1,16}(-[0-9]{1,10})?)?$")]
 
 
@@ -62,17 +61,16 @@ def _stream_docs(media_type: str, what: str) -> dict[int | str, dict[str, Any]]:
 async def get_events(
     ctx: Ctx,
     request: Request,
-    job_id: JobId,
+    record: OwnJob,
     query: Annotated[EventsQuery, Query()],
     last_event_id: Annotated[EventId, Header(description="Resumes a stream after this event")] = "",
 ) -> Page[Event] | Response:
     """A job's history, oldest first. A stream ends after the job's last event."""
-    await ctx.jobs.get(job_id)
     if "text/event-stream" in request.headers.get("accept", ""):
-        stream = history.stream_events(ctx, job_id, last_event_id or query.after)
+        stream = history.stream_events(ctx, record.id, last_event_id or query.after)
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         return EventSourceResponse(stream, headers=headers)
-    events = await history.read_events(ctx, job_id, query.after, query.limit + 1)
+    events = await history.read_events(ctx, record.id, query.after, query.limit + 1)
     return Page(data=[event_view(event) for event in events[: query.limit]], has_more=len(events) > query.limit)
 
 
@@ -82,14 +80,13 @@ async def get_events(
     responses=_stream_docs("text/csv", "All points, or with `Accept: text/csv` a table"),
 )
 async def get_metrics(
-    ctx: Ctx, request: Request, job_id: JobId, query: Annotated[MetricsQuery, Query()]
+    ctx: Ctx, request: Request, record: OwnJob, query: Annotated[MetricsQuery, Query()]
 ) -> Page[MetricPoint] | Response:
     """Metrics by step; of steps that were trained again after a takeover the newest."""
-    await ctx.jobs.get(job_id)
     if query.step_to is not None and query.step_to < query.step_from:
         raise SpecError(f"step_to {query.step_to} is below step_from {query.step_from}", param="step_to")
     names = {name.strip() for name in query.names.split(",") if name.strip()}
-    stored = await history.read_metrics(ctx, job_id, query.step_from, query.step_to)
+    stored = await history.read_metrics(ctx, record.id, query.step_from, query.step_to)
     points = [metric_view(point, names) for point in stored]
     if "text/csv" in request.headers.get("accept", ""):
         return PlainTextResponse(history.metrics_csv(points), media_type="text/csv")
@@ -97,10 +94,9 @@ async def get_metrics(
 
 
 @router.get("/evaluations")
-async def get_evaluations(ctx: Ctx, job_id: JobId) -> Page[dict[str, Any]]:
+async def get_evaluations(ctx: Ctx, record: OwnJob) -> Page[dict[str, Any]]:
     """Held-out measurements by step, as the trainer wrote them."""
-    await ctx.jobs.get(job_id)
-    return Page(data=await asyncio.to_thread(_evaluations, ctx, job_id))
+    return Page(data=await asyncio.to_thread(_evaluations, ctx, record.id))
 
 
 def _evaluations(ctx: Context, job_id: str) -> list[dict[str, Any]]:
@@ -114,10 +110,9 @@ def _evaluations(ctx: Context, job_id: str) -> list[dict[str, Any]]:
 
 
 @router.get("/checkpoints")
-async def get_checkpoints(ctx: Ctx, job_id: JobId) -> Page[Checkpoint]:
+async def get_checkpoints(ctx: Ctx, record: OwnJob) -> Page[Checkpoint]:
     """Committed checkpoints, oldest first, and at the end the finished student (`ckpt_export`)."""
-    record = await ctx.jobs.get(job_id)
-    return Page(data=await asyncio.to_thread(list_checkpoints, job_id, ctx.artifacts.job(job_id), record))
+    return Page(data=await asyncio.to_thread(list_checkpoints, record.id, ctx.artifacts.job(record.id), record))
 
 
 @router.get(
@@ -125,11 +120,10 @@ async def get_checkpoints(ctx: Ctx, job_id: JobId) -> Page[Checkpoint]:
     response_class=StreamingResponse,
     responses=_stream_docs("application/x-tar", "The checkpoint's folder as a tar"),
 )
-async def download_checkpoint(ctx: Ctx, job_id: JobId, checkpoint_id: str) -> StreamingResponse:
+async def download_checkpoint(ctx: Ctx, record: OwnJob, checkpoint_id: str) -> StreamingResponse:
     """A checkpoint as a tar, streamed; Content-Length tells whether it came whole."""
-    record = await ctx.jobs.get(job_id)
-    folder = checkpoint_folder(job_id, ctx.artifacts.job(job_id), record, checkpoint_id)
-    name = f"{job_id}-{checkpoint_id.removeprefix('ckpt_')}"
+    folder = checkpoint_folder(record.id, ctx.artifacts.job(record.id), record, checkpoint_id)
+    name = f"{record.id}-{checkpoint_id.removeprefix('ckpt_')}"
     tar = await asyncio.to_thread(TarStream, folder, name)
     headers = {"Content-Length": str(tar.size), "Content-Disposition": f'attachment; filename="{name}.tar"'}
     return StreamingResponse(

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Body, Depends, Header, Query, Request, Response
+from fastapi import APIRouter, Body, Header, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from stillhouse.core.errors import NotFoundError
 from stillhouse.core.queue.jobs import JobRecord
+from stillhouse.core.schemas import Job, Page, Status
 from stillhouse.core.service import Context
 from stillhouse.core.spec import JobSpec
 from stillhouse.gateway import jobs
-from stillhouse.gateway.deps import get_context
+from stillhouse.gateway.deps import Ctx, OwnJob
 from stillhouse.gateway.routes.deadline import DeadlineRoute
-from stillhouse.gateway.schemas import Job, JobId, Page, Status
 from stillhouse.gateway.views import job_view
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"], route_class=DeadlineRoute)
-Ctx = Annotated[Context, Depends(get_context)]
 SCAN = 100
 """Records read at once while filtering by status."""
 
@@ -82,12 +81,12 @@ async def _exists(ctx: Context, job_id: str) -> None:
 
 
 @router.get("/{job_id}")
-async def get_job(ctx: Ctx, job_id: JobId) -> Job:
+async def get_job(record: OwnJob) -> Job:
     """A job."""
-    return job_view(await ctx.jobs.get(job_id))
+    return job_view(record)
 
 
 @router.post("/{job_id}/cancel", status_code=202)
-async def cancel_job(ctx: Ctx, job_id: JobId) -> Job:
+async def cancel_job(ctx: Ctx, record: OwnJob) -> Job:
     """End a job. It becomes `cancelling`, then `cancelled`; at once if no trainer has had it yet."""
-    return job_view(await jobs.cancel(ctx, job_id))
+    return job_view(await jobs.cancel(ctx, record.id))

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Body, Depends, Request
+from fastapi import APIRouter, Body, Request
 
-from stillhouse.core.service import Context
+from stillhouse.core.schemas import Scores
 from stillhouse.core.spec_score import ScoreRequest
 from stillhouse.gateway import scoring
-from stillhouse.gateway.deps import get_context
-from stillhouse.gateway.schemas import Scores
+from stillhouse.gateway.deps import Ctx
 
 router = APIRouter(prefix="/v1/score", tags=["scores"])
-Ctx = Annotated[Context, Depends(get_context)]
 
 
 @router.post("")

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import os
-from typing import Annotated, Final
+from typing import Final
 
-from fastapi import APIRouter, Depends, Response
+from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from redis.exceptions import RedisError
 
 from stillhouse.core import recipes
 from stillhouse.core.errors import UnavailableError
-from stillhouse.core.service import VERSION, Context
+from stillhouse.core.schemas import Health, Model, Page, Recipe, Service, Verifier
+from stillhouse.core.service import VERSION
 from stillhouse.core.telemetry import METRICS
 from stillhouse.core.verifiers import verifiers
-from stillhouse.gateway.deps import get_context
+from stillhouse.gateway.deps import Ctx
 from stillhouse.gateway.routes.deadline import DeadlineRoute
-from stillhouse.gateway.schemas import Health, Model, Page, Recipe, Service, Verifier
 from stillhouse.gateway.views import model_view, service_view, verifier_view
 
 router = APIRouter(prefix="/v1", tags=["system"], route_class=DeadlineRoute)
 open_router = APIRouter(tags=["health"])
-Ctx = Annotated[Context, Depends(get_context)]
 READY_TIMEOUT_S: Final = 2.0
 """A probe wants an answer, not patience."""
 

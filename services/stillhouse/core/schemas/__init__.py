@@ -1,0 +1,37 @@
+"""What the REST interface answers, as pydantic models: the source of the OpenAPI document, and what the client gives.
+
+Times are RFC 3339, UTC.
+"""
+
+from __future__ import annotations
+
+from stillhouse.core.schemas.base import Answer, JobId, Page
+from stillhouse.core.schemas.catalog import File, Model, Recipe, RecipePreset, Verifier
+from stillhouse.core.schemas.history import Checkpoint, DeadLetter, Event, MetricPoint
+from stillhouse.core.schemas.jobs import Job, Progress, Status
+from stillhouse.core.schemas.scores import ScoreError, Scores, ScoreUsage, TextScore
+from stillhouse.core.schemas.system import Health, Service
+
+__all__ = [
+    "Answer",
+    "Checkpoint",
+    "DeadLetter",
+    "Event",
+    "File",
+    "Health",
+    "Job",
+    "JobId",
+    "MetricPoint",
+    "Model",
+    "Page",
+    "Progress",
+    "Recipe",
+    "RecipePreset",
+    "ScoreError",
+    "ScoreUsage",
+    "Scores",
+    "Service",
+    "Status",
+    "TextScore",
+    "Verifier",
+]

@@ -1,0 +1,74 @@
+"""What happened in a job, and what it made."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from stillhouse.core.schemas.base import Answer
+
+
+class Event(Answer):
+    """Something that happened to a job."""
+
+    id: str
+    """Position in the job's history; give it as `after` or Last-Event-ID to continue."""
+    object: Literal["event"] = "event"
+    type: str
+    level: str
+    message: str
+    data: dict[str, Any]
+    created_at: str
+
+
+class MetricPoint(Answer):
+    """The metrics of one optimizer step."""
+
+    object: Literal["metrics"] = "metrics"
+    epoch: int
+    step: int
+    stage: str = ""
+    """Name of the stage that trained the step."""
+    created_at: str
+    values: dict[str, float | None]
+    """null = not a finite number."""
+
+
+class Checkpoint(Answer):
+    """Committed weights of a job."""
+
+    id: str
+    object: Literal["checkpoint"] = "checkpoint"
+    job_id: str
+    kind: Literal["checkpoint", "export"]
+    """checkpoint: state to continue from. export: the finished student as a model folder."""
+    step: int
+    stage: str = ""
+    """Name of the stage that trained its last step."""
+    epoch: int
+    policy_version: int
+    created_at: str
+    size_bytes: int
+    sha256: str
+    """sha256 of its manifest; empty for the export."""
+
+
+class DeadLetter(Answer):
+    """A sample that could not be sampled or scored."""
+
+    id: str
+    """The sample: group/index."""
+    object: Literal["dead_letter"] = "dead_letter"
+    step: int | None
+    """Optimizer step that goes on without it; null for samples of an evaluation."""
+    epoch: int
+    row: int
+    """Row of the data, from 0."""
+    teacher: str
+    reason: str
+    """Short code, for programs."""
+    message: str
+    service: str
+    """Who gave up: sampler, teacher or trainer."""
+    attempts: int
+    is_journalled: bool
+    """For good; else its step is still being collected."""
