@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# processes that run tests: they wait more than they compute, so more than the cores of a small machine
+WORKERS ?= 3
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: help install demo example test test-full vllm-cpu chaos bench-loss parity-trl bench-sampler check fmt protos up down clean
@@ -53,7 +55,7 @@ example: $(VENV)/.demo
 	$(BIN)/python examples/run.py $(NAME) $(if $(SHORT),--short)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not full"
+	$(BIN)/python -m pytest -m "not full" -n $(WORKERS) --dist worksteal
 
 test-full: $(VENV)/.vllm
 	$(BIN)/python -m pytest -m full
