@@ -23,6 +23,7 @@ from stillhouse.core.failpoints import failpoint
 from stillhouse.core.queue import keys
 from stillhouse.core.queue.client import REFUSALS
 from stillhouse.core.queue.jobs import FINAL_FIELDS, JobRecord, final_document
+from stillhouse.core.schemas import Kind
 from stillhouse.core.service import Context
 from stillhouse.core.spec import JobSpec
 from stillhouse.gateway.validation import preflight
@@ -41,6 +42,7 @@ class Submission:
     spec: JobSpec
     owner: str
     idempotency_key: str
+    kind: Kind = "distillation"
 
     def token(self) -> str:
         """Names key and owner in Redis: callers do not share their keys. '' = no key was sent."""
@@ -48,7 +50,8 @@ class Submission:
 
     def body_sha256(self) -> str:
         """Same for bodies that mean the same."""
-        return sha256_bytes(json.dumps(self.spec.model_dump(mode="json"), sort_keys=True).encode())
+        kind = "" if self.kind == "distillation" else f"{self.kind}\n"
+        return sha256_bytes((kind + json.dumps(self.spec.model_dump(mode="json"), sort_keys=True)).encode())
 
 
 async def submit(ctx: Context, submission: Submission) -> tuple[JobRecord, bool]:
@@ -74,11 +77,13 @@ async def submit(ctx: Context, submission: Submission) -> tuple[JobRecord, bool]
         created_at=round(time.time(), 3),
         stop_step=submission.spec.stop_step(),
         owner=submission.owner,
+        kind=submission.kind,
     )
     document = {
         "id": record.id,
         "created_at": record.created_at,
         "owner": record.owner,
+        "kind": record.kind,
         "spec": record.spec,
         "stop_step": record.stop_step,
         "idempotency": [token, body_sha256],
@@ -132,7 +137,7 @@ async def _replay(ctx: Context, made: str, submission: Submission) -> JobRecord:
 def initial_record(document: dict[str, Any]) -> JobRecord:
     """The record that a job.json stands for, before anything happened to the job."""
     fields = {name: document[name] for name in ("id", "created_at", "owner", "spec", "stop_step")}
-    return JobRecord(status="queued", **fields)
+    return JobRecord(status="queued", kind=document.get("kind", "distillation"), **fields)
 
 
 async def cancel(ctx: Context, job_id: str) -> JobRecord:

@@ -30,6 +30,7 @@ def job_view(record: JobRecord, *, with_rows: bool = True) -> Job:
     }
     return Job(
         id=record.id,
+        kind=record.kind,
         name=str(record.spec.get("name", "")),
         status=record.status,
         is_terminal=record.is_terminal,

@@ -63,6 +63,8 @@ class JobRecord:
     error: dict[str, Any] | None = None
     result: dict[str, Any] | None = None
     owner: str = ""
+    kind: str = "distillation"
+    """Or "preflight": it looks at the job of its spec, reports and trains nothing."""
 
     @property
     def is_terminal(self) -> bool:

@@ -8,22 +8,27 @@ from __future__ import annotations
 from stillhouse.core.schemas.base import Answer, JobId, Page
 from stillhouse.core.schemas.catalog import File, Model, Recipe, RecipePreset, Verifier
 from stillhouse.core.schemas.history import Checkpoint, DeadLetter, Event, MetricPoint
-from stillhouse.core.schemas.jobs import Job, Progress, Status
+from stillhouse.core.schemas.jobs import Job, Kind, Progress, Status
+from stillhouse.core.schemas.preflight import Check, Estimate, Preflight, Tokens, Verdict
 from stillhouse.core.schemas.scores import ScoreError, Scores, ScoreUsage, TextScore
 from stillhouse.core.schemas.system import Health, Service
 
 __all__ = [
     "Answer",
+    "Check",
     "Checkpoint",
     "DeadLetter",
+    "Estimate",
     "Event",
     "File",
     "Health",
     "Job",
     "JobId",
+    "Kind",
     "MetricPoint",
     "Model",
     "Page",
+    "Preflight",
     "Progress",
     "Recipe",
     "RecipePreset",
@@ -33,5 +38,7 @@ __all__ = [
     "Service",
     "Status",
     "TextScore",
+    "Tokens",
+    "Verdict",
     "Verifier",
 ]

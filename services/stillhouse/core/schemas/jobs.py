@@ -14,6 +14,10 @@ Status = Literal[
 """core/queue/jobs.py's STATUSES, for type checkers and the OpenAPI document."""
 
 
+Kind = Literal["distillation", "preflight"]
+"""preflight = looks at a job, live, and trains nothing."""
+
+
 class Progress(Answer):
     """How far a job is. The trainer may add fields."""
 
@@ -34,10 +38,12 @@ class Progress(Answer):
 
 
 class Job(Answer):
-    """A distillation job."""
+    """A job."""
 
     id: str
     object: Literal["job"] = "job"
+    kind: str = Field(default="distillation", json_schema_extra={"enum": list(get_args(Kind))})
+    """What it does: distil, or look at a job and report (`result.preflight`)."""
     name: str
     status: str = Field(json_schema_extra={"enum": list(get_args(Status))})
     is_terminal: bool
