@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Final, Literal
 
+from pydantic import Field
+
 from stillhouse.core.schemas.base import Answer
 
 Verdict = Literal["ok", "warning", "error", "skipped"]
@@ -20,7 +22,7 @@ class Check(Answer):
     """error = the job is refused; warning = it runs, but hardly means this; skipped = could not be looked at."""
     message: str
     """What was found, with both sides."""
-    evidence: dict[str, Any] = {}
+    evidence: dict[str, Any] = Field(default_factory=dict)
     """The figures behind it: what was compared, where the first difference is."""
     fix: str = ""
     """What to do about it; empty where nothing is to be done."""
