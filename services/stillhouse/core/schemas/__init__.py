@@ -10,8 +10,18 @@ from stillhouse.core.schemas.catalog import File, Model, Recipe, RecipePreset, V
 from stillhouse.core.schemas.history import Checkpoint, DeadLetter, Event, MetricPoint
 from stillhouse.core.schemas.jobs import Job, Kind, Progress, Status
 from stillhouse.core.schemas.preflight import Check, Estimate, Preflight, Tokens, Verdict
+from stillhouse.core.schemas.samples import (
+    LetterRetries,
+    LetterRetry,
+    LogLine,
+    Sample,
+    SampleFailure,
+    SampleSpan,
+    SampleToken,
+    TokenChoice,
+)
 from stillhouse.core.schemas.scores import ScoreError, Scores, ScoreUsage, TextScore
-from stillhouse.core.schemas.system import Health, Service
+from stillhouse.core.schemas.system import Health, Queue, Service, Services
 
 __all__ = [
     "Answer",
@@ -25,19 +35,29 @@ __all__ = [
     "Job",
     "JobId",
     "Kind",
+    "LetterRetries",
+    "LetterRetry",
+    "LogLine",
     "MetricPoint",
     "Model",
     "Page",
     "Preflight",
     "Progress",
+    "Queue",
     "Recipe",
     "RecipePreset",
+    "Sample",
+    "SampleFailure",
+    "SampleSpan",
+    "SampleToken",
     "ScoreError",
     "ScoreUsage",
     "Scores",
     "Service",
+    "Services",
     "Status",
     "TextScore",
+    "TokenChoice",
     "Tokens",
     "Verdict",
     "Verifier",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from pydantic import Field
+
 from stillhouse.core.schemas.base import Answer
 
 
@@ -35,6 +37,10 @@ class Model(Answer):
     num_parameters: int
     size_bytes: int
     has_chat_template: bool
+    loaded_by: list[str] = Field(default_factory=list)
+    """Services that hold it in memory now, as role/instance."""
+    used_by: list[str] = Field(default_factory=list)
+    """The caller's jobs that name it and have not ended."""
 
 
 class Verifier(Answer):

@@ -21,16 +21,19 @@ class Event(Answer):
 
 
 class MetricPoint(Answer):
-    """The metrics of one optimizer step."""
+    """The metrics of one optimizer step, or with `resolution` of several neighbours."""
 
     object: Literal["metrics"] = "metrics"
     epoch: int
+    first_step: int = 0
+    """First step of the point; the same as `step` unless the point is a mean over several."""
     step: int
+    """Last step of the point."""
     stage: str = ""
     """Name of the stage that trained the step."""
     created_at: str
     values: dict[str, float | None]
-    """null = not a finite number."""
+    """null = not a finite number; of several steps the mean of those that are."""
 
 
 class Checkpoint(Answer):
@@ -50,6 +53,10 @@ class Checkpoint(Answer):
     size_bytes: int
     sha256: str
     """sha256 of its manifest; empty for the export."""
+    is_best: bool = False
+    """The best by held-out evaluation, or the one that was marked as best."""
+    is_pinned: bool = False
+    """Marked as best by somebody: it stays until the mark is taken back."""
 
 
 class DeadLetter(Answer):
