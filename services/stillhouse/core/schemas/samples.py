@@ -28,7 +28,7 @@ class SampleToken(Answer):
 
     id: int
     text: str
-    """Texts of all tokens, joined, are the completion. A character of several tokens is the last one's, the others have ''."""
+    """All of them, joined, are the completion. A character of several tokens is the last one's, the others have ''."""
     is_trained: bool
     """The loss has a term for it."""
     student_logprob: float | None
