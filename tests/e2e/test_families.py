@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from stillhouse.client.client import Client
 from stillhouse.core.blobs import JobArtifacts
 from stillhouse.core.oracle.verify import verify_job
+from stillhouse.core.schemas import Job
 from tests.e2e.deployment import Stillhouse
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]
@@ -81,7 +82,7 @@ def shortened(family: str, folder: Path) -> Path:
     return file
 
 
-def run(stillhouse: Stillhouse, family: str, folder: Path) -> tuple[Client, dict[str, Any]]:
+def run(stillhouse: Stillhouse, family: str, folder: Path) -> tuple[Client, Job]:
     """Submit and wait for the end, whatever it is. Gives a client and the job."""
     shown = stillhouse("submit", str(shortened(family, folder))).splitlines()
     job_id = next(line.split()[0] for line in shown if line.startswith("job_"))

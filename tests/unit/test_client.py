@@ -19,6 +19,7 @@ from stillhouse.client.aio import AsyncClient
 from stillhouse.client.calls import ApiError, EventReader, find_target
 from stillhouse.client.client import Client
 from stillhouse.core.errors import ConfigError, CorruptError, DeadlineError, SpecError, UnavailableError
+from stillhouse.core.schemas import Event
 
 Handler = Callable[[httpx.Request], httpx.Response]
 
@@ -210,7 +211,7 @@ def test_lists_page_up_to_the_limit() -> None:
 def test_event_reader_ignores_comments_and_joins_lines() -> None:
     reader = EventReader("")
     lines = [": hi", "", "event: x", 'data: {"id":', 'data: "7-0"}', "id: 7-0", ""]
-    assert [event for line in lines if (event := reader.feed(line))] == [{"id": "7-0"}]
+    assert [event for line in lines if (event := reader.feed(line))] == [Event.model_construct(id="7-0")]
     assert reader.last_id == "7-0"
 
 

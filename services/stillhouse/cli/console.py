@@ -71,7 +71,13 @@ def print_error(message: str, fix: str = "") -> None:
 
 def print_json(value: Any) -> None:
     """Pretty JSON on stdout, for other programs."""
-    say(json.dumps(value, indent=1, ensure_ascii=False, default=str))
+    say(json.dumps(value, indent=1, ensure_ascii=False, default=_plain))
+
+
+def _plain(value: Any) -> Any:
+    """What is no JSON: the client's answers, paths."""
+    to_dict = getattr(value, "to_dict", None)
+    return to_dict() if to_dict else str(value)
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
@@ -28,15 +28,15 @@ MAX_WARNINGS: Final = 3
 class JobsApi(Protocol):
     """The part of `Client.jobs` that watching needs."""
 
-    def get(self, job_id: str) -> dict[str, Any]:
+    def get(self, job_id: str) -> Any:
         """The job as REST shows it."""
         ...
 
-    def metrics(self, job_id: str, *, step_from: int = 0) -> list[dict[str, Any]]:
+    def metrics(self, job_id: str, *, step_from: int = 0) -> Sequence[Any]:
         """Points {epoch, step, values} from `step_from` on."""
         ...
 
-    def events(self, job_id: str, *, after: str | None = None, follow: bool = True) -> Iterable[dict[str, Any]]:
+    def events(self, job_id: str, *, after: str | None = None, follow: bool = True) -> Iterable[Any]:
         """Events after the one with id `after`."""
         ...
 
@@ -45,7 +45,8 @@ class JobsApi(Protocol):
 class Picture:
     """What is known of a job."""
 
-    job: dict[str, Any] = field(default_factory=dict)
+    job: Any = field(default_factory=dict)
+    """A Job; {} until the gateway has answered."""
     points: dict[int, dict[str, float]] = field(default_factory=dict)
     """Metrics by step; after a takeover the newest of a repeated step."""
     evaluations: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -130,7 +131,7 @@ class Follower:
                 raise UnavailableError(f"no answer for {GIVE_UP_S / 60:g} minutes; at last: {error}") from error
         return picture
 
-    def _add_points(self, job: dict[str, Any]) -> None:
+    def _add_points(self, job: Any) -> None:
         points = self.picture.points
         epoch = job.get("epoch")
         # a takeover may repeat steps with new values: ask for all of them once

@@ -24,6 +24,7 @@ from stillhouse.cli.console import (
 )
 from stillhouse.client.client import Client
 from stillhouse.core.errors import StillhouseError
+from stillhouse.core.schemas import Job
 
 
 def submit(path: Path, *, name: str, is_watched: bool) -> None:
@@ -144,7 +145,7 @@ def show_job(job_id: str, *, as_json: bool) -> None:
         )
 
 
-def _facts(job: dict[str, Any]) -> list[tuple[str, str]]:
+def _facts(job: Job) -> list[tuple[str, str]]:
     progress, spec, error = job["progress"], job["spec"], job.get("error") or {}
     teachers = ", ".join(teacher["model"] for teacher in spec["teachers"].values())
     usage = job.get("usage") or {}
@@ -177,7 +178,7 @@ def show_events(job_id: str, *, follow: bool, as_json: bool) -> None:
         try:
             for event in client.jobs.events(job_id, follow=follow):
                 if as_json:
-                    say(json.dumps(event))
+                    say(json.dumps(event.to_dict()))
                 else:
                     level = "" if event["level"] == "info" else f"{event['level'].upper()} "
                     say(f"{_local(event['created_at'])}  {event['type']:<20} {level}{event['message']}")

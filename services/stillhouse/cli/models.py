@@ -91,7 +91,7 @@ def _remote() -> str:
     return os.environ.get("STILLHOUSE_URL", "")
 
 
-def _row(model: dict[str, Any]) -> tuple[str, ...]:
+def _row(model: Any) -> tuple[str, ...]:
     return (
         model.get("name") or model["id"],  # on disk and over REST
         model["architecture"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
 from pathlib import Path
@@ -71,7 +72,7 @@ SMOOTHING_SHARE: Final = 20
 _COLOURS: Final = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2", "#db2777", "#65a30d", "#475569")
 
 
-def plot(job: dict[str, Any], points: list[dict[str, Any]], evaluations: list[dict[str, Any]], target: Path) -> None:
+def plot(job: Any, points: Sequence[Any], evaluations: Sequence[dict[str, Any]], target: Path) -> None:
     """Draw a job's metrics and held-out measures into `target` (png, svg or pdf by its suffix).
 
     Raises:

@@ -71,7 +71,7 @@ def _answers(model: str, items: Sequence[dict[str, Any]], **options: Any) -> Ite
     with Client() as client:
         for batch in batches(items, options["top_k"]):
             for answer in client.score(model, batch, **options)["data"]:
-                yield answer | {"index": start + answer["index"]}
+                yield answer.to_dict() | {"index": start + answer["index"]}
             start += len(batch)
 
 

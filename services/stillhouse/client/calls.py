@@ -15,7 +15,9 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from stillhouse.client import answers
 from stillhouse.core.errors import ConfigError, StillhouseError, UnavailableError
+from stillhouse.core.schemas import Checkpoint, DeadLetter, Event, File, Job, MetricPoint, Page, Scores
 from stillhouse.core.spec import JobSpec
 
 RETRIES: Final = 5
@@ -125,6 +127,8 @@ class Call:
     retry_status: frozenset[int] = RETRY_STATUS
     """Answers after which it is sent again."""
     timeout: httpx.Timeout = field(default_factory=lambda: TIMEOUT)
+    answer: Any = Any
+    """What its JSON is: a class of core/schemas, a Page of them."""
 
     def options(self) -> dict[str, Any]:
         """Arguments for httpx, without the body of a file."""
@@ -138,11 +142,11 @@ def create_job(spec: Mapping[str, Any] | JobSpec, idempotency_key: str | None) -
     """The key makes repeating it safe; without one from the caller each create is a job of its own."""
     body = spec.model_dump(mode="json", exclude_unset=True) if isinstance(spec, JobSpec) else dict(spec)
     headers = {"Idempotency-Key": idempotency_key or secrets.token_hex(16)}
-    return Call("POST", "/v1/jobs", headers=headers, json=body)
+    return Call("POST", "/v1/jobs", headers=headers, json=body, answer=Job)
 
 
 def get_job(job_id: str) -> Call:
-    return Call("GET", f"/v1/jobs/{job_id}")
+    return Call("GET", f"/v1/jobs/{job_id}", answer=Job)
 
 
 def list_jobs(limit: int, after: str, status: str | None, order: str) -> Call:
@@ -151,16 +155,16 @@ def list_jobs(limit: int, after: str, status: str | None, order: str) -> Call:
         params["after"] = after
     if status:
         params["status"] = status
-    return Call("GET", "/v1/jobs", params=params)
+    return Call("GET", "/v1/jobs", params=params, answer=Page[Job])
 
 
 def cancel_job(job_id: str) -> Call:
     # a repeat after a lost answer would be refused: the job may be finished by then
-    return Call("POST", f"/v1/jobs/{job_id}/cancel", may_repeat=False)
+    return Call("POST", f"/v1/jobs/{job_id}/cancel", may_repeat=False, answer=Job)
 
 
 def list_events(job_id: str, after: str) -> Call:
-    return Call("GET", f"/v1/jobs/{job_id}/events", params={"after": after, "limit": PAGE})
+    return Call("GET", f"/v1/jobs/{job_id}/events", params={"after": after, "limit": PAGE}, answer=Page[Event])
 
 
 def stream_events(job_id: str, after: str) -> Call:
@@ -176,19 +180,22 @@ def get_metrics(job_id: str, names: tuple[str, ...], step_from: int, step_to: in
         params["names"] = ",".join(names)
     if step_to is not None:
         params["step_to"] = step_to
-    return Call("GET", f"/v1/jobs/{job_id}/metrics", params=params)
+    return Call("GET", f"/v1/jobs/{job_id}/metrics", params=params, answer=Page[MetricPoint])
 
 
-def get_part(job_id: str, part: str) -> Call:
-    """`evaluations` or `checkpoints` of a job."""
-    return Call("GET", f"/v1/jobs/{job_id}/{part}")
+def list_evaluations(job_id: str) -> Call:
+    return Call("GET", f"/v1/jobs/{job_id}/evaluations", answer=Page[dict[str, Any]])
+
+
+def list_checkpoints(job_id: str) -> Call:
+    return Call("GET", f"/v1/jobs/{job_id}/checkpoints", answer=Page[Checkpoint])
 
 
 def list_dead_letters(job_id: str, after: str) -> Call:
     params: dict[str, Any] = {"limit": 10 * PAGE}
     if after:
         params["after"] = after
-    return Call("GET", f"/v1/jobs/{job_id}/dead_letters", params=params)
+    return Call("GET", f"/v1/jobs/{job_id}/dead_letters", params=params, answer=Page[DeadLetter])
 
 
 def download_checkpoint(job_id: str, checkpoint: str | None) -> Call:
@@ -197,7 +204,7 @@ def download_checkpoint(job_id: str, checkpoint: str | None) -> Call:
 
 def upload_file(path: Path) -> Call:
     headers = {"Content-Type": "application/jsonl", "Content-Length": str(path.stat().st_size)}
-    return Call("POST", "/v1/files", headers=headers, file=path)
+    return Call("POST", "/v1/files", headers=headers, file=path, answer=File)
 
 
 def score(
@@ -207,21 +214,22 @@ def score(
     items = [{"prompt": prompt, "text": text} if isinstance(text, str) else dict(text) for text in texts]
     body = {"model": model, "items": items, "top_k": top_k, "temperature": temperature, "dtype": dtype}
     # too much for the time that there is (504) is too much the next time
-    return Call("POST", "/v1/score", json=body, retry_status=RETRY_STATUS - {504}, timeout=SCORE_TIMEOUT)
+    retry_status = RETRY_STATUS - {504}
+    return Call("POST", "/v1/score", json=body, retry_status=retry_status, timeout=SCORE_TIMEOUT, answer=Scores)
 
 
-def get_path(path: str) -> Call:
-    return Call("GET", path)
+def get_path(path: str, answer: Any) -> Call:
+    return Call("GET", path, answer=answer)
 
 
-def read_answer(response: httpx.Response) -> Any:
-    """The JSON of a good answer.
+def read_answer(call: Call, response: httpx.Response) -> Any:
+    """The good answer to a call.
 
     Raises:
         ApiError: it is not a good one.
     """
     if response.is_success:
-        return response.json()
+        return answers.read(call.answer, response.json())
     raise read_error(response)
 
 
@@ -249,9 +257,9 @@ def stream_error(response: httpx.Response) -> StillhouseError:
     return UnavailableError(error.detail) if error.status in RETRY_STATUS else error
 
 
-def is_last(event: Mapping[str, Any]) -> bool:
+def is_last(event: Event) -> bool:
     """The event that ends a job's history."""
-    return event["data"].get("status") in TERMINAL
+    return event.data.get("status") in TERMINAL
 
 
 def may_retry(call: Call, error: httpx.TransportError) -> bool:
@@ -274,13 +282,13 @@ class EventReader:
         self.last_id = after
         self._data: list[str] = []
 
-    def feed(self, line: str) -> dict[str, Any] | None:
+    def feed(self, line: str) -> Event | None:
         """Take a line; an event when it ends one."""
         if line.startswith("data:"):
             self._data.append(line[5:].removeprefix(" "))
         if line or not self._data:
             return None
-        event = json.loads("\n".join(self._data))
+        event = answers.read(Event, json.loads("\n".join(self._data)))
         self._data = []
-        self.last_id = event["id"]
+        self.last_id = event.id
         return event

@@ -2,11 +2,11 @@
 
     with Client() as client:
         job = client.jobs.create(spec)
-        job = client.jobs.wait(job["id"], on_event=print)
-        client.jobs.download(job["id"], "student")
+        job = client.jobs.wait(job.id, on_event=print)
+        client.jobs.download(job.id, "student")
 
-Answers are plain dicts, as /docs describes them. `AsyncClient` (aio.py) has the same methods. Calls that do not get
-through are repeated; event streams reconnect where they broke.
+Answers are the models of core/schemas: `job.status`, or `job["status"]`. `AsyncClient` (aio.py) has the same methods.
+Calls that do not get through are repeated; event streams reconnect where they broke.
 """
 
 from __future__ import annotations
@@ -15,16 +15,32 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import httpx
 
 from stillhouse.client import calls, unpack
 from stillhouse.client.calls import ApiError, Call, Target
 from stillhouse.core.errors import DeadlineError, UnavailableError
+from stillhouse.core.schemas import (
+    Checkpoint,
+    DeadLetter,
+    Event,
+    File,
+    Health,
+    Job,
+    MetricPoint,
+    Model,
+    Page,
+    Recipe,
+    Scores,
+    Service,
+    Verifier,
+)
 from stillhouse.core.spec import JobSpec
 
 Json = dict[str, Any]
+T = TypeVar("T")
 
 
 class Client:
@@ -36,14 +52,14 @@ class Client:
         self.url = target.url
         self.jobs = Jobs(self._sender)
         self.files = Files(self._sender)
-        self.models = Listing(self._sender, "/v1/models")
-        self.verifiers = Listing(self._sender, "/v1/verifiers")
-        self.recipes = Recipes(self._sender, "/v1/recipes")
-        self.services = Listing(self._sender, "/v1/services")
+        self.models = Listing(self._sender, "/v1/models", Model)
+        self.verifiers = Listing(self._sender, "/v1/verifiers", Verifier)
+        self.recipes = Recipes(self._sender, "/v1/recipes", Recipe)
+        self.services = Listing(self._sender, "/v1/services", Service)
 
-    def health(self) -> Json:
+    def health(self) -> Health:
         """{status, version} of a gateway that can serve requests."""
-        return self._sender.send(calls.get_path("/readyz"))
+        return self._sender.send(calls.get_path("/readyz", Health))
 
     def score(
         self,
@@ -54,7 +70,7 @@ class Client:
         top_k: int = 0,
         temperature: float = 1.0,
         dtype: str = "float32",
-    ) -> Json:
+    ) -> Scores:
         """How likely a registered model finds every token of some texts, each read after `prompt`.
 
         A text may also be an item: {"prompt": ..., "text": ...} or {"prompt_ids": [...], "token_ids": [...]}.
@@ -97,7 +113,7 @@ class _Sender:
                 time.sleep(calls.pause_s(attempt))
                 continue
             if is_last or response.status_code not in call.retry_status:
-                return calls.read_answer(response)
+                return calls.read_answer(call, response)
             time.sleep(calls.pause_s(attempt, response))
         raise AssertionError("unreachable: the last attempt returns or raises")
 
@@ -108,24 +124,25 @@ class _Sender:
             return self.http.request(call.method, call.path, content=body, **call.options())
 
 
-class Listing:
+class Listing(Generic[T]):
     """A read-only list."""
 
-    def __init__(self, sender: _Sender, path: str) -> None:
+    def __init__(self, sender: _Sender, path: str, kind: type[T]) -> None:
         self._sender = sender
         self._path = path
+        self._kind = kind
 
-    def list(self) -> list[Json]:
+    def list(self) -> list[T]:
         """All of them."""
-        return self._sender.send(calls.get_path(self._path))["data"]
+        return self._sender.send(calls.get_path(self._path, Page[self._kind])).data
 
 
-class Recipes(Listing):
+class Recipes(Listing[Recipe]):
     """Presets for stages."""
 
-    def get(self, name: str) -> Json:
+    def get(self, name: str) -> Recipe:
         """A recipe: what it is for, and its presets with every value and its source."""
-        return self._sender.send(calls.get_path(f"{self._path}/{name}"))
+        return self._sender.send(calls.get_path(f"{self._path}/{name}", Recipe))
 
 
 class Files:
@@ -134,13 +151,13 @@ class Files:
     def __init__(self, sender: _Sender) -> None:
         self._sender = sender
 
-    def upload(self, path: str | Path) -> Json:
+    def upload(self, path: str | Path) -> File:
         """Upload a JSONL file of rows; {id, num_rows, sha256, size_bytes}. The same content always has the same id."""
         return self._sender.send(calls.upload_file(Path(path)))
 
-    def get(self, file_id: str) -> Json:
+    def get(self, file_id: str) -> File:
         """Facts of an uploaded file."""
-        return self._sender.send(calls.get_path(f"/v1/files/{file_id}"))
+        return self._sender.send(calls.get_path(f"/v1/files/{file_id}", File))
 
 
 class Jobs:
@@ -149,26 +166,26 @@ class Jobs:
     def __init__(self, sender: _Sender) -> None:
         self._sender = sender
 
-    def create(self, spec: Mapping[str, Any] | JobSpec, *, idempotency_key: str | None = None) -> Json:
+    def create(self, spec: Mapping[str, Any] | JobSpec, *, idempotency_key: str | None = None) -> Job:
         """Submit a job. With a key of your own, submitting again gives the same job, also from another process."""
         return self._sender.send(calls.create_job(spec, idempotency_key))
 
-    def get(self, job_id: str) -> Json:
+    def get(self, job_id: str) -> Job:
         """A job."""
         return self._sender.send(calls.get_job(job_id))
 
-    def list(self, *, limit: int = 20, after: str = "", status: str | None = None, order: str = "desc") -> list[Json]:
+    def list(self, *, limit: int = 20, after: str = "", status: str | None = None, order: str = "desc") -> list[Job]:
         """Up to `limit` jobs by creation time, newest first unless `order` is "asc"."""
-        found: list[Json] = []
+        found: list[Job] = []
         while len(found) < limit:
             page = self._sender.send(calls.list_jobs(limit - len(found), after, status, order))
-            found += page["data"]
-            if not page["has_more"]:
+            found += page.data
+            if not page.has_more:
                 break
-            after = found[-1]["id"]
+            after = found[-1].id
         return found
 
-    def cancel(self, job_id: str) -> Json:
+    def cancel(self, job_id: str) -> Job:
         """End a job; it may be `cancelling` for a while."""
         return self._sender.send(calls.cancel_job(job_id))
 
@@ -176,10 +193,10 @@ class Jobs:
         self,
         job_id: str,
         *,
-        on_event: Callable[[Json], object] | None = None,
+        on_event: Callable[[Event], object] | None = None,
         timeout_s: float | None = None,
         poll_s: float = 1.0,
-    ) -> Json:
+    ) -> Job:
         """Wait for a job's end, whatever it is, and give the job; `on_event` sees every event on the way.
 
         Raises:
@@ -191,25 +208,25 @@ class Jobs:
             job = self.get(job_id)
             if on_event is not None and not is_over:
                 # a finished job may be a moment ahead of its last event: the stream waits for that one
-                for event in self.events(job_id, after=after, follow=job["is_terminal"]):
-                    after, is_over = event["id"], calls.is_last(event)
+                for event in self.events(job_id, after=after, follow=job.is_terminal):
+                    after, is_over = event.id, calls.is_last(event)
                     on_event(event)
-            if job["is_terminal"]:
+            if job.is_terminal:
                 return job
             if deadline is not None and time.monotonic() + poll_s > deadline:
                 raise DeadlineError(f"job {job_id} is still '{job['status']}' after {timeout_s:g} s; it goes on")
             time.sleep(poll_s)
 
-    def events(self, job_id: str, after: str | None = None, follow: bool = True) -> Iterator[Json]:
+    def events(self, job_id: str, after: str | None = None, follow: bool = True) -> Iterator[Event]:
         """Events after the one with id `after`, each once; with `follow` as they happen, until the job's last one."""
         last_id = after or ""
         attempt = 0
         while follow:
             try:
                 for event in self._stream(job_id, last_id):
-                    last_id, attempt = event["id"], 0
+                    last_id, attempt = event.id, 0
                     yield event
-                if self.get(job_id)["is_terminal"]:
+                if self.get(job_id).is_terminal:
                     break  # the rest, if any, comes as pages
             except (httpx.TransportError, UnavailableError) as error:
                 attempt += 1
@@ -218,12 +235,12 @@ class Jobs:
             time.sleep(calls.pause_s(attempt))
         while True:
             page = self._sender.send(calls.list_events(job_id, last_id))
-            yield from page["data"]
-            if not page["has_more"]:
+            yield from page.data
+            if not page.has_more:
                 return
-            last_id = page["data"][-1]["id"]
+            last_id = page.data[-1].id
 
-    def _stream(self, job_id: str, after: str) -> Iterator[Json]:
+    def _stream(self, job_id: str, after: str) -> Iterator[Event]:
         call = calls.stream_events(job_id, after)
         with self._sender.http.stream(call.method, call.path, **call.options()) as response:
             if not response.is_success:
@@ -237,26 +254,26 @@ class Jobs:
 
     def metrics(
         self, job_id: str, *, names: tuple[str, ...] = (), step_from: int = 0, step_to: int | None = None
-    ) -> list[Json]:
+    ) -> list[MetricPoint]:
         """Points {epoch, step, created_at, values} by step."""
-        return self._sender.send(calls.get_metrics(job_id, tuple(names), step_from, step_to))["data"]
+        return self._sender.send(calls.get_metrics(job_id, tuple(names), step_from, step_to)).data
 
     def evaluations(self, job_id: str) -> list[Json]:
         """Held-out measurements by step."""
-        return self._sender.send(calls.get_part(job_id, "evaluations"))["data"]
+        return self._sender.send(calls.list_evaluations(job_id)).data
 
-    def dead_letters(self, job_id: str) -> list[Json]:
+    def dead_letters(self, job_id: str) -> list[DeadLetter]:
         """Samples that could not be sampled or scored, by step, with the reason."""
-        found: list[Json] = []
+        found: list[DeadLetter] = []
         while True:
-            page = self._sender.send(calls.list_dead_letters(job_id, found[-1]["id"] if found else ""))
-            found += page["data"]
-            if not page["has_more"]:
+            page = self._sender.send(calls.list_dead_letters(job_id, found[-1].id if found else ""))
+            found += page.data
+            if not page.has_more:
                 return found
 
-    def checkpoints(self, job_id: str) -> list[Json]:
+    def checkpoints(self, job_id: str) -> list[Checkpoint]:
         """Checkpoints, oldest first; the finished student (`ckpt_export`) last."""
-        return self._sender.send(calls.get_part(job_id, "checkpoints"))["data"]
+        return self._sender.send(calls.list_checkpoints(job_id)).data
 
     def download(self, job_id: str, target: str | Path, *, checkpoint: str | None = None) -> Path:
         """Fetch a checkpoint, by default the finished student, into the new folder `target` (or a file `*.tar`).
