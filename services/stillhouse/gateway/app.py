@@ -20,7 +20,7 @@ from stillhouse.core.service import VERSION, Context
 from stillhouse.gateway.auth import Authenticator
 from stillhouse.gateway.middleware import Edge, JsonBody
 from stillhouse.gateway.problems import MEDIA_TYPE, Problem, problem_response
-from stillhouse.gateway.routes import dead_letters, files, history, jobs, score, system
+from stillhouse.gateway.routes import dead_letters, files, history, jobs, samples, score, system
 from stillhouse.gateway.scoring import Slots
 
 _bearer = HTTPBearer(auto_error=False, description="stillhouse_... (the gateway checks it before any route)")
@@ -42,8 +42,8 @@ def create_app(ctx: Context, settings: Settings) -> FastAPI:
     )
     app.state.ctx = ctx
     app.state.score_slots = Slots()
-    for router in (jobs.router, history.router, dead_letters.router, files.router, score.router, system.router):
-        app.include_router(router, dependencies=[Security(_documents_the_key)])
+    for routes in (jobs, history, samples, dead_letters, files, score, system):
+        app.include_router(routes.router, dependencies=[Security(_documents_the_key)])
     app.include_router(system.open_router)
     for kind in (StillhouseError, RequestValidationError, HTTPException, RedisError, TimeoutError, OSError):
         app.add_exception_handler(kind, _on_error)

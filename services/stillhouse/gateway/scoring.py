@@ -35,6 +35,7 @@ from stillhouse.core.schemas import ScoreError, Scores, ScoreUsage, TextScore
 from stillhouse.core.service import Context
 from stillhouse.core.spec_score import MAX_ALTERNATIVES, MAX_TOKENS, ScoreItem, ScoreRequest
 from stillhouse.core.tensors import DTYPE_NAMES, from_tensor, ids_tensor
+from stillhouse.core.token_texts import texts_alone
 from stillhouse.core.vocabulary import tokenizer_of
 from stillhouse.gateway.problems import InvalidError
 from stillhouse.v1 import rollout_pb2, teacher_pb2, teacher_pb2_grpc, tensor_pb2
@@ -258,7 +259,7 @@ def _text_score(index: int, tokenizer: Tokenizer, item: Tokens, score: rollout_p
         "num_prompt_tokens": len(item.prompt_ids),
         "num_tokens": len(item.token_ids),
         "token_ids": item.token_ids,
-        "tokens": _words(tokenizer, item.token_ids),
+        "tokens": texts_alone(tokenizer, item.token_ids),
     }
     kind = score.WhichOneof("result")
     if kind == "failed":
@@ -272,7 +273,7 @@ def _text_score(index: int, tokenizer: Tokenizer, item: Tokens, score: rollout_p
     if kind == "topk":
         ids = from_tensor(result.teacher_topk_ids)
         facts["top_token_ids"] = ids.tolist()
-        facts["top_tokens"] = [_words(tokenizer, row) for row in ids.tolist()]
+        facts["top_tokens"] = [texts_alone(tokenizer, row) for row in ids.tolist()]
         facts["top_logprobs"] = [_finite(row) for row in from_tensor(result.teacher_topk_logprobs)]
         facts["rest_logprobs"] = _finite(from_tensor(result.tail_logprobs))
     total = float(logprobs.sum())
@@ -282,11 +283,6 @@ def _text_score(index: int, tokenizer: Tokenizer, item: Tokens, score: rollout_p
         logprob=_finite([total])[0],
         perplexity=_finite([np.exp(-total / len(logprobs))])[0],
     )
-
-
-def _words(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
-    """Each token as text by itself; bytes that are no text alone show as U+FFFD, so ids are what is exact."""
-    return tokenizer.decode_batch([[token] for token in ids], skip_special_tokens=False)
 
 
 def _finite(values: Any) -> list[float | None]:
