@@ -21,7 +21,16 @@ from stillhouse.gateway.app import create_app
 
 
 def make_model(
-    folder: Path, *, max_length: int = 256, extra_token: str = "", has_template: bool = True, size: int = 4
+    folder: Path,
+    *,
+    max_length: int = 256,
+    extra_token: str = "",
+    has_template: bool = True,
+    size: int = 4,
+    template: str = "{{ messages }}",
+    eos_token_id: int | None = 0,
+    vocab_pad: int = 0,
+    architecture: str = "LlamaForCausalLM",
 ) -> Path:
     """A folder that passes intake: one token per byte, one tensor. `extra_token` makes another tokenizer of it."""
     folder.mkdir(parents=True)
@@ -32,10 +41,12 @@ def make_model(
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"vocab_size": len(vocabulary), "hidden_size": size, "num_hidden_layers": 1}
-    config |= {"max_position_embeddings": max_length, "architectures": ["LlamaForCausalLM"]}
+    config |= {"max_position_embeddings": max_length, "architectures": [architecture]}
+    config |= {"eos_token_id": eos_token_id} if eos_token_id is not None else {}
+    config["vocab_size"] += vocab_pad
     (folder / "config.json").write_text(json.dumps(config))
     if has_template:
-        (folder / "chat_template.jinja").write_text("{{ messages }}")
+        (folder / "chat_template.jinja").write_text(template)
     header = json.dumps({"w": {"dtype": "F32", "shape": [size], "data_offsets": [0, 4 * size]}}).encode()
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4 * size))
     return folder

@@ -305,6 +305,7 @@ class JobArtifacts:
         self.references = root / "references.json"
         self.models = root / "models"
         self.final = root / "final.json"
+        self.preflight = root / "preflight.json"
 
     def epoch(self, epoch: int) -> Path:
         """Folder of one claim of the job."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Final
 
@@ -29,6 +29,10 @@ class Finding:
     """What is wrong, with both sides."""
     fix: str = ""
     """What to do about it."""
+    is_warning: bool = False
+    """Suspicious, but possible: it is told, and refuses nothing."""
+    evidence: Mapping[str, Any] = field(default_factory=dict)
+    """The figures behind it."""
 
     def text(self) -> str:
         """Path, message and fix in one line."""

@@ -313,3 +313,14 @@ def read_chat_template(folder: Path) -> str | None:
     if isinstance(template, list):  # several by name, an older form
         template = next((one["template"] for one in template if one["name"] == "default"), None)
     return template
+
+
+def end_ids(entry: ModelEntry) -> list[int]:
+    """Token ids that end a completion, of a model that need not name any: generation_config.json, then config.json."""
+    for name in ("generation_config.json", "config.json"):
+        path = Path(entry.path) / name
+        if path.is_file():
+            value = json.loads(path.read_bytes()).get("eos_token_id")
+            if value is not None:
+                return sorted({int(token) for token in (value if isinstance(value, list) else [value])})
+    return []

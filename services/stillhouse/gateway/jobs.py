@@ -23,10 +23,10 @@ from stillhouse.core.failpoints import failpoint
 from stillhouse.core.queue import keys
 from stillhouse.core.queue.client import REFUSALS
 from stillhouse.core.queue.jobs import FINAL_FIELDS, JobRecord, final_document
-from stillhouse.core.schemas import Kind
+from stillhouse.core.schemas import Kind, Preflight
 from stillhouse.core.service import Context
 from stillhouse.core.spec import JobSpec
-from stillhouse.gateway.validation import preflight
+from stillhouse.gateway.validation import inspect, preflight
 
 CANCELLABLE: Final = ("queued", "validating", "starting", "running", "stalled")
 FINAL: Final = "final.json"
@@ -52,6 +52,12 @@ class Submission:
         """Same for bodies that mean the same."""
         kind = "" if self.kind == "distillation" else f"{self.kind}\n"
         return sha256_bytes((kind + json.dumps(self.spec.model_dump(mode="json"), sort_keys=True)).encode())
+
+
+async def look_at(ctx: Context, spec: JobSpec) -> Preflight:
+    """The static report about a job."""
+    loop = asyncio.get_running_loop()
+    return await loop.run_in_executor(_PREFLIGHTS, lambda: inspect(spec, ctx.models).report())
 
 
 async def submit(ctx: Context, submission: Submission) -> tuple[JobRecord, bool]:

@@ -1,4 +1,4 @@
-"""Checks of a job about how student and teachers read: tokenizers, chat templates and their arguments."""
+"""Checks of a job about its models together: tokenizers, chat templates and their arguments, ends, output heads."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stillhouse.core import suspicions
 from stillhouse.core.explain import Finding
-from stillhouse.core.models import ModelEntry, read_chat_template
+from stillhouse.core.models import ModelEntry, end_ids, read_chat_template
 from stillhouse.core.vocabulary import difference
 
 if TYPE_CHECKING:
@@ -33,7 +34,11 @@ def check_tokenizers(case: Case) -> Iterator[Finding]:
 
 def check_chat_template(case: Case) -> Iterator[Finding]:
     """Prompts are rendered by the student's chat template, for teachers without one, too."""
-    if case.student and not case.student.has_chat_template:
+    if case.student is None:
+        return
+    if case.student.has_chat_template:
+        yield from suspicions.templates(case.student, case.known_teachers())
+    else:
         yield Finding(
             "student.model",
             f"'{case.student.name}' has no chat template",
@@ -70,13 +75,33 @@ def _template(path: str, sha256: str) -> str:
     return read_chat_template(Path(path)) or ""
 
 
-def check_stop_ids(case: Case) -> Iterator[Finding]:
-    """Stop tokens exist: one that nobody can write would end nothing, silently."""
+def check_ends(case: Case) -> Iterator[Finding]:
+    """The student ends its texts, and stop tokens exist: one that nobody can write would end nothing, silently."""
     student = case.student
     if student is None:
         return
+    if not end_ids(student):
+        message = f"'{student.name}' names no end-of-sequence token, so that its completions would never end"
+        yield Finding("student.model", message, "add eos_token_id to its generation_config.json and register it again")
     for index, stage in enumerate(case.spec.stages):
         for token in stage.sampling.stop_token_ids:
             if token >= student.tokenizer_size:
                 message = f"'{student.name}' has no token {token}, its last is {student.tokenizer_size - 1}"
                 yield Finding(f"stages.{index}.sampling.stop_token_ids", message, "use ids of its tokenizer")
+
+
+def check_heads(case: Case) -> Iterator[Finding]:
+    """Every token that the student writes has a row in the teachers' heads."""
+    if case.student is not None:
+        yield from suspicions.heads(case.student, case.known_teachers())
+
+
+def check_lineage(case: Case) -> Iterator[Finding]:
+    """Student and teachers are of one family."""
+    if case.student is not None:
+        yield from suspicions.lineage(case.student, case.known_teachers())
+
+
+def check_sampling(case: Case) -> Iterator[Finding]:
+    """The student writes as one usually lets it."""
+    yield from suspicions.sampling(case.spec)

@@ -1,28 +1,35 @@
 """Static pre-flight: what can be known about a job from hashes, configs and tokenizer.json, before any GPU is touched.
 
 Every check is a small function over a `Case` that yields findings; CHECKS is the list. No torch, under 2 s.
-What needs the models themselves (initial KL, replica agreement, memory) is checked by the trainer while `validating`.
+What needs the models themselves is checked by a trainer: see trainer/preflight.py.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Final
 
 from stillhouse.core.checkpoints import Models, Settled
+from stillhouse.core.estimate import estimate
 from stillhouse.core.explain import MAX_FINDINGS, Finding
 from stillhouse.core.models import ModelEntry
+from stillhouse.core.schemas import Check, Estimate, Preflight
+from stillhouse.core.schemas.preflight import worst
 from stillhouse.core.spec import DataSpec, JobSpec, Row, StageSpec
-from stillhouse.core.vocabulary import difference, tokenizer_of
 from stillhouse.gateway.judging import check_mixtures, check_verifiers
+from stillhouse.gateway.lengths import BYTES_PER_TOKEN, MAX_ROLLOUT_BYTES, check_lengths
 from stillhouse.gateway.problems import InvalidError
 from stillhouse.gateway.reading import (
     check_chat_template,
-    check_stop_ids,
+    check_ends,
+    check_heads,
+    check_lineage,
+    check_sampling,
     check_template_arguments,
     check_tokenizers,
 )
@@ -33,13 +40,6 @@ from stillhouse.gateway.references import (
     check_start,
     look_up_models,
 )
-
-BYTES_PER_TOKEN: Final = 16
-"""Of a rollout in the queue: id, sampled log-probability, teacher's answer and one more word, 4 bytes each."""
-MAX_ROLLOUT_BYTES: Final = 900 << 10
-"""A queue entry holds 1 MiB; the rest is for names, text and the message's own bytes."""
-COUNT_BATCH: Final = 256
-"""Texts tokenized at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +101,10 @@ class Case:
     def teachers(self) -> dict[str, ModelEntry | None]:
         return self.models.teachers
 
+    def known_teachers(self) -> dict[str, ModelEntry]:
+        """Those whose models exist."""
+        return {name: entry for name, entry in self.teachers.items() if entry is not None}
+
     def sources(self) -> list[Source]:
         """All rows the student answers."""
         return [*self.training, *([self.evaluation] if self.evaluation else [])]
@@ -119,27 +123,73 @@ class Case:
         return self.teachers_of(row) if mix is None or self.domain_of(row) in mix else []
 
 
-Check = Callable[[Case], Iterator[Finding]]
+Looks = Callable[[Case], Iterator[Finding]]
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What was found."""
+
+    checks: list[Check]
+    """Every check, also those that found nothing."""
+    findings: list[Finding]
+    """What refuses the job."""
+    case: Case
+
+    def report(self) -> Preflight:
+        """For people."""
+        return Preflight(is_live=False, verdict=worst(self.checks), checks=self.checks, estimate=self._estimate())
+
+    def _estimate(self) -> Estimate | None:
+        teachers = self.case.known_teachers()
+        if self.case.student is None or len(teachers) < len(self.case.teachers):
+            return None
+        return estimate(self.case.spec, self.case.student, teachers)
+
+
+def inspect(spec: JobSpec, models: Models) -> Inspection:
+    """All checks of a job. Blocks for as long as counting tokens takes: call it in a thread."""
+    case = look_up(spec, models)
+    checks, errors = [], []
+    for name, proves, check in CHECKS:
+        findings = list(islice(check(case), MAX_FINDINGS))
+        errors += [finding for finding in findings if not finding.is_warning]
+        checks += [as_check(name, finding) for finding in findings]
+        if not findings:
+            checks.append(Check(name=name, verdict="ok", message=proves))
+    return Inspection(checks, errors, case)
+
+
+def as_check(name: str, finding: Finding) -> Check:
+    """A finding in a report."""
+    return Check(
+        name=name,
+        verdict="warning" if finding.is_warning else "error",
+        message=finding.message,
+        evidence=dict(finding.evidence),
+        fix=finding.fix,
+        param=finding.param,
+    )
 
 
 def preflight(spec: JobSpec, models: Models) -> dict[str, Settled]:
     """Refuse a job that cannot work; gives what its references to checkpoints mean.
 
-    Blocks for as long as counting tokens takes: call it in a thread.
-
     Raises:
         InvalidError: every finding with path, both sides and the fix.
     """
-    case = look_up(spec, models)
-    findings: list[Finding] = []
-    for check in CHECKS:
-        for finding in check(case):
-            findings.append(finding)
-            if len(findings) == MAX_FINDINGS:
-                raise InvalidError(findings)
-    if findings:
-        raise InvalidError(findings)
-    return case.models.settled
+    inspection = inspect(spec, models)
+    if inspection.findings:
+        raise InvalidError(inspection.findings)
+    return inspection.case.models.settled
+
+
+def misshapen(findings: Sequence[Finding]) -> Preflight:
+    """The report of a body that is no job."""
+    message = "not looked at: what was sent is no job yet, see the check of the format"
+    skipped = [Check(name=name, verdict="skipped", message=message) for name, _, _ in CHECKS]
+    checks = [as_check("format", finding) for finding in findings] + skipped
+    return Preflight(is_live=False, verdict="error", checks=checks)
 
 
 def look_up(spec: JobSpec, models: Models) -> Case:
@@ -247,79 +297,6 @@ def check_completions(case: Case) -> Iterator[Finding]:
                 yield Finding(source.where(index), message, "add it, or set off_policy_source to teacher")
 
 
-def check_lengths(case: Case) -> Iterator[Finding]:
-    """Prompt and completion fit into the student, the teacher and the queue. Counted without the chat template, so what
-    is refused here certainly does not fit. Teachers with another tokenizer count when they read."""
-    counted = _with_the_students_tokens(case)
-    for source in case.sources():
-        readers = list(_readers(case, source, counted))
-        fix = "shorten the prompt or lower max_tokens" + (
-            " or loss.k" if source.stage and source.stage.loss.record_top_k() else ""
-        )
-        # a token is at least a byte of text in practically every tokenizer: short texts need no counting
-        long = [reader for reader in readers if len(reader.text.encode()) + source.max_tokens > reader.limit]
-        for start in range(0, len(long), COUNT_BATCH):
-            batch = long[start : start + COUNT_BATCH]
-            for reader, tokens in zip(batch, _count(case, batch), strict=True):
-                if tokens + source.max_tokens > reader.limit:
-                    yield Finding(
-                        source.where(reader.index),
-                        f"{source.name(reader.index)}: {tokens} prompt tokens + {source.max_tokens} completion tokens "
-                        f"are more than {reader.what} of {reader.limit}",
-                        fix,
-                    )
-
-
-@dataclass(frozen=True, slots=True)
-class _Reader:
-    """A text and who has to read it."""
-
-    index: int
-    text: str
-    limit: int
-    what: str
-
-
-def _with_the_students_tokens(case: Case) -> dict[str, ModelEntry]:
-    """The teachers that read as many tokens as the student, by name."""
-    student, teachers = case.student, case.teachers.items()
-    return {name: entry for name, entry in teachers if student and entry and not difference(student, entry)}
-
-
-def _readers(case: Case, source: Source, teachers: Mapping[str, ModelEntry]) -> Iterable[_Reader]:
-    if case.student is None:
-        return
-    student_limit = min(case.student.max_sequence_length, source.queue_tokens())
-    student_what = f"the max_sequence_length of the student '{case.student.name}'"
-    if student_limit == source.queue_tokens():
-        student_what = f"the longest rollout the queue carries ({MAX_ROLLOUT_BYTES >> 10} KiB)"
-    is_read = source.stage is None or source.stage.needs_teacher()
-    for index, row in enumerate(source.rows):
-        text = "\n".join(message["content"] for message in row.conversation())
-        yield _Reader(index, text, student_limit, student_what)
-        for name in case.teachers_of(row) if is_read else ():
-            teacher = teachers.get(name)
-            if teacher is not None:
-                read = _teacher_text(row, case.spec.teachers[name].system_prompt)
-                what = f"the max_sequence_length of the teacher '{name}' ({teacher.name})"
-                yield _Reader(index, text if read is None else read, teacher.max_sequence_length, what)
-
-
-def _teacher_text(row: Row, system_prompt: str | None) -> str | None:
-    if row.teacher_prompt is not None:
-        return "\n".join(message.content for message in row.teacher_prompt)
-    if system_prompt is not None:
-        turns = [message["content"] for message in row.conversation() if message["role"] != "system"]
-        return "\n".join([system_prompt, *turns])
-    return None
-
-
-def _count(case: Case, readers: list[_Reader]) -> list[int]:
-    assert case.student is not None, "texts are only read where there is a student"
-    tokenizer = tokenizer_of(case.student)
-    return [len(encoding) for encoding in tokenizer.encode_batch([r.text for r in readers], add_special_tokens=False)]
-
-
 def check_held_out(case: Case) -> Iterator[Finding]:
     """Held-out prompts are not trained on: the result would mean nothing."""
     if case.evaluation is None:
@@ -353,22 +330,26 @@ def check_evaluation_size(case: Case) -> Iterator[Finding]:
         )
 
 
-CHECKS: Final[tuple[Check, ...]] = (
-    check_models_exist,
-    check_start,
-    check_stage_teachers,
-    check_tokenizers,
-    check_chat_template,
-    check_template_arguments,
-    check_stop_ids,
-    check_files,
-    check_routes,
-    check_mix,
-    check_mixtures,
-    check_teachers_used,
-    check_completions,
-    check_verifiers,
-    check_held_out,
-    check_evaluation_size,
-    check_lengths,
+CHECKS: Final[tuple[tuple[str, str, Looks], ...]] = (
+    ("models", "every model and every checkpoint that the job names is there", check_models_exist),
+    ("init_from", "the weights it begins with are those of the student's model", check_start),
+    ("stage_teachers", "students that teach at the end of a stage are asked after it only", check_stage_teachers),
+    ("tokenizers", "student and teachers cut texts into the same tokens, or the loss compares texts", check_tokenizers),
+    ("chat_template", "student and teachers read prompts by the same chat template", check_chat_template),
+    ("template_arguments", "the chat templates read every argument", check_template_arguments),
+    ("ends", "the student's model says which token ends a completion, and stop tokens exist", check_ends),
+    ("heads", "the output heads have a row for every token, and no padding or the same", check_heads),
+    ("lineage", "student and teachers are of one family", check_lineage),
+    ("sampling", "temperature and filters are usual ones", check_sampling),
+    ("files", "every file was uploaded", check_files),
+    ("routes", "every row has a teacher of the job", check_routes),
+    ("mix", "every share is of a teacher with rows", check_mix),
+    ("mixtures", "several teachers judge a sample only where the loss asks for scores", check_mixtures),
+    ("teachers_used", "every teacher is asked", check_teachers_used),
+    ("completions", "rows have the completions that are trained on", check_completions),
+    ("verifiers", "every row that is judged has a verifier, and what that needs", check_verifiers),
+    ("held_out", "held-out prompts are not trained on", check_held_out),
+    ("evaluation_size", "there are as many held-out prompts as are asked for", check_evaluation_size),
+    ("lengths", "prompts and completions fit into models and queue (counted without the chat template)", check_lengths),
 )
+"""(name, what it proves, check), in the order of the report."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from stillhouse.core.blobs import read_json
 from stillhouse.core.errors import PreflightError
-from stillhouse.core.models import ModelEntry
+from stillhouse.core.models import ModelEntry, end_ids
 
 
 def stop_token_ids(entry: ModelEntry) -> list[int]:
@@ -20,17 +20,6 @@ def stop_token_ids(entry: ModelEntry) -> list[int]:
     raise PreflightError(
         f"model '{entry.name}' names no end-of-sequence token; add eos_token_id to its generation_config.json"
     )
-
-
-def end_ids(entry: ModelEntry) -> list[int]:
-    """The same, of a model that need not name any."""
-    for name in ("generation_config.json", "config.json"):
-        path = Path(entry.path) / name
-        if path.is_file():
-            value = read_json(path).get("eos_token_id")
-            if value is not None:
-                return sorted({int(token) for token in (value if isinstance(value, list) else [value])})
-    return []
 
 
 def special_token_ids(entry: ModelEntry) -> list[int]:

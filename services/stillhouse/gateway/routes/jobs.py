@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import asyncio
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Body, Header, Query, Request, Response
-from pydantic import BaseModel, ConfigDict, Field
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from stillhouse.core.blobs import unsealed
 from stillhouse.core.errors import NotFoundError
+from stillhouse.core.explain import explain
 from stillhouse.core.queue.jobs import JobRecord
-from stillhouse.core.schemas import Job, Page, Status
+from stillhouse.core.schemas import Job, Page, Preflight, Status
 from stillhouse.core.service import Context
 from stillhouse.core.spec import JobSpec
 from stillhouse.gateway import jobs
 from stillhouse.gateway.deps import Ctx, OwnJob
+from stillhouse.gateway.problems import InvalidError
 from stillhouse.gateway.routes.deadline import DeadlineRoute
+from stillhouse.gateway.validation import misshapen
 from stillhouse.gateway.views import job_view
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"], route_class=DeadlineRoute)
@@ -52,6 +58,48 @@ async def create_job(
     if is_replay:
         response.headers["Idempotent-Replayed"] = "true"
     return job_view(record)
+
+
+@router.post(
+    "/validate",
+    response_model=Preflight,
+    responses={202: {"model": Job, "description": "With live=true: a job of kind preflight, which looks at it live"}},
+)
+async def validate_job(
+    ctx: Ctx,
+    request: Request,
+    body: Annotated[dict[str, Any], Body(description="A job, as for POST /v1/jobs; what is wrong is in the report")],
+    live: Annotated[bool, Query(description="Load the models and probe them: a job of kind preflight")] = False,
+    idempotency_key: Annotated[str, Header(description="With live=true: as for creating a job")] = "",
+) -> Preflight | JSONResponse:
+    """Look at a job without starting it: every check with verdict, evidence and fix, and what the job would cost.
+
+    200 also when checks fail. With `live=true` a trainer loads the models and probes them, too: 202, a job whose
+    `result.preflight` is the report; refused as creating it would be, if checks fail that need no models.
+    """
+    try:
+        spec = JobSpec.model_validate(body)
+    except ValidationError as error:
+        findings = explain([{**each, "loc": ("body", *each["loc"])} for each in error.errors()], body)
+        if live:
+            raise InvalidError(findings) from None
+        return misshapen(findings)
+    if not live:
+        return await jobs.look_at(ctx, spec)
+    submission = jobs.Submission(spec, request.state.owner, idempotency_key, "preflight")
+    record, is_replay = await jobs.submit(ctx, submission)
+    headers = {"Location": f"/v1/jobs/{record.id}"} | ({"Idempotent-Replayed": "true"} if is_replay else {})
+    return JSONResponse(job_view(record).model_dump(mode="json"), 202, headers)
+
+
+@router.get("/{job_id}/preflight")
+async def get_preflight(ctx: Ctx, record: OwnJob) -> Preflight:
+    """What the trainer found before the job began to train; 404 until it has looked."""
+    path = ctx.artifacts.job(record.id).preflight
+    try:
+        return Preflight.model_validate(await asyncio.to_thread(unsealed, path))
+    except NotFoundError:
+        raise NotFoundError(f"no trainer has looked at job '{record.id}' yet; it is '{record.status}'") from None
 
 
 @router.get("")
