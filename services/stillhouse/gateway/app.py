@@ -17,10 +17,11 @@ from starlette.exceptions import HTTPException
 from stillhouse.core.config import Settings
 from stillhouse.core.errors import StillhouseError
 from stillhouse.core.service import VERSION, Context
+from stillhouse.gateway import generating
 from stillhouse.gateway.auth import Authenticator
 from stillhouse.gateway.middleware import Edge, JsonBody
 from stillhouse.gateway.problems import MEDIA_TYPE, Problem, problem_response
-from stillhouse.gateway.routes import dead_letters, files, history, jobs, samples, score, system
+from stillhouse.gateway.routes import dead_letters, files, generate, history, jobs, samples, score, system
 from stillhouse.gateway.scoring import Slots
 
 _bearer = HTTPBearer(auto_error=False, description="stillhouse_... (the gateway checks it before any route)")
@@ -42,7 +43,8 @@ def create_app(ctx: Context, settings: Settings) -> FastAPI:
     )
     app.state.ctx = ctx
     app.state.score_slots = Slots()
-    for routes in (jobs, history, samples, dead_letters, files, score, system):
+    app.state.generate_slots = Slots(generating.MAX_RUNNING, "generate")
+    for routes in (jobs, history, samples, dead_letters, files, score, generate, system):
         app.include_router(routes.router, dependencies=[Security(_documents_the_key)])
     app.include_router(system.open_router)
     for kind in (StillhouseError, RequestValidationError, HTTPException, RedisError, TimeoutError, OSError):

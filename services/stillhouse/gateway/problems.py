@@ -22,12 +22,13 @@ from stillhouse.core.blobs import is_no_space
 from stillhouse.core.errors import HTTP_STATUS, MalformedError, SpecError, StillhouseError, lookup
 from stillhouse.core.explain import Finding, explain
 from stillhouse.core.spec import JobSpec
+from stillhouse.core.spec_generate import GenerateRequest
 from stillhouse.core.spec_score import ScoreRequest
 
 MEDIA_TYPE: Final = "application/problem+json"
 RETRY_AFTER_S: Final = 2
 """Told to callers on 429 and 503: a restart of the queue server or of a replica takes about as long."""
-BODIES: Final[dict[str, type[BaseModel]]] = {"/v1/score": ScoreRequest}
+BODIES: Final[dict[str, type[BaseModel]]] = {"/v1/score": ScoreRequest, "/v1/generate": GenerateRequest}
 """Formats of bodies that are no job, by path: whose keys are proposed for an unknown one."""
 _PASSING: Final = {
     "MISCONF": "the queue server cannot write to its disk: free space there; nothing is lost",

@@ -59,15 +59,16 @@ class Tokens:
 
 
 class Slots:
-    """How many requests wait for teachers now."""
+    """How many requests wait for the services of jobs now."""
 
-    def __init__(self, number: int = MAX_RUNNING) -> None:
+    def __init__(self, number: int = MAX_RUNNING, what: str = "score") -> None:
         self._free = number
         self._number = number
+        self._what = what
 
     def __enter__(self) -> None:
         if self._free == 0:
-            raise OverloadedError(f"{self._number} score requests are running here; try again")
+            raise OverloadedError(f"{self._number} {self._what} requests are running here; try again")
         self._free -= 1
 
     def __exit__(self, *_: object) -> None:

@@ -21,6 +21,7 @@ from stillhouse.core.pulls import Weights, fetch_weights, leader
 from stillhouse.core.pulse import BULK
 from stillhouse.core.queue.streams import Scope
 from stillhouse.core.service import Context
+from stillhouse.core.tasks import to_its_end
 from stillhouse.core.telemetry import POLICY_VERSION, WEIGHT_PULL_SECONDS, WEIGHT_PULLS
 from stillhouse.core.tensors import DTYPE_NAMES, itemsize
 from stillhouse.core.worker import ComputeThread
@@ -100,12 +101,8 @@ class Student:
         key, size_bytes = (entry.sha256, dtype), entry.num_parameters * itemsize(DTYPE_NAMES[dtype])
         async with self._guest_lock:
             if key not in self._guests:
-                await self._make_room(size_bytes)
-                self.is_loading_guest = True
-                try:
-                    self._guests[key] = _Guest(await self._load(entry, dtype), size_bytes)
-                finally:
-                    self.is_loading_guest = False
+                # a caller who runs out of patience while it loads, and asks again, finds it here
+                await to_its_end(self._welcome(key, entry, size_bytes))
             self._guests.move_to_end(key)
             guest = self._guests[key]
             guest.num_users += 1
@@ -115,6 +112,14 @@ class Student:
             guest.num_users -= 1
             if guest.has_left and not guest.num_users:
                 await guest.engine.close()
+
+    async def _welcome(self, key: tuple[str, str], entry: ModelEntry, size_bytes: int) -> None:
+        await self._make_room(size_bytes)
+        self.is_loading_guest = True
+        try:
+            self._guests[key] = _Guest(await self._load(entry, key[1]), size_bytes)
+        finally:
+            self.is_loading_guest = False
 
     async def _make_room(self, size_bytes: int) -> None:
         """Have guests leave, least recently used first; one that is in use leaves when its last caller is served."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from stillhouse.core.schemas.base import Answer, JobId, Page
 from stillhouse.core.schemas.catalog import File, Model, Recipe, RecipePreset, Verifier
+from stillhouse.core.schemas.generation import GeneratedText, Generation, GenerationUsage
 from stillhouse.core.schemas.history import Checkpoint, DeadLetter, Event, MetricPoint
 from stillhouse.core.schemas.jobs import Job, Kind, Progress, Status
 from stillhouse.core.schemas.preflight import Check, Estimate, Preflight, Tokens, Verdict
@@ -31,6 +32,9 @@ __all__ = [
     "Estimate",
     "Event",
     "File",
+    "GeneratedText",
+    "Generation",
+    "GenerationUsage",
     "Health",
     "Job",
     "JobId",
