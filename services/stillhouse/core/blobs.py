@@ -13,6 +13,7 @@ Layout below the artifacts folder:
                                  export/                  the finished student, if this claim ended the job
                                  closed.json              how the claim ended, if its trainer lived to say it
                   models/ckpt_...{.json,/}      checkpoints that jobs use as models: see core/checkpoints.py
+                  logs/{service}-{instance}.jsonl  what services logged about the job: see core/job_logs.py
                   final.json                    how the job ended
 
 Nothing here knows about models or queues.
@@ -185,7 +186,7 @@ def append_jsonl(path: Path, values: list[dict[str, Any]]) -> None:
     lines += [json.dumps(value, separators=(",", ":")).encode() + b"\n" for value in values]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        written = _append(path, b"".join(lines))
+        written = append_lines(path, b"".join(lines))
     except OSError as error:
         if not is_no_space(error):
             raise
@@ -196,8 +197,8 @@ def append_jsonl(path: Path, values: list[dict[str, Any]]) -> None:
         _unwritten[path] = lines[-UNWRITTEN_LINES:]
 
 
-def _append(path: Path, data: bytes) -> int:
-    """Write as much as there is room for; returns how many bytes of `data` that was."""
+def append_lines(path: Path, data: bytes) -> int:
+    """Append as much as there is room for; returns how many bytes of `data` that was."""
     with path.open("a+b", buffering=0) as stream:
         end = stream.seek(0, os.SEEK_END)
         # a writer that died or had no room in the middle of a line must not spoil ours
@@ -304,6 +305,7 @@ class JobArtifacts:
         self.epochs = root / "epochs"
         self.references = root / "references.json"
         self.models = root / "models"
+        self.logs = root / "logs"
         self.final = root / "final.json"
         self.preflight = root / "preflight.json"
 

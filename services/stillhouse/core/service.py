@@ -133,8 +133,7 @@ def main(role: str, build: Callable[[Context], App]) -> None:
         log.error("service failed", error=error.message, code=error.code)
     except Exception:  # the one place of the process that catches everything
         log.exception("service crashed")
-    sys.stdout.flush()
-    sys.stderr.flush()
+    telemetry.flush_logs()
     os._exit(1)  # not sys.exit: that waits for the compute thread, which may never end
 
 
@@ -163,6 +162,8 @@ async def serve(ctx: Context, build: Callable[[Context], App]) -> None:
     metrics_address = telemetry.serve_metrics(ctx.settings)
     telemetry.BUILD_INFO.labels(ctx.role, VERSION).set(1)
     await server.set_ready(True)
+    if telemetry.job_logs is not None:
+        telemetry.job_logs.current = lambda: app.state()[1]
     ctx.log.info("ready", address=address, metrics=metrics_address, pid=os.getpid())
     tasks = [
         asyncio.create_task(heartbeat_forever(ctx, app.state, address, metrics_address), name="heartbeat"),

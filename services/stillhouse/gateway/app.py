@@ -21,9 +21,31 @@ from stillhouse.gateway import generating
 from stillhouse.gateway.auth import Authenticator
 from stillhouse.gateway.middleware import Edge, JsonBody
 from stillhouse.gateway.problems import MEDIA_TYPE, Problem, problem_response
-from stillhouse.gateway.routes import dead_letters, files, generate, history, jobs, samples, score, system
+from stillhouse.gateway.routes import (
+    dead_letters,
+    files,
+    generate,
+    history,
+    jobs,
+    logs,
+    samples,
+    score,
+    system,
+)
 from stillhouse.gateway.scoring import Slots
 
+ROUTES = (
+    jobs,
+    history,
+    samples,
+    logs,
+    dead_letters,
+    files,
+    score,
+    generate,
+    system,
+)
+"""Modules whose routes need a key, in the order in which the document lists them."""
 _bearer = HTTPBearer(auto_error=False, description="stillhouse_... (the gateway checks it before any route)")
 
 
@@ -44,7 +66,7 @@ def create_app(ctx: Context, settings: Settings) -> FastAPI:
     app.state.ctx = ctx
     app.state.score_slots = Slots()
     app.state.generate_slots = Slots(generating.MAX_RUNNING, "generate")
-    for routes in (jobs, history, samples, dead_letters, files, score, generate, system):
+    for routes in ROUTES:
         app.include_router(routes.router, dependencies=[Security(_documents_the_key)])
     app.include_router(system.open_router)
     for kind in (StillhouseError, RequestValidationError, HTTPException, RedisError, TimeoutError, OSError):
