@@ -69,16 +69,23 @@ class Scorer:
         return await self._compute.run(resident.engine.head)
 
     async def batches(
-        self, resident: Resident, items: Sequence[ScoreItem], *, budget: int, job_id: str, is_exact: bool = False
+        self,
+        resident: Resident,
+        items: Sequence[ScoreItem],
+        *,
+        budget: int,
+        job_id: str,
+        is_exact: bool = False,
+        is_fresh: bool = False,
     ) -> AsyncGenerator[Batch, None]:
         """Score the items, at most `budget` padded tokens at once. `is_exact`: each alone and none from the cache,
-        since the last bits of a row depend on what else is in its batch.
+        since the last bits of a row depend on what else is in its batch. `is_fresh`: none from the cache.
         """
         wants_head = any(item.kind == rollout_pb2.SCORE_KIND_HIDDEN for item in items)
         names = (resident.sha256, (await self.head(resident)).sha256 if wants_head else "")
         # an average is named by its tensors: two registrations may share them and differ in their configuration
         identity, left = (resident.entry.sha256, resident.sha256, resident.dtype), list(range(len(items)))
-        if not is_exact:
+        if not (is_exact or is_fresh):
             found = {index: self.cache.find(identity, items[index]) for index in left}
             hits = {index: scored for index, scored in found.items() if scored is not None}
             if hits:

@@ -108,7 +108,9 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
                     newest = at_least([request.rollouts[index] for index in portion], request.task.epoch)
                     await self._follower.follow(resident, request.task, newest)
                 chosen = [items[index] for index in portion]
-                async for batch in self._scorer.batches(resident, chosen, budget=budget, job_id=job_id):
+                async for batch in self._scorer.batches(
+                    resident, chosen, budget=budget, job_id=job_id, is_fresh=request.is_fresh
+                ):
                     for index, result in zip(batch.indices, batch.results, strict=True):
                         results[portion[index]] = (result, batch)
         return results

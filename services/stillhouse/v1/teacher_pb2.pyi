@@ -108,12 +108,14 @@ class EnsureModelResponse(_message.Message):
     def __init__(self, model: _Optional[_Union[LoadedModel, _Mapping]] = ...) -> None: ...
 
 class ScoreRequest(_message.Message):
-    __slots__ = ("task", "rollouts")
+    __slots__ = ("task", "rollouts", "is_fresh")
     TASK_FIELD_NUMBER: _ClassVar[int]
     ROLLOUTS_FIELD_NUMBER: _ClassVar[int]
+    IS_FRESH_FIELD_NUMBER: _ClassVar[int]
     task: _rollout_pb2.TeacherTask
     rollouts: _containers.RepeatedCompositeFieldContainer[_rollout_pb2.Rollout]
-    def __init__(self, task: _Optional[_Union[_rollout_pb2.TeacherTask, _Mapping]] = ..., rollouts: _Optional[_Iterable[_Union[_rollout_pb2.Rollout, _Mapping]]] = ...) -> None: ...
+    is_fresh: bool
+    def __init__(self, task: _Optional[_Union[_rollout_pb2.TeacherTask, _Mapping]] = ..., rollouts: _Optional[_Iterable[_Union[_rollout_pb2.Rollout, _Mapping]]] = ..., is_fresh: _Optional[bool] = ...) -> None: ...
 
 class ScoreResponse(_message.Message):
     __slots__ = ("score",)
