@@ -9,12 +9,15 @@ import os
 import tarfile
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from stillhouse.core.blobs import write_json
+from stillhouse.core.errors import NotFoundError
 from stillhouse.gateway import files
 from stillhouse.gateway.checkpoints import READ_BYTES, TarStream
+from stillhouse.gateway.deps import Caller
 from tests.gateway_kit import Gateway, make_spec, open_gateway, problem
 
 JSONL = {"Content-Type": "application/jsonl"}
@@ -143,3 +146,72 @@ async def test_a_file_with_too_many_rows_is_refused(gateway: Gateway, monkeypatc
     assert (await gateway.http.post("/v1/files", content=rows(3), headers=JSONL)).status_code == 201
     body = problem(await gateway.http.post("/v1/files", content=rows(4), headers=JSONL), 422)
     assert "line 4: a file holds at most 3 rows" in body["detail"]
+
+
+async def upload(gateway: Gateway, data: bytes, **headers: str) -> dict[str, Any]:
+    answer = await gateway.http.post("/v1/files", content=data, headers={**JSONL, **headers})
+    assert answer.status_code == 201, answer.text
+    return answer.json()
+
+
+async def test_all_bad_lines_are_told_at_once(gateway: Gateway) -> None:
+    bad = b'{"prompt": 5}\n\n{"prompt": "good"}\nno json\n{"promt": "typo"}\n'
+    body = problem(await gateway.http.post("/v1/files", content=bad, headers=JSONL), 422)
+    assert [error["param"] for error in body["errors"]] == ["line 1", "line 4", "line 5"]
+    assert (body["param"], "and 2 more" in body["detail"]) == ("line 1", True)
+    assert "prompt" in body["errors"][2]["fix"], "it guesses what was meant"
+    many = problem(await gateway.http.post("/v1/files", content=b"x\n" * 500, headers=JSONL), 422)
+    assert [error["param"] for error in many["errors"]] == [f"line {n}" for n in range(1, 21)]
+    assert (await gateway.http.get("/v1/files")).json()["data"] == []
+
+
+async def test_files_are_listed_newest_first_and_read_back(gateway: Gateway) -> None:
+    made = [await upload(gateway, rows(n)) for n in (1, 2, 3)]
+    page = (await gateway.http.get("/v1/files", params={"limit": 2})).json()
+    assert (page["data"], page["has_more"]) == (made[:0:-1], True)
+    rest = (await gateway.http.get("/v1/files", params={"after": page["data"][-1]["id"]})).json()
+    assert (rest["data"], rest["has_more"]) == (made[:1], False)
+    url = f"/v1/files/{made[2]['id']}/content"
+    whole = await gateway.http.get(url)
+    assert (whole.content, whole.headers["etag"]) == (rows(3), f'"{made[2]["sha256"]}"')
+    part = await gateway.http.get(url, headers={"Range": "bytes=5-9"})
+    assert (part.status_code, part.content) == (206, rows(3)[5:10])
+    missing = await gateway.http.get("/v1/files", params={"after": "file_00000000000000000000"})
+    assert problem(missing, 404)["param"] == "after"
+
+
+async def test_a_file_goes_when_no_job_reads_it(gateway: Gateway) -> None:
+    file = await upload(gateway, rows(3))
+    url = f"/v1/files/{file['id']}"
+    spec = make_spec()
+    spec["stages"][0]["data"] = {"file": file["id"]}
+    job = (await gateway.submit(spec)).json()["id"]
+    assert job in problem(await gateway.http.delete(url), 409)["detail"]
+    await gateway.http.post(f"/v1/jobs/{job}/cancel")
+    assert (await gateway.http.delete(url)).json() == {"id": file["id"], "object": "file", "deleted": True}
+    for gone in (await gateway.http.get(url), await gateway.http.get(f"{url}/content"), await gateway.http.delete(url)):
+        problem(gone, 404)
+    assert list((gateway.ctx.artifacts.root / "files").iterdir()) == []
+    assert (await upload(gateway, rows(3)))["id"] == file["id"]
+
+
+async def test_owners_of_one_content_share_it_and_see_no_others(gateway: Gateway) -> None:
+    ours, theirs = Caller("us", frozenset({"write"})), Caller("them", frozenset({"write"}))
+    made = []
+    for caller in (ours, theirs, ours):
+        upload = files.Upload(gateway.ctx.artifacts)
+        upload.feed(rows(2))
+        made.append(await files.finish(upload, caller.owner))
+    assert made[0] == made[1] == made[2]
+    own = files.Upload(gateway.ctx.artifacts)
+    own.feed(rows(1))
+    secret = await files.finish(own, "us")
+    assert [file.id for file in files.list_files(gateway.ctx.artifacts, theirs)] == [made[0].id]
+    with pytest.raises(NotFoundError):
+        files.find(gateway.ctx.artifacts, secret.id, theirs)
+    await files.delete_file(gateway.ctx, made[0].id, theirs)
+    with pytest.raises(NotFoundError):
+        files.find(gateway.ctx.artifacts, made[0].id, theirs)
+    assert files.find(gateway.ctx.artifacts, made[0].id, ours).is_file(), "it is still somebody's"
+    await files.delete_file(gateway.ctx, made[0].id, Caller("root"))
+    assert [file.id for file in files.list_files(gateway.ctx.artifacts, ours)] == [secret.id]

@@ -1,7 +1,8 @@
 """Uploaded prompts: streamed to disk line by line, each checked as a `Row`, named by their content.
 
-Named by content, so an upload that is repeated after a lost answer gives the same id. `{id}.json` holds the facts and
-is written before `{id}.jsonl` appears: where there is data there are facts.
+Named by content, so an upload that is repeated after a lost answer gives the same id, and two owners of one content
+share a file: it goes when the last of them deletes it. `{id}.json` holds the facts, owners among them, and is written
+before `{id}.jsonl` appears: where there is data there are facts. Files from before there were owners are everybody's.
 """
 
 from __future__ import annotations
@@ -18,10 +19,14 @@ from typing import Any, BinaryIO, Final
 from pydantic import ValidationError
 
 from stillhouse.core.blobs import Artifacts, fsync_dir, read_json, write_json
-from stillhouse.core.errors import NotFoundError, SpecError
-from stillhouse.core.explain import explain
+from stillhouse.core.errors import ConflictError, CorruptError, NotFoundError, SpecError
+from stillhouse.core.explain import MAX_FINDINGS, Finding, explain
+from stillhouse.core.queue.jobs import JobRecord
 from stillhouse.core.schemas import File
+from stillhouse.core.service import Context
 from stillhouse.core.spec import Row
+from stillhouse.gateway.deps import Caller
+from stillhouse.gateway.problems import InvalidError
 from stillhouse.gateway.views import timestamp
 
 MEDIA_TYPES: Final = frozenset({"application/jsonl", "application/x-ndjson", "application/x-jsonlines"})
@@ -48,6 +53,7 @@ class Upload:
         self._digest = hashlib.sha256()
         self._rest = b""
         self._line = 0
+        self._findings: list[Finding] = []
         self.size = 0
         self.num_rows = 0
 
@@ -55,7 +61,7 @@ class Upload:
         """Take the next bytes.
 
         Raises:
-            SpecError: a line is not a row; names the line.
+            InvalidError: MAX_FINDINGS lines are no rows, or one is beyond all bounds; names the lines.
         """
         self._stream.write(block)
         self._digest.update(block)
@@ -64,16 +70,20 @@ class Upload:
         for line in lines:
             self._check(line)
         if len(self._rest) > MAX_LINE_BYTES:
-            raise self._error(f"longer than {MAX_LINE_BYTES} bytes; is it one JSON object per line?", self._line + 1)
+            self._line += 1
+            self._refuse(f"longer than {MAX_LINE_BYTES} bytes", "write one JSON object per line", is_last=True)
 
-    def finish(self) -> File:
+    def finish(self, owner: str) -> File:
         """Make it durable under its name; blocks while the disk writes.
 
         Raises:
-            SpecError: the last line is wrong, or there is no row.
+            InvalidError: lines are no rows; names them.
+            SpecError: there is no row.
         """
         if self._rest:
             self._check(self._rest)
+        if self._findings:
+            raise InvalidError(self._findings)
         if self.num_rows == 0:
             raise SpecError('the file has no rows; send one JSON object per line, for example {"prompt": "Hello"}')
         self._stream.flush()
@@ -82,10 +92,11 @@ class Upload:
         digest = self._digest.hexdigest()
         file_id = f"file_{digest[:20]}"
         target = self._artifacts.file(file_id)
-        if target.is_file():
-            self._temp.unlink()
-            return get_file(self._artifacts, file_id)
         facts = {"num_rows": self.num_rows, "sha256": digest, "size_bytes": self.size, "created_at": time.time()}
+        facts["owners"] = [owner]
+        if target.is_file():
+            facts = _facts(target)
+            facts["owners"] = sorted({*facts["owners"], owner}) if facts.get("owners") else []
         write_json(_facts_path(target), facts)
         self._temp.rename(target)
         fsync_dir(target.parent)
@@ -104,31 +115,109 @@ class Upload:
         try:
             Row.model_validate_json(line)
         except ValidationError as error:
-            raise self._error(_reason(error), self._line) from None
+            self._refuse(*_reason(error))
+            return
         self.num_rows += 1
         if self.num_rows > MAX_ROWS:
-            raise self._error(f"a file holds at most {MAX_ROWS} rows; train on the rest in another job", self._line)
+            self._refuse(f"a file holds at most {MAX_ROWS} rows", "train on the rest in another job", is_last=True)
 
-    @staticmethod
-    def _error(reason: str, line: int) -> SpecError:
-        return SpecError(f"line {line}: {reason}", param=f"line {line}")
+    def _refuse(self, message: str, fix: str, *, is_last: bool = False) -> None:
+        """Note what is wrong with a line; enough is enough."""
+        self._findings.append(Finding(f"line {self._line}", message, fix))
+        if is_last or len(self._findings) == MAX_FINDINGS:
+            raise InvalidError(self._findings)
 
 
-async def finish(upload: Upload) -> File:
+async def finish(upload: Upload, owner: str) -> File:
     """`Upload.finish` off the event loop: a disk may take long to write."""
-    return await asyncio.to_thread(upload.finish)
+    return await asyncio.to_thread(upload.finish, owner)
 
 
-def get_file(artifacts: Artifacts, file_id: str) -> File:
+# -- what is there -----------------------------------------------------------------------------------------------------
+
+
+def find(artifacts: Artifacts, file_id: str, caller: Caller) -> Path:
+    """Where a file lies that the caller may see.
+
+    Raises:
+        NotFoundError: no such file, or it is another owner's.
+    """
+    path = artifacts.file(file_id)
+    if not path.is_file() or not _is_seen(_facts(path), caller):
+        raise NotFoundError(f"no file '{file_id}'; upload one with POST /v1/files")
+    return path
+
+
+def get_file(artifacts: Artifacts, file_id: str, caller: Caller) -> File:
     """Facts of an uploaded file.
 
     Raises:
         NotFoundError: no such file.
     """
-    path = artifacts.file(file_id)
-    if not path.is_file():
-        raise NotFoundError(f"no file '{file_id}'; upload one with POST /v1/files")
-    return _view(file_id, read_json(_facts_path(path)))
+    return _view(file_id, _facts(find(artifacts, file_id, caller)))
+
+
+def list_files(artifacts: Artifacts, caller: Caller) -> list[File]:
+    """The files that a caller may see, newest first."""
+    found = []
+    for path in (artifacts.root / "files").glob("file_*.jsonl"):
+        try:
+            facts = _facts(path)
+        except (NotFoundError, CorruptError):  # deleted meanwhile, or damaged: nothing to offer
+            continue
+        if _is_seen(facts, caller):
+            found.append((facts["created_at"], path.stem, facts))
+    return [_view(file_id, facts) for _, file_id, facts in sorted(found, key=lambda item: item[:2], reverse=True)]
+
+
+async def delete_file(ctx: Context, file_id: str, caller: Caller) -> None:
+    """Delete a file for its caller, and its data if it is nobody else's. An administrator deletes it for all.
+
+    Raises:
+        NotFoundError: no such file.
+        ConflictError: a job that has not ended reads it; says which.
+    """
+    path = find(ctx.artifacts, file_id, caller)
+    if users := [record.id for record in await active_jobs(ctx) if file_id in files_of(record)]:
+        raise ConflictError(f"file {file_id} is read by {', '.join(users[:5])}; wait for the end, or cancel first")
+    await asyncio.to_thread(_delete, path, caller)
+
+
+def _delete(path: Path, caller: Caller) -> None:
+    facts = _facts(path)
+    owners = facts.get("owners", [])
+    others = [owner for owner in owners if owner != caller.owner]
+    if others and caller.owner in owners:
+        write_json(_facts_path(path), {**facts, "owners": others})
+        return
+    path.unlink(missing_ok=True)  # first the data: facts alone are no file
+    _facts_path(path).unlink(missing_ok=True)
+    fsync_dir(path.parent)
+
+
+async def active_jobs(ctx: Context) -> list[JobRecord]:
+    """Jobs that have not ended."""
+    found = []
+    for job_id in await ctx.jobs.active_ids():
+        with suppress(NotFoundError):
+            found.append(await ctx.jobs.get(job_id))
+    return found
+
+
+def files_of(record: JobRecord) -> set[str]:
+    """Ids of the files that a job reads."""
+    evaluation = (record.spec.get("evaluation") or {}).get("data") or {}
+    sources = [stage.get("data") or {} for stage in record.spec.get("stages", [])]
+    return {file_id for source in (*sources, evaluation) if (file_id := source.get("file"))}
+
+
+def _is_seen(facts: dict[str, Any], caller: Caller) -> bool:
+    owners = facts.get("owners") or []
+    return not owners or any(caller.may_see(owner) for owner in owners)
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    return read_json(_facts_path(path))
 
 
 def _facts_path(target: Path) -> Path:
@@ -140,8 +229,10 @@ def _view(file_id: str, facts: dict[str, Any]) -> File:
     return File(id=file_id, created_at=timestamp(facts["created_at"]), **fields)
 
 
-def _reason(error: ValidationError) -> str:
+def _reason(error: ValidationError) -> tuple[str, str]:
+    """(what is wrong with a line, what helps)."""
     errors = [{**item, "loc": ("body", *item["loc"])} for item in error.errors()]
     if errors[0]["type"] == "json_invalid":
-        return f"{errors[0]['msg']}; write one JSON object per line"
-    return explain(errors, None, Row)[0].text()
+        return errors[0]["msg"], "write one JSON object per line"
+    finding = explain(errors, None, Row)[0]
+    return f"{finding.param}: {finding.message}" if finding.param else finding.message, finding.fix

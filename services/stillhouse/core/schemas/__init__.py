@@ -6,7 +6,7 @@ Times are RFC 3339, UTC.
 from __future__ import annotations
 
 from stillhouse.core.schemas.base import Answer, JobId, Page
-from stillhouse.core.schemas.catalog import File, Model, Recipe, RecipePreset, Verifier
+from stillhouse.core.schemas.catalog import File, FileDeleted, Model, Recipe, RecipePreset, Verifier
 from stillhouse.core.schemas.generation import GeneratedText, Generation, GenerationUsage
 from stillhouse.core.schemas.history import Checkpoint, DeadLetter, Event, MetricPoint
 from stillhouse.core.schemas.jobs import Job, Kind, Progress, Status
@@ -32,6 +32,7 @@ __all__ = [
     "Estimate",
     "Event",
     "File",
+    "FileDeleted",
     "GeneratedText",
     "Generation",
     "GenerationUsage",

@@ -20,6 +20,14 @@ class File(Answer):
     created_at: str
 
 
+class FileDeleted(Answer):
+    """A file is gone."""
+
+    id: str
+    object: Literal["file"] = "file"
+    deleted: Literal[True] = True
+
+
 class Model(Answer):
     """A model that jobs may name."""
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Path, Request
+from fastapi import APIRouter, Path, Query, Request
+from fastapi.responses import FileResponse
+from pydantic import BaseModel, ConfigDict, Field
 
-from stillhouse.core.errors import MediaTypeError, StillhouseError
-from stillhouse.core.schemas import File
+from stillhouse.core.errors import MediaTypeError, NotFoundError, StillhouseError
+from stillhouse.core.schemas import File, FileDeleted, Page
 from stillhouse.gateway import files
-from stillhouse.gateway.deps import Ctx
+from stillhouse.gateway.deps import ByCaller, Ctx
 from stillhouse.gateway.middleware import check_declared_length, drain, too_large
 
 router = APIRouter(prefix="/v1/files", tags=["files"])
@@ -23,9 +26,20 @@ _BODY: dict[str, Any] = {
 }
 
 
+class FilesQuery(BaseModel):
+    """Which files to list."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    limit: int = Field(default=20, ge=1, le=1000)
+    """Files in the answer, at most."""
+    after: str = Field(default="", pattern=r"^(file_[a-z0-9]{8,40})?$")
+    """Last id of the page before."""
+
+
 @router.post("", status_code=201, openapi_extra=_BODY)
-async def upload_file(ctx: Ctx, request: Request) -> File:
-    """Upload prompts. Every line is checked as it arrives; the first wrong one refuses the file and is named."""
+async def upload_file(ctx: Ctx, caller: ByCaller, request: Request) -> File:
+    """Upload prompts. Every line is checked as it arrives; wrong ones refuse the file, up to 20 are named."""
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type not in files.MEDIA_TYPES:
         known = " or ".join(sorted(files.MEDIA_TYPES))
@@ -35,7 +49,7 @@ async def upload_file(ctx: Ctx, request: Request) -> File:
     upload = files.Upload(ctx.artifacts)
     try:
         await _receive(request, upload, limit)
-        return await files.finish(upload)
+        return await files.finish(upload, caller.owner)
     finally:
         upload.abort()
 
@@ -52,7 +66,38 @@ async def _receive(request: Request, upload: files.Upload, limit: int) -> None:
         raise
 
 
+@router.get("")
+async def list_files(ctx: Ctx, caller: ByCaller, query: Annotated[FilesQuery, Query()]) -> Page[File]:
+    """Uploaded files, newest first."""
+    found = await asyncio.to_thread(files.list_files, ctx.artifacts, caller)
+    if query.after:
+        ids = [file.id for file in found]
+        if query.after not in ids:
+            raise NotFoundError(f"no file '{query.after}' (any more)", param="after")
+        found = found[ids.index(query.after) + 1 :]
+    return Page(data=found[: query.limit], has_more=len(found) > query.limit)
+
+
 @router.get("/{file_id}")
-async def get_file(ctx: Ctx, file_id: FileId) -> File:
+async def get_file(ctx: Ctx, caller: ByCaller, file_id: FileId) -> File:
     """Facts of an uploaded file."""
-    return files.get_file(ctx.artifacts, file_id)
+    return files.get_file(ctx.artifacts, file_id, caller)
+
+
+@router.get(
+    "/{file_id}/content",
+    response_class=FileResponse,
+    responses={200: {"content": {"application/jsonl": {"schema": {"type": "string"}}}, "description": "The rows"}},
+)
+async def get_content(ctx: Ctx, caller: ByCaller, file_id: FileId) -> FileResponse:
+    """The file as it was uploaded; understands Range."""
+    path = files.find(ctx.artifacts, file_id, caller)
+    headers = {"ETag": f'"{files.get_file(ctx.artifacts, file_id, caller).sha256}"'}
+    return FileResponse(path, media_type="application/jsonl", filename=path.name, headers=headers)
+
+
+@router.delete("/{file_id}")
+async def delete_file(ctx: Ctx, caller: ByCaller, file_id: FileId) -> FileDeleted:
+    """Delete an uploaded file; 409 while a job that has not ended reads it."""
+    await files.delete_file(ctx, file_id, caller)
+    return FileDeleted(id=file_id)
