@@ -16,8 +16,8 @@ import pytest
 from stillhouse.core.blobs import write_json
 from stillhouse.core.errors import NotFoundError
 from stillhouse.gateway import files
-from stillhouse.gateway.checkpoints import READ_BYTES, TarStream
 from stillhouse.gateway.deps import Caller
+from stillhouse.gateway.tar import READ_BYTES, TarStream
 from tests.gateway_kit import Gateway, make_spec, open_gateway, problem
 
 JSONL = {"Content-Type": "application/jsonl"}

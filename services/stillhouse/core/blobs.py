@@ -13,6 +13,7 @@ Layout below the artifacts folder:
                                  export/                  the finished student, if this claim ended the job
                                  closed.json              how the claim ended, if its trainer lived to say it
                   models/ckpt_...{.json,/}      checkpoints that jobs use as models: see core/checkpoints.py
+                  pinned.json                   checkpoints that were marked as best
                   logs/{service}-{instance}.jsonl  what services logged about the job: see core/job_logs.py
                   final.json                    how the job ended
 
@@ -306,6 +307,7 @@ class JobArtifacts:
         self.references = root / "references.json"
         self.models = root / "models"
         self.logs = root / "logs"
+        self.pinned = root / "pinned.json"
         self.final = root / "final.json"
         self.preflight = root / "preflight.json"
 

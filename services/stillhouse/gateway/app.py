@@ -22,6 +22,7 @@ from stillhouse.gateway.auth import Authenticator
 from stillhouse.gateway.middleware import Edge, JsonBody
 from stillhouse.gateway.problems import MEDIA_TYPE, Problem, problem_response
 from stillhouse.gateway.routes import (
+    checkpoints,
     dead_letters,
     files,
     generate,
@@ -39,6 +40,7 @@ ROUTES = (
     history,
     samples,
     logs,
+    checkpoints,
     dead_letters,
     files,
     score,

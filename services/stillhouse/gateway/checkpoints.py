@@ -1,29 +1,29 @@
-"""Checkpoints of a job as they lie in its artifacts, and their download as a tar that is never held in memory."""
+"""Checkpoints of a job as they lie in its artifacts: what there is, which is the best, and what may be deleted."""
 
 from __future__ import annotations
 
 import re
-import tarfile
-from collections.abc import Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, Final
 
-from stillhouse.core.blobs import JobArtifacts, read_json, sha256_file
-from stillhouse.core.errors import CorruptError, NotFoundError
+from stillhouse.core.blobs import Artifacts, JobArtifacts, read_json, sha256_file
+from stillhouse.core.errors import ConflictError, CorruptError, NotFoundError
+from stillhouse.core.pins import pin, pinned, unpin
 from stillhouse.core.queue.jobs import JobRecord
+from stillhouse.core.removal import remove
 from stillhouse.core.schemas import Checkpoint
+from stillhouse.gateway.needed import why_needed
+from stillhouse.gateway.tar import files_of
 from stillhouse.gateway.views import timestamp
 
 EXPORT_ID: Final = "ckpt_export"
 """The finished student."""
-READ_BYTES: Final = 1 << 20
-"""Bytes per read and write of a download."""
 
 
 def list_checkpoints(job_id: str, artifacts: JobArtifacts, record: JobRecord) -> list[Checkpoint]:
     """Committed checkpoints, oldest first, the export last."""
+    marks = pinned(artifacts)
+    best = marks[-1] if marks else best_of(record)
     found = []
     for manifest in artifacts.epochs.glob("*/manifests/*/manifest.json"):
         epoch, name = manifest.parent.parent.parent.name, manifest.parent.name
@@ -36,7 +36,7 @@ def list_checkpoints(job_id: str, artifacts: JobArtifacts, record: JobRecord) ->
             continue
         found.append(
             Checkpoint(
-                id=f"ckpt_{epoch}-{name}",
+                id=(checkpoint_id := f"ckpt_{epoch}-{name}"),
                 job_id=job_id,
                 kind="checkpoint",
                 step=int(document["step"]),
@@ -46,10 +46,86 @@ def list_checkpoints(job_id: str, artifacts: JobArtifacts, record: JobRecord) ->
                 created_at=timestamp(document["created_at"]),
                 size_bytes=int(document["size_bytes"]),
                 sha256=digest,
+                is_best=checkpoint_id == best,
+                is_pinned=checkpoint_id in marks,
             )
         )
     found.sort(key=lambda checkpoint: (checkpoint.epoch, checkpoint.step))
     return found + _export(job_id, artifacts, record)
+
+
+def best_of(record: JobRecord) -> str:
+    """Id of the checkpoint that held-out evaluation found best; '' = none."""
+    return str(getattr(record, "best_checkpoint", None) or "")
+
+
+def get_checkpoint(artifacts: JobArtifacts, record: JobRecord, checkpoint: str) -> Checkpoint:
+    """One of them.
+
+    Raises:
+        NotFoundError: there is no such checkpoint (any more).
+    """
+    checkpoint_folder(record.id, artifacts, record, checkpoint)
+    for found in list_checkpoints(record.id, artifacts, record):
+        if found.id == checkpoint:
+            return found
+    raise _unknown(record.id, checkpoint)
+
+
+def mark_best(artifacts: JobArtifacts, record: JobRecord, checkpoint: str) -> Checkpoint:
+    """Mark one as best: it stays until the mark is taken back.
+
+    Raises:
+        NotFoundError: there is no such checkpoint (any more).
+        ConflictError: it is the export, which is what the job ended with.
+    """
+    checkpoint_folder(record.id, artifacts, record, checkpoint)
+    if checkpoint == EXPORT_ID:
+        raise ConflictError("the export is what the job ended with and stays; mark a checkpoint of the list")
+    pin(artifacts, checkpoint)
+    try:
+        return get_checkpoint(artifacts, record, checkpoint)  # only now: clean-up may have been faster
+    except NotFoundError:
+        unpin(artifacts, checkpoint)
+        raise
+
+
+def unmark_best(artifacts: JobArtifacts, record: JobRecord, checkpoint: str) -> Checkpoint:
+    """Take the mark back; nothing if there is none.
+
+    Raises:
+        NotFoundError: there is no such checkpoint (any more).
+    """
+    checkpoint_folder(record.id, artifacts, record, checkpoint)
+    unpin(artifacts, checkpoint)
+    return get_checkpoint(artifacts, record, checkpoint)
+
+
+def delete_checkpoint(artifacts: Artifacts, record: JobRecord, checkpoint: str) -> None:
+    """Delete one that nothing needs. Blocks: what has to stay is verified first.
+
+    Raises:
+        NotFoundError: there is no such checkpoint (any more).
+        ConflictError: it is needed; says what for.
+    """
+    folder = checkpoint_folder(record.id, artifacts.job(record.id), record, checkpoint)
+    reason = "it is what the job made, and goes with the job" if checkpoint == EXPORT_ID else ""
+    reason = reason or why_needed(artifacts, record, checkpoint, folder)
+
+    def is_needed() -> bool:  # somebody may have come to need it meanwhile
+        nonlocal reason
+        reason = why_needed(artifacts, record, checkpoint, folder)
+        return bool(reason)
+
+    if not reason and remove(folder, is_needed):
+        return
+    if reason:
+        raise ConflictError(f"checkpoint {checkpoint} stays: {reason}")
+    raise _unknown(record.id, checkpoint)
+
+
+def _unknown(job_id: str, checkpoint: str) -> NotFoundError:
+    return NotFoundError(f"job {job_id} has no checkpoint '{checkpoint}' (any more); see /v1/jobs/{job_id}/checkpoints")
 
 
 def _stage_name(record: JobRecord, index: int) -> str:
@@ -71,7 +147,7 @@ def _export(job_id: str, artifacts: JobArtifacts, record: JobRecord) -> list[Che
             epoch=record.epoch,
             policy_version=int((record.weights or {}).get("policy_version", record.step)),
             created_at=timestamp(folder.stat().st_mtime),
-            size_bytes=sum(path.stat().st_size for path in _files(folder)),
+            size_bytes=sum(path.stat().st_size for path in files_of(folder)),
             sha256="",
         )
     ]
@@ -92,65 +168,5 @@ def checkpoint_folder(job_id: str, artifacts: JobArtifacts, record: JobRecord, c
         folder = artifacts.manifests(int(match[1])) / match[2]
         folder = folder if (folder / "manifest.json").is_file() else None
     if folder is None or not folder.is_dir():
-        raise NotFoundError(
-            f"job {job_id} has no checkpoint '{checkpoint}' (any more); see /v1/jobs/{job_id}/checkpoints"
-        )
+        raise _unknown(job_id, checkpoint)
     return folder
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
-
-
-@dataclass(frozen=True, slots=True)
-class _Member:
-    header: bytes
-    stream: BinaryIO
-    size: int
-
-
-class TarStream:
-    """A folder as a tar: its exact size beforehand, then its bytes block by block.
-
-    The files are opened at once, so a checkpoint that is deleted during the download still arrives whole.
-    """
-
-    def __init__(self, folder: Path, name: str) -> None:
-        self._stack = ExitStack()
-        self._members: list[_Member] = []
-        try:
-            for path in _files(folder):
-                self._members.append(self._open(path, f"{name}/{path.relative_to(folder)}"))
-        except BaseException:
-            self._stack.close()
-            raise
-        self.size = sum(len(m.header) + m.size + _padding(m.size) for m in self._members) + 2 * tarfile.BLOCKSIZE
-
-    def _open(self, path: Path, name: str) -> _Member:
-        stream = self._stack.enter_context(path.open("rb"))
-        info = tarfile.TarInfo(name)
-        info.size = path.stat().st_size
-        info.mtime = int(path.stat().st_mtime)
-        return _Member(info.tobuf(tarfile.PAX_FORMAT), stream, info.size)
-
-    def close(self) -> None:
-        """Close the files; harmless when repeated."""
-        self._stack.close()
-
-    def __iter__(self) -> Iterator[bytes]:
-        with self._stack:
-            for member in self._members:
-                yield member.header
-                left = member.size
-                while left:
-                    block = member.stream.read(min(READ_BYTES, left))
-                    if not block:
-                        raise CorruptError("a file of the checkpoint became shorter during its download")
-                    left -= len(block)
-                    yield block
-                yield b"\0" * _padding(member.size)
-            yield b"\0" * (2 * tarfile.BLOCKSIZE)
-
-
-def _padding(size: int) -> int:
-    return -size % tarfile.BLOCKSIZE

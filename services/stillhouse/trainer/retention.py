@@ -5,8 +5,8 @@
                  deterministic job the newest that lies `lag` steps back, whose replay gives the old versions again
               -> gone: renamed to tmp.gone.*, then deleted. So no reader finds half of one
 
-What a job that has not ended names (core/checkpoints.py) stays, too, until it is a model. A job names first and then
-looks whether it is there; here it is moved out of sight first, then looked at who names it: one of both sees the other.
+What a job that has not ended names (core/checkpoints.py) stays, too, until it is a model, and so does what somebody
+marked as best (core/pins.py); see core/removal.py for how both meet a deletion.
 
 What is kept is hashed before anything goes: a checkpoint that rotted on disk is no reason to delete an older, good one.
 Journals always stay: they are the ledger.
@@ -16,21 +16,21 @@ from __future__ import annotations
 
 import secrets
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from stillhouse.core.blobs import Artifacts, JobArtifacts, fsync_dir, read_json
+from stillhouse.core.blobs import Artifacts, JobArtifacts, read_json
 from stillhouse.core.checkpoints import named, registration
 from stillhouse.core.errors import CorruptError, NotFoundError
-from stillhouse.core.failpoints import failpoint
+from stillhouse.core.pins import pinned
+from stillhouse.core.removal import GONE, put_aside, remove
 from stillhouse.core.spec import JobSpec
 from stillhouse.trainer.manifests import ManifestRef, lineage, list_manifests, verify
 
 KEEP_AT_LEAST: Final = 2
 """The newest may turn out to be damaged on disk."""
-GONE: Final = "tmp.gone."
 _good: set[tuple[Path, str]] = set()
 """Manifests that verified in this process, by folder and hash: a checkpoint of 2 GiB is hashed once, not per commit."""
 
@@ -150,18 +150,18 @@ def delete(artifacts: JobArtifacts, ref: ManifestRef) -> bool:
     """Delete a checkpoint, at once for every reader, and for good in the end; False = it stays, or is gone already.
 
     Raises:
-        CorruptError: what the jobs name cannot be read.
+        CorruptError: what the jobs name or somebody marked cannot be read.
     """
-    folder = ref.folder(artifacts)
-    if is_named(artifacts, ref):
-        return False
-    doomed = folder.with_name(f"{GONE}{ref.name}.{secrets.token_hex(4)}")
-    if not _put_aside({folder: doomed}, lambda: is_named(artifacts, ref)):
-        return False
-    fsync_dir(folder.parent)
-    failpoint("trainer.retaining", ref.name)
-    shutil.rmtree(doomed, ignore_errors=True)
-    return True
+    return not _is_kept(artifacts, ref) and remove(ref.folder(artifacts), lambda: _is_kept(artifacts, ref))
+
+
+def _is_kept(artifacts: JobArtifacts, ref: ManifestRef) -> bool:
+    return is_named(artifacts, ref) or checkpoint_id(ref) in pinned(artifacts)
+
+
+def checkpoint_id(ref: ManifestRef) -> str:
+    """Its name on REST."""
+    return f"ckpt_{ref.epoch}-{ref.name}"
 
 
 def delete_model(artifacts: JobArtifacts, folder: Path) -> bool:
@@ -175,28 +175,10 @@ def delete_model(artifacts: JobArtifacts, folder: Path) -> bool:
     doomed = folder.with_name(f"{GONE}{folder.name}.{mark}")
     apart = own.with_name(f"{own.name}.{mark}.tmp")
     name = f"{artifacts.root.name}/{folder.name}"
-    if not _put_aside({own: apart, folder: doomed}, lambda: name in named(Artifacts(artifacts.root.parent.parent))):
+    if not put_aside({own: apart, folder: doomed}, lambda: name in named(Artifacts(artifacts.root.parent.parent))):
         return False
     apart.unlink(missing_ok=True)
     shutil.rmtree(doomed, ignore_errors=True)
-    return True
-
-
-def _put_aside(paths: Mapping[Path, Path], is_needed: Callable[[], bool]) -> bool:
-    """Move what is there out of sight, and back if it is needed after all; False = nothing is out of sight."""
-    moved = [(path, aside) for path, aside in paths.items() if _moved(path, aside)]
-    if moved and is_needed():
-        for path, aside in reversed(moved):
-            aside.rename(path)
-        return False
-    return bool(moved)
-
-
-def _moved(path: Path, aside: Path) -> bool:
-    try:
-        path.rename(aside)
-    except FileNotFoundError:  # another process was faster
-        return False
     return True
 
 
@@ -206,7 +188,7 @@ def is_named(artifacts: JobArtifacts, ref: ManifestRef) -> bool:
     Raises:
         CorruptError: what the jobs name cannot be read.
     """
-    checkpoint = f"ckpt_{ref.epoch}-{ref.name}"
+    checkpoint = checkpoint_id(ref)
     if registration(artifacts, checkpoint).is_file():
         return False
     return f"{artifacts.root.name}/{checkpoint}" in named(Artifacts(artifacts.root.parent.parent))

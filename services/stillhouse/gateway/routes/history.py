@@ -6,17 +6,15 @@ import asyncio
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request, Response
-from fastapi.responses import PlainTextResponse, StreamingResponse
+from fastapi.responses import PlainTextResponse
 from fastapi.sse import EventSourceResponse
 from pydantic import BaseModel, ConfigDict, Field
-from starlette.background import BackgroundTask
 
 from stillhouse.core.blobs import read_json
 from stillhouse.core.errors import CorruptError, SpecError
-from stillhouse.core.schemas import Checkpoint, Event, MetricPoint, Page
+from stillhouse.core.schemas import Event, MetricPoint, Page
 from stillhouse.core.service import Context
 from stillhouse.gateway import history
-from stillhouse.gateway.checkpoints import TarStream, checkpoint_folder, list_checkpoints
 from stillhouse.gateway.deps import Ctx, OwnJob
 from stillhouse.gateway.routes.deadline import DeadlineRoute
 from stillhouse.gateway.views import event_view, metric_view
@@ -107,25 +105,3 @@ def _evaluations(ctx: Context, job_id: str) -> list[dict[str, Any]]:
         except (ValueError, CorruptError) as error:
             ctx.log.warning("evaluation cannot be read", job_id=job_id, file=path.name, error=str(error))
     return [document for _, document in sorted(found, key=lambda item: item[0])]
-
-
-@router.get("/checkpoints")
-async def get_checkpoints(ctx: Ctx, record: OwnJob) -> Page[Checkpoint]:
-    """Committed checkpoints, oldest first, and at the end the finished student (`ckpt_export`)."""
-    return Page(data=await asyncio.to_thread(list_checkpoints, record.id, ctx.artifacts.job(record.id), record))
-
-
-@router.get(
-    "/checkpoints/{checkpoint_id}/download",
-    response_class=StreamingResponse,
-    responses=_stream_docs("application/x-tar", "The checkpoint's folder as a tar"),
-)
-async def download_checkpoint(ctx: Ctx, record: OwnJob, checkpoint_id: str) -> StreamingResponse:
-    """A checkpoint as a tar, streamed; Content-Length tells whether it came whole."""
-    folder = checkpoint_folder(record.id, ctx.artifacts.job(record.id), record, checkpoint_id)
-    name = f"{record.id}-{checkpoint_id.removeprefix('ckpt_')}"
-    tar = await asyncio.to_thread(TarStream, folder, name)
-    headers = {"Content-Length": str(tar.size), "Content-Disposition": f'attachment; filename="{name}.tar"'}
-    return StreamingResponse(
-        iter(tar), media_type="application/x-tar", headers=headers, background=BackgroundTask(tar.close)
-    )
