@@ -284,6 +284,8 @@ class JobSpec(Closed):
     """Held-out measurements."""
     samplers: SamplersSpec = SamplersSpec()
     """How many samplers may serve."""
+    priority: int = Field(default=0, ge=-100, le=100)
+    """Jobs with a higher one begin first and get more samplers; see docs/jobs.md."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Every random choice of the job follows from it."""
     deterministic: bool = False

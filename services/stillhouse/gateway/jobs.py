@@ -84,6 +84,7 @@ async def submit(ctx: Context, submission: Submission) -> tuple[JobRecord, bool]
         stop_step=submission.spec.stop_step(),
         owner=submission.owner,
         kind=submission.kind,
+        priority=submission.spec.priority,
     )
     document = {
         "id": record.id,
@@ -143,7 +144,12 @@ async def _replay(ctx: Context, made: str, submission: Submission) -> JobRecord:
 def initial_record(document: dict[str, Any]) -> JobRecord:
     """The record that a job.json stands for, before anything happened to the job."""
     fields = {name: document[name] for name in ("id", "created_at", "owner", "spec", "stop_step")}
-    return JobRecord(status="queued", kind=document.get("kind", "distillation"), **fields)
+    return JobRecord(
+        status="queued",
+        kind=document.get("kind", "distillation"),
+        priority=int(document["spec"].get("priority", 0)),
+        **fields,
+    )
 
 
 async def cancel(ctx: Context, job_id: str) -> JobRecord:

@@ -24,7 +24,18 @@ from stillhouse.core.queue.client import BEYOND_MAXMEMORY, text
 from stillhouse.core.queue.streams import Scope
 
 TERMINAL: Final = frozenset({"succeeded", "failed", "cancelled"})
-STATUSES: Final = ("queued", "validating", "starting", "running", "cancelling", "stalled", *sorted(TERMINAL))
+STATUSES: Final = (
+    "queued",
+    "validating",
+    "starting",
+    "running",
+    "stalled",
+    "pausing",
+    "paused",
+    "resuming",
+    "cancelling",
+    *sorted(TERMINAL),
+)
 EVENTS_MAXLEN: Final = 10_000
 """Events kept in Redis for live readers; older ones are in events.jsonl."""
 METRICS_MAXLEN: Final = 100_000
@@ -65,6 +76,10 @@ class JobRecord:
     owner: str = ""
     kind: str = "distillation"
     """Or "preflight": it looks at the job of its spec, reports and trains nothing."""
+    priority: int = 0
+    """Of its spec."""
+    retry_of: str = ""
+    """The job whose checkpoint this one goes on from."""
 
     @property
     def is_terminal(self) -> bool:
@@ -335,7 +350,7 @@ class JobStore:
 
 
 _JSON_FIELDS: Final = frozenset({"spec", "weights", "progress", "usage", "error", "result"})
-_INT_FIELDS: Final = frozenset({"epoch", "step", "committed_step", "stop_step"})
+_INT_FIELDS: Final = frozenset({"epoch", "step", "committed_step", "stop_step", "priority"})
 _FLOAT_FIELDS: Final = frozenset({"created_at", "started_at", "finished_at"})
 _FIELDS: Final = tuple(JobRecord.__dataclass_fields__)
 

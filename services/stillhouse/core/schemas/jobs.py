@@ -9,7 +9,18 @@ from pydantic import ConfigDict, Field
 from stillhouse.core.schemas.base import Answer
 
 Status = Literal[
-    "queued", "validating", "starting", "running", "cancelling", "stalled", "succeeded", "failed", "cancelled"
+    "queued",
+    "validating",
+    "starting",
+    "running",
+    "stalled",
+    "pausing",
+    "paused",
+    "resuming",
+    "cancelling",
+    "succeeded",
+    "failed",
+    "cancelled",
 ]
 """core/queue/jobs.py's STATUSES, for type checkers and the OpenAPI document."""
 
@@ -45,6 +56,12 @@ class Job(Answer):
     kind: str = Field(default="distillation", json_schema_extra={"enum": list(get_args(Kind))})
     """What it does: distil, or look at a job and report (`result.preflight`)."""
     name: str
+    owner: str = ""
+    """Whose job it is; empty where authentication is off."""
+    priority: int = 0
+    """Of waiting jobs those with a higher one begin first."""
+    retry_of: str = ""
+    """The job whose checkpoint this one goes on from; empty = none."""
     status: str = Field(json_schema_extra={"enum": list(get_args(Status))})
     is_terminal: bool
     """The status will not change any more."""
