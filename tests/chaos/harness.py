@@ -26,8 +26,8 @@ import httpx
 from redis import Redis
 from redis.exceptions import RedisError
 
-from stillhouse.client.calls import ApiError
 from stillhouse.client.client import Client
+from stillhouse.client.errors import ApiError
 from stillhouse.core.blobs import Artifacts, JobArtifacts, read_json, read_jsonl
 from stillhouse.core.errors import StillhouseError, UnavailableError
 from stillhouse.core.failpoints import ENVIRONMENT, POINTS

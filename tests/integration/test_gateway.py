@@ -160,7 +160,7 @@ async def test_an_event_stream_survives_the_gateway(gateway: Process, ctx: Conte
         seen: list[str] = []
 
         async def follow() -> None:
-            async for event in client.jobs.events(job["id"]):
+            async for event in client.jobs.stream_events(job["id"]):
                 seen.append(event["message"])
 
         task = asyncio.create_task(follow())

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stillhouse.client.aio import AsyncClient
-from stillhouse.client.calls import ApiError
+from stillhouse.client.errors import ApiError
 from stillhouse.core.errors import EngineStartError
 from stillhouse.core.queue.registry import ServiceInfo
 from stillhouse.gateway.app import create_app
@@ -37,10 +37,8 @@ async def deployment(tmp_path: Path, redis_url: str) -> AsyncIterator[Cluster]:
 
 @pytest.fixture
 async def client(deployment: Cluster) -> AsyncIterator[AsyncClient]:
-    made = AsyncClient("http://gateway", "", retries=0)
     transport = httpx.ASGITransport(app=create_app(deployment.ctx, deployment.settings))
-    made._sender.http = httpx.AsyncClient(transport=transport, **made._sender.target.options())
-    async with made:
+    async with AsyncClient("http://gateway", "", retries=0, transport=transport) as made:
         yield made
 
 

@@ -46,10 +46,10 @@ def test_models_are_added_listed_replaced_and_forgotten(
 def test_models_of_another_machine_are_listed_over_rest(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from stillhouse.client.client import Listing
+    from stillhouse.client.client import Models
 
     row = {"id": "far", "architecture": "A", "num_parameters": 7, "num_layers": 2, "size_bytes": 9}
-    monkeypatch.setattr(Listing, "list", lambda _: [{**row, "tokenizer_sha256": "t" * 64, "sha256": "s" * 64}])
+    monkeypatch.setattr(Models, "list", lambda _: [{**row, "tokenizer_sha256": "t" * 64, "sha256": "s" * 64}])
     monkeypatch.setenv("STILLHOUSE_URL", "http://127.0.0.1:1")
     monkeypatch.setenv("STILLHOUSE_API_KEY", "k")
     models.show(as_json=False)

@@ -112,7 +112,7 @@ def test_debug_shows_the_traceback_at_any_position(tmp_path: Path) -> None:
 
 def test_a_refusal_of_the_gateway_is_printed_whole(capsys: pytest.CaptureFixture[str]) -> None:
     from stillhouse.cli.main import _explain
-    from stillhouse.client.calls import ApiError
+    from stillhouse.client.errors import ApiError
 
     findings = [
         {"param": "student.model", "message": "unknown model 'x'", "fix": ""},

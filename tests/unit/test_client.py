@@ -14,12 +14,14 @@ from typing import Any
 import httpx
 import pytest
 
-from stillhouse.client import aio, calls, client, unpack
+from stillhouse.client import calls, unpack
 from stillhouse.client.aio import AsyncClient
-from stillhouse.client.calls import ApiError, EventReader, find_target
 from stillhouse.client.client import Client
+from stillhouse.client.errors import ApiError, ConflictError, NotFoundError
+from stillhouse.client.sse import Reader
+from stillhouse.client.target import Target, find_target
+from stillhouse.client.transport import Blocking
 from stillhouse.core.errors import ConfigError, CorruptError, DeadlineError, SpecError, UnavailableError
-from stillhouse.core.schemas import Event
 
 Handler = Callable[[httpx.Request], httpx.Response]
 
@@ -29,20 +31,12 @@ def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calls, "pause_s", lambda *_: 0.0)
 
 
-def make_client(handler: Handler, retries: int = 3) -> Client:
-    made = Client("http://gateway", "key", retries=retries)
-    made._sender.http = httpx.Client(transport=httpx.MockTransport(handler), **_options(made))
-    return made
+def make_client(handler: Handler, retries: int = 3, **options: Any) -> Client:
+    return Client("http://gateway", "key", retries=retries, transport=httpx.MockTransport(handler), **options)
 
 
-def make_async_client(handler: Handler) -> AsyncClient:
-    made = AsyncClient("http://gateway", "key", retries=3)
-    made._sender.http = httpx.AsyncClient(transport=httpx.MockTransport(handler), **_options(made))
-    return made
-
-
-def _options(made: Any) -> dict[str, Any]:
-    return made._sender.target.options()
+def make_async_client(handler: Handler, retries: int = 3) -> AsyncClient:
+    return AsyncClient("http://gateway", "key", retries=retries, transport=httpx.MockTransport(handler))
 
 
 def test_where_the_gateway_is(tmp_path: Path) -> None:
@@ -50,12 +44,12 @@ def test_where_the_gateway_is(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="stillhouse up"):
         find_target(None, None, env)
     (tmp_path / "client.json").write_text(json.dumps({"url": "http://local:1/", "api_key": "local-key"}))
-    assert find_target(None, None, env) == calls.Target("http://local:1", "local-key")
+    assert find_target(None, None, env) == Target("http://local:1", "local-key")
     env["STILLHOUSE_URL"] = "http://env:2"
-    assert find_target(None, None, env) == calls.Target("http://env:2", ""), "the local key stays here"
+    assert find_target(None, None, env) == Target("http://env:2", ""), "the local key stays here"
     env["STILLHOUSE_API_KEY"] = "env-key"
-    assert find_target(None, None, env) == calls.Target("http://env:2", "env-key")
-    assert find_target("http://arg:3", "arg-key", env) == calls.Target("http://arg:3", "arg-key")
+    assert find_target(None, None, env) == Target("http://env:2", "env-key")
+    assert find_target("http://arg:3", "arg-key", env) == Target("http://arg:3", "arg-key")
     with pytest.raises(ConfigError, match="http://"):
         find_target("ftp://x", None, env)
     (tmp_path / "client.json").write_text("{")
@@ -107,16 +101,48 @@ def test_it_gives_up_with_a_reason() -> None:
     assert len(attempts) == 3
 
 
-def test_a_cancel_whose_answer_got_lost_is_not_sent_twice() -> None:
-    attempts = []
+@pytest.mark.parametrize(("status", "is_done"), [("cancelling", True), ("cancelled", True), ("succeeded", False)])
+def test_a_cancel_whose_answer_got_lost_is_done_if_the_job_says_so(status: str, is_done: bool) -> None:
+    sent = []
 
     def lost(request: httpx.Request) -> httpx.Response:
-        attempts.append(request)
-        raise httpx.ReadTimeout("slow")
+        sent.append(request.method)
+        if len(sent) == 1:
+            raise httpx.ReadTimeout("slow")
+        if request.method == "POST":
+            return httpx.Response(409, json={"code": "conflict", "detail": f"it is {status}"})
+        return httpx.Response(200, json={"id": "job_1", "status": status})
 
-    with make_client(lost) as made, pytest.raises(UnavailableError):
+    with make_client(lost) as made:
+        if is_done:
+            assert made.jobs.cancel("job_1").status == status
+        else:
+            with pytest.raises(ConflictError, match="succeeded"):
+                made.jobs.cancel("job_1")
+    assert sent == ["POST", "POST", "GET"]
+
+
+def test_a_conflict_is_one_where_no_answer_got_lost() -> None:
+    answer = httpx.Response(409, json={"code": "conflict", "detail": "it is cancelled"})
+    with make_client(lambda _: answer) as made, pytest.raises(ConflictError) as caught:
         made.jobs.cancel("job_1")
-    assert len(attempts) == 1
+    assert not caught.value.is_repeat
+
+
+def test_what_a_lost_attempt_has_deleted_is_deleted() -> None:
+    answers: list[Any] = [httpx.ReadError("cut"), httpx.Response(404, json={"code": "not_found", "detail": "gone"})]
+
+    def gone(_: httpx.Request) -> httpx.Response:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    with make_client(gone) as made:
+        made.jobs.delete("job_1")
+        answers.append(httpx.Response(404, json={"code": "not_found", "detail": "gone"}))
+        with pytest.raises(NotFoundError):
+            made.jobs.delete("job_1")
 
 
 def test_scores_that_took_too_long_are_not_asked_for_again() -> None:
@@ -171,16 +197,16 @@ async def test_events_come_once_each_over_broken_streams() -> None:
     for burst in (1, 3, 10):
         history = History(7, burst)
         with make_client(history) as made:
-            assert [event["message"] for event in made.jobs.events("job_1")] == [str(i) for i in range(1, 8)]
+            assert [event["message"] for event in made.jobs.stream_events("job_1")] == [str(i) for i in range(1, 8)]
         assert history.resumed_after[1:2] == ([f"{burst}-0"] if burst < 7 else [])
         history = History(7, burst)
         async with make_async_client(history) as twin:
-            assert [event["message"] async for event in twin.jobs.events("job_1", after="2-0")] == list("34567")
+            assert [event["message"] async for event in twin.jobs.stream_events("job_1", after="2-0")] == list("34567")
 
 
 async def test_events_without_following_are_all_pages() -> None:
     with make_client(History(7, 1)) as made:
-        assert [event["message"] for event in made.jobs.events("job_1", "1-0", follow=False)] == list("234567")
+        assert [event["message"] for event in made.jobs.events("job_1", after="1-0")] == list("234567")
 
 
 async def test_wait_tells_every_event_once_and_gives_the_job() -> None:
@@ -208,11 +234,10 @@ def test_lists_page_up_to_the_limit() -> None:
         assert [job["id"] for job in made.jobs.list(limit=50)] == list("12345678")
 
 
-def test_event_reader_ignores_comments_and_joins_lines() -> None:
-    reader = EventReader("")
-    lines = [": hi", "", "event: x", 'data: {"id":', 'data: "7-0"}', "id: 7-0", ""]
-    assert [event for line in lines if (event := reader.feed(line))] == [Event.model_construct(id="7-0")]
-    assert reader.last_id == "7-0"
+def test_the_event_reader_ignores_comments_and_joins_lines() -> None:
+    reader = Reader()
+    lines = [": hi", "", "event: x", 'data: {"id":', 'data: "7-0"}', "id: 7-0", "", 'data: {"torn']
+    assert [event for line in lines if (event := reader.feed(line))] == [{"id": "7-0"}]
 
 
 def make_tar(path: Path, members: dict[str, bytes], links: dict[str, str] | None = None) -> Path:
@@ -255,12 +280,26 @@ def test_a_tar_with_links_or_damage_is_refused(tmp_path: Path) -> None:
         unpack.place(tmp_path / "junk", tmp_path / "out")
 
 
+def _public(cls: type) -> dict[str, Any]:
+    return {name: getattr(cls, name) for name in dir(cls) if not name.startswith("_")}
+
+
 def test_both_clients_have_the_same_methods() -> None:
-    pairs = [(getattr(client, name), getattr(aio, name)) for name in ("Jobs", "Files", "Listing", "Recipes")]
-    for sync, twin in [*pairs, (Client, AsyncClient)]:
-        public = {key for key in vars(sync) if not key.startswith("_")}
-        assert public == {key for key in vars(twin) if not key.startswith("_")}
-        for key in public:
-            ours, theirs = inspect.signature(getattr(sync, key)), inspect.signature(getattr(twin, key))
-            assert list(ours.parameters.values()) == list(theirs.parameters.values()), key
-            assert getattr(sync, key).__doc__ == getattr(twin, key).__doc__
+    """Names, parameters, what comes back, documentation; resources, too."""
+    sync, twin = make_client(lambda _: httpx.Response(200)), make_async_client(lambda _: httpx.Response(200))
+    resources = {name for name, value in vars(sync).items() if isinstance(value, Blocking)} - {"_twin"}
+    assert resources >= {"jobs", "files", "models", "verifiers", "recipes", "services"}
+    for ours, theirs in [(sync, twin), *((getattr(sync, name), getattr(twin, name)) for name in resources)]:
+        methods, twins = _public(type(ours)), _public(type(theirs))
+        assert methods.keys() == twins.keys()
+        for name, method in methods.items():
+            signature, other = inspect.signature(method), inspect.signature(twins[name])
+            assert signature.parameters == other.parameters, name
+            assert signature.return_annotation == other.return_annotation.replace("AsyncIterator", "Iterator"), name
+            assert method.__doc__ == twins[name].__doc__, name
+            assert method.__doc__, name
+            assert not inspect.iscoroutinefunction(method), name
+    ours, theirs = inspect.signature(Client).parameters, inspect.signature(AsyncClient).parameters
+    assert [(p.name, p.default, p.kind) for p in ours.values()] == [
+        (p.name, p.default, p.kind) for p in theirs.values()
+    ]

@@ -152,17 +152,16 @@ def answers(request: httpx.Request) -> httpx.Response:
 async def test_clients_and_command_show_all_pages(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sync, twin = Client("http://gateway", "key"), AsyncClient("http://gateway", "key")
-    sync._sender.http = httpx.Client(transport=httpx.MockTransport(answers), base_url="http://gateway")
-    twin._sender.http = httpx.AsyncClient(transport=httpx.MockTransport(answers), base_url="http://gateway")
+    transport = httpx.MockTransport(answers)
+    sync = Client("http://gateway", "key", transport=transport)
+    twin = AsyncClient("http://gateway", "key", transport=transport)
     assert [letter["id"] for letter in sync.jobs.dead_letters("job_x")] == ["0/0", "1/0", "2/0", "3/0"]
     assert await twin.jobs.dead_letters("job_x") == sync.jobs.dead_letters("job_x")
-    monkeypatch.setattr(cli, "Client", lambda: sync)
+    monkeypatch.setattr(cli, "Client", lambda: Client("http://gateway", "key", transport=transport))
     monkeypatch.setattr(shutil, "get_terminal_size", lambda *_: (160, 40))
     cli.show_dead_letters("job_x", as_json=False)
     shown = capsys.readouterr().out
     assert "3/0" in shown
     assert "teacher (1x)" in shown
-    sync._sender.http = httpx.Client(transport=httpx.MockTransport(answers), base_url="http://gateway")
     cli.show_dead_letters("job_x", as_json=True)
     assert len(json.loads(capsys.readouterr().out)) == 4

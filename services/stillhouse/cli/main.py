@@ -24,7 +24,7 @@ from stillhouse.cli import (
 )
 
 if TYPE_CHECKING:
-    from stillhouse.client.calls import ApiError
+    from stillhouse.client.errors import ApiError
 
 # error code -> what to try; the messages themselves already say what is wrong
 _HINTS: Final = {
@@ -90,7 +90,7 @@ def main() -> None:
 def _explain(error: Exception) -> int:
     """Print an error; returns the exit code."""
     from stillhouse.cli.console import EXIT_FAILED, EXIT_USAGE, CliError, print_error
-    from stillhouse.client.calls import ApiError
+    from stillhouse.client.errors import ApiError
     from stillhouse.core.errors import ConfigError, SpecError, StillhouseError
 
     if isinstance(error, CliError):

@@ -1,65 +1,78 @@
-"""The Python client for asyncio: the methods of `Client` (client.py), awaited.
+"""The Python client for asyncio.
 
-async with AsyncClient() as client:
-    job = await client.jobs.create(spec)
-    async for event in client.jobs.events(job.id):
-        print(event["message"])
+    async with AsyncClient() as client:
+        job = await client.jobs.create(spec)
+        async for event in client.jobs.stream_events(job.id):
+            print(event.message)
+
+It has the methods of `Client` (client.py), which runs these here. One client belongs to one event loop.
 """
 
 from __future__ import annotations
 
-import asyncio
-import tempfile
-import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Generic, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import httpx
 
-from stillhouse.client import calls, unpack
-from stillhouse.client.calls import ApiError, Call, Target
-from stillhouse.core.errors import DeadlineError, UnavailableError
-from stillhouse.core.schemas import (
-    Checkpoint,
-    DeadLetter,
-    Event,
-    File,
-    Health,
-    Job,
-    MetricPoint,
-    Model,
-    Page,
-    Recipe,
-    Scores,
-    Service,
-    Verifier,
-)
-from stillhouse.core.spec import JobSpec
+from stillhouse.client import calls
+from stillhouse.client.calls import Call
+from stillhouse.client.catalog import AsyncModels, AsyncRecipes, AsyncServices, AsyncVerifiers
+from stillhouse.client.checkpoints import JobCheckpoints
+from stillhouse.client.files import AsyncFiles
+from stillhouse.client.jobs import JobVerbs
+from stillhouse.client.sender import RETRIES, TIMEOUT_S, Options, Sender
+from stillhouse.client.target import find_target
+from stillhouse.client.transport import AsyncTransport
+from stillhouse.core.schemas import Generation, Health, Scores
 
-Json = dict[str, Any]
-T = TypeVar("T")
-BLOCK_BYTES = 1 << 18
-"""Bytes read at once from a file that is uploaded."""
+THINKING_S = 120.0
+"""Longest silence while models work: the gateway gives them 85 s to be loaded and to answer."""
+
+
+class AsyncJobs(JobVerbs, JobCheckpoints):
+    """Distillation jobs."""
 
 
 class AsyncClient:
     """A gateway."""
 
-    def __init__(self, url: str | None = None, api_key: str | None = None, *, retries: int = calls.RETRIES) -> None:
-        target = calls.find_target(url, api_key)
-        self._sender = _Sender(target, retries)
-        self.url = target.url
-        self.jobs = Jobs(self._sender)
-        self.files = Files(self._sender)
-        self.models = Listing(self._sender, "/v1/models", Model)
-        self.verifiers = Listing(self._sender, "/v1/verifiers", Verifier)
-        self.recipes = Recipes(self._sender, "/v1/recipes", Recipe)
-        self.services = Listing(self._sender, "/v1/services", Service)
+    def __init__(
+        self,
+        url: str | None = None,
+        api_key: str | None = None,
+        *,
+        timeout_s: float = TIMEOUT_S,
+        retries: int = RETRIES,
+        deadline_s: float | None = None,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        """See `Client`."""
+        target = find_target(url, api_key)
+        self._use(Sender(AsyncTransport(target, transport), target, Options(timeout_s, retries, deadline_s)))
+
+    def _use(self, sender: Sender) -> Self:
+        self._sender = sender
+        self.url = sender.target.url
+        self.jobs = AsyncJobs(sender)
+        self.files = AsyncFiles(sender)
+        self.models = AsyncModels(sender)
+        self.verifiers = AsyncVerifiers(sender)
+        self.recipes = AsyncRecipes(sender)
+        self.services = AsyncServices(sender)
+        return self
+
+    def with_options(
+        self, *, timeout_s: float | None = None, retries: int | None = None, deadline_s: float | None = None
+    ) -> Self:
+        """The same gateway over the same connections, with other patience: `client.with_options(retries=0)`."""
+        given = {"timeout_s": timeout_s, "retries": retries, "deadline_s": deadline_s}
+        changes = {name: value for name, value in given.items() if value is not None}
+        return type(self).__new__(type(self))._use(self._sender.with_options(**changes))
 
     async def health(self) -> Health:
-        """{status, version} of a gateway that can serve requests."""
-        return await self._sender.send(calls.get_path("/readyz", Health))
+        """status and version of a gateway that can serve requests."""
+        return await self._sender.send(Call("GET", "/readyz", Health))
 
     async def score(
         self,
@@ -75,245 +88,50 @@ class AsyncClient:
 
         A text may also be an item: {"prompt": ..., "text": ...} or {"prompt_ids": [...], "token_ids": [...]}.
         """
-        return await self._sender.send(calls.score(model, texts, prompt, top_k, temperature, dtype))
+        items = [{"prompt": prompt, "text": text} if isinstance(text, str) else dict(text) for text in texts]
+        body = {"model": model, "items": items, "top_k": top_k, "temperature": temperature, "dtype": dtype}
+        return await self._sender.send(_thinking("/v1/score", Scores, body))
+
+    async def generate(
+        self,
+        model: str,
+        prompt: str | None = None,
+        *,
+        messages: Sequence[Mapping[str, str]] | None = None,
+        max_tokens: int = 256,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        n: int = 1,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        dtype: str = "float32",
+    ) -> Generation:
+        """What a model writes: a registered one, a checkpoint (`job_ID/ckpt_...`), or the newest of a job (`job_ID`).
+
+        Args:
+            prompt: read as it is; either this or `messages`.
+            messages: a conversation, read through the chat template with `chat_template_kwargs`.
+            temperature: 0 = the likeliest token each time.
+            seed: the same seed gives the same texts.
+            n: completions of `max_tokens` at most.
+        """
+        given = {"model": model, "prompt": prompt, "messages": messages, "max_tokens": max_tokens, "n": n}
+        given |= {"temperature": temperature, "top_p": top_p, "seed": seed, "dtype": dtype}
+        given |= {"chat_template_kwargs": chat_template_kwargs}
+        body = {name: value for name, value in given.items() if value is not None}
+        return await self._sender.send(_thinking("/v1/generate", Generation, body))
 
     async def close(self) -> None:
         """Close the connections."""
-        await self._sender.http.aclose()
+        await self._sender.transport.close()
 
-    async def __aenter__(self) -> AsyncClient:
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
 
-class _Sender:
-    """Sends calls, and repeats those that did not get through."""
-
-    def __init__(self, target: Target, retries: int) -> None:
-        self.target = target
-        self.retries = retries
-        self.http = httpx.AsyncClient(**target.options())
-
-    async def send(self, call: Call) -> Any:
-        """The answer's JSON.
-
-        Raises:
-            ApiError: the gateway refused.
-            UnavailableError: it does not answer.
-        """
-        for attempt in range(self.retries + 1):
-            is_last = attempt == self.retries
-            try:
-                response = await self._once(call)
-            except httpx.TransportError as error:
-                if is_last or not calls.may_retry(call, error):
-                    raise self.target.unreachable(error) from None
-                await asyncio.sleep(calls.pause_s(attempt))
-                continue
-            if is_last or response.status_code not in call.retry_status:
-                return calls.read_answer(call, response)
-            await asyncio.sleep(calls.pause_s(attempt, response))
-        raise AssertionError("unreachable: the last attempt returns or raises")
-
-    async def _once(self, call: Call) -> httpx.Response:
-        if call.file is None:
-            return await self.http.request(call.method, call.path, **call.options())
-        return await self.http.request(call.method, call.path, content=_blocks(call.file), **call.options())
-
-
-async def _blocks(path: Path) -> AsyncIterator[bytes]:
-    with path.open("rb") as stream:
-        while block := await asyncio.to_thread(stream.read, BLOCK_BYTES):
-            yield block
-
-
-class Listing(Generic[T]):
-    """A read-only list."""
-
-    def __init__(self, sender: _Sender, path: str, kind: type[T]) -> None:
-        self._sender = sender
-        self._path = path
-        self._kind = kind
-
-    async def list(self) -> list[T]:
-        """All of them."""
-        return (await self._sender.send(calls.get_path(self._path, Page[self._kind]))).data
-
-
-class Recipes(Listing[Recipe]):
-    """Presets for stages."""
-
-    async def get(self, name: str) -> Recipe:
-        """A recipe: what it is for, and its presets with every value and its source."""
-        return await self._sender.send(calls.get_path(f"{self._path}/{name}", Recipe))
-
-
-class Files:
-    """Uploaded prompts."""
-
-    def __init__(self, sender: _Sender) -> None:
-        self._sender = sender
-
-    async def upload(self, path: str | Path) -> File:
-        """Upload a JSONL file of rows; {id, num_rows, sha256, size_bytes}. The same content always has the same id."""
-        return await self._sender.send(calls.upload_file(Path(path)))
-
-    async def get(self, file_id: str) -> File:
-        """Facts of an uploaded file."""
-        return await self._sender.send(calls.get_path(f"/v1/files/{file_id}", File))
-
-
-class Jobs:
-    """Distillation jobs."""
-
-    def __init__(self, sender: _Sender) -> None:
-        self._sender = sender
-
-    async def create(self, spec: Mapping[str, Any] | JobSpec, *, idempotency_key: str | None = None) -> Job:
-        """Submit a job. With a key of your own, submitting again gives the same job, also from another process."""
-        return await self._sender.send(calls.create_job(spec, idempotency_key))
-
-    async def get(self, job_id: str) -> Job:
-        """A job."""
-        return await self._sender.send(calls.get_job(job_id))
-
-    async def list(
-        self, *, limit: int = 20, after: str = "", status: str | None = None, order: str = "desc"
-    ) -> list[Job]:
-        """Up to `limit` jobs by creation time, newest first unless `order` is "asc"."""
-        found: list[Job] = []
-        while len(found) < limit:
-            page = await self._sender.send(calls.list_jobs(limit - len(found), after, status, order))
-            found += page.data
-            if not page.has_more:
-                break
-            after = found[-1].id
-        return found
-
-    async def cancel(self, job_id: str) -> Job:
-        """End a job; it may be `cancelling` for a while."""
-        return await self._sender.send(calls.cancel_job(job_id))
-
-    async def wait(
-        self,
-        job_id: str,
-        *,
-        on_event: Callable[[Event], object] | None = None,
-        timeout_s: float | None = None,
-        poll_s: float = 1.0,
-    ) -> Job:
-        """Wait for a job's end, whatever it is, and give the job; `on_event` sees every event on the way.
-
-        Raises:
-            DeadlineError: it did not end within `timeout_s`; it goes on.
-        """
-        deadline = time.monotonic() + timeout_s if timeout_s is not None else None
-        after, is_over = "", on_event is None
-        while True:
-            job = await self.get(job_id)
-            if on_event is not None and not is_over:
-                # a finished job may be a moment ahead of its last event: the stream waits for that one
-                async for event in self.events(job_id, after=after, follow=job.is_terminal):
-                    after, is_over = event.id, calls.is_last(event)
-                    on_event(event)
-            if job.is_terminal:
-                return job
-            if deadline is not None and time.monotonic() + poll_s > deadline:
-                raise DeadlineError(f"job {job_id} is still '{job['status']}' after {timeout_s:g} s; it goes on")
-            await asyncio.sleep(poll_s)
-
-    async def events(self, job_id: str, after: str | None = None, follow: bool = True) -> AsyncIterator[Event]:
-        """Events after the one with id `after`, each once; with `follow` as they happen, until the job's last one."""
-        last_id = after or ""
-        attempt = 0
-        while follow:
-            try:
-                async for event in self._stream(job_id, last_id):
-                    last_id, attempt = event.id, 0
-                    yield event
-                if (await self.get(job_id)).is_terminal:
-                    break  # the rest, if any, comes as pages
-            except (httpx.TransportError, UnavailableError) as error:
-                attempt += 1
-                if attempt > self._sender.retries:
-                    raise self._sender.target.unreachable(error) from None
-            await asyncio.sleep(calls.pause_s(attempt))
-        while True:
-            page = await self._sender.send(calls.list_events(job_id, last_id))
-            for event in page.data:
-                yield event
-            if not page.has_more:
-                return
-            last_id = page.data[-1].id
-
-    async def _stream(self, job_id: str, after: str) -> AsyncIterator[Event]:
-        call = calls.stream_events(job_id, after)
-        async with self._sender.http.stream(call.method, call.path, **call.options()) as response:
-            if not response.is_success:
-                await response.aread()
-                raise calls.stream_error(response)
-            reader = calls.EventReader(after)
-            async for line in response.aiter_lines():
-                event = reader.feed(line)
-                if event is not None:
-                    yield event
-
-    async def metrics(
-        self, job_id: str, *, names: tuple[str, ...] = (), step_from: int = 0, step_to: int | None = None
-    ) -> list[MetricPoint]:
-        """Points {epoch, step, created_at, values} by step."""
-        return (await self._sender.send(calls.get_metrics(job_id, tuple(names), step_from, step_to))).data
-
-    async def evaluations(self, job_id: str) -> list[Json]:
-        """Held-out measurements by step."""
-        return (await self._sender.send(calls.list_evaluations(job_id))).data
-
-    async def dead_letters(self, job_id: str) -> list[DeadLetter]:
-        """Samples that could not be sampled or scored, by step, with the reason."""
-        found: list[DeadLetter] = []
-        while True:
-            page = await self._sender.send(calls.list_dead_letters(job_id, found[-1].id if found else ""))
-            found += page.data
-            if not page.has_more:
-                return found
-
-    async def checkpoints(self, job_id: str) -> list[Checkpoint]:
-        """Checkpoints, oldest first; the finished student (`ckpt_export`) last."""
-        return (await self._sender.send(calls.list_checkpoints(job_id))).data
-
-    async def download(self, job_id: str, target: str | Path, *, checkpoint: str | None = None) -> Path:
-        """Fetch a checkpoint, by default the finished student, into the new folder `target` (or a file `*.tar`).
-
-        Raises:
-            SpecError: something is at `target` already.
-        """
-        place = Path(target)
-        unpack.check_target(place)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        call = calls.download_checkpoint(job_id, checkpoint)
-        for attempt in range(self._sender.retries + 1):
-            with tempfile.TemporaryDirectory(dir=place.parent, prefix=".download.") as folder:
-                tar = Path(folder) / "tar"
-                try:
-                    await self._fetch(call, tar)
-                except (httpx.TransportError, UnavailableError) as error:
-                    if attempt == self._sender.retries:
-                        raise self._sender.target.unreachable(error) from None
-                    await asyncio.sleep(calls.pause_s(attempt))
-                    continue
-                return await asyncio.to_thread(unpack.place, tar, place)
-        raise AssertionError("unreachable: the last attempt returns or raises")
-
-    async def _fetch(self, call: Call, tar: Path) -> None:
-        async with self._sender.http.stream(call.method, call.path, **call.options()) as response:
-            if not response.is_success:
-                await response.aread()
-                raise calls.stream_error(response)
-            with tar.open("wb") as sink:
-                async for block in response.aiter_bytes():
-                    sink.write(block)
-
-
-__all__ = ["ApiError", "AsyncClient"]
+def _thinking(path: str, answer: type[Any], body: dict[str, Any]) -> Call[Any]:
+    # too much for the time that there is (504) is too much the next time
+    return Call("POST", path, answer, json=body, retry_status=calls.RETRY_STATUS - {504}, timeout_s=THINKING_S)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from stillhouse.core.schemas.base import Answer
+
+TERMINAL: Final = frozenset({"succeeded", "failed", "cancelled"})
+"""Statuses that do not change any more; core/queue/jobs.py's TERMINAL, where the client may not look."""
 
 
 class Event(Answer):
@@ -18,6 +21,11 @@ class Event(Answer):
     message: str
     data: dict[str, Any]
     created_at: str
+
+    @property
+    def is_last(self) -> bool:
+        """It tells how the job ended: no other follows."""
+        return self.data.get("status") in TERMINAL
 
 
 class MetricPoint(Answer):

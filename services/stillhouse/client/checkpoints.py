@@ -1,0 +1,64 @@
+"""Checkpoints of a job, the finished student among them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from stillhouse.client.calls import Call, path
+from stillhouse.client.download import download
+from stillhouse.client.resource import EXPORT, Resource, delete
+from stillhouse.core.schemas import Checkpoint, Page
+
+
+class JobCheckpoints(Resource):
+    """What a job has made."""
+
+    async def checkpoints(self, job_id: str) -> list[Checkpoint]:
+        """Checkpoints, oldest first; the finished student (`ckpt_export`) last."""
+        return (await self._sender.send(Call("GET", path("/v1/jobs/{}/checkpoints", job_id), Page[Checkpoint]))).data
+
+    async def checkpoint(self, job_id: str, checkpoint: str = EXPORT) -> Checkpoint:
+        """One of them, by default the finished student."""
+        return await self._sender.send(Call("GET", path("/v1/jobs/{}/checkpoints/{}", job_id, checkpoint), Checkpoint))
+
+    async def mark_best(self, job_id: str, checkpoint: str) -> Checkpoint:
+        """Mark a checkpoint as the best: it is kept, whatever comes after it."""
+        where = path("/v1/jobs/{}/checkpoints/{}/best", job_id, checkpoint)
+        return await self._sender.send(Call("PUT", where, Checkpoint))
+
+    async def unmark_best(self, job_id: str, checkpoint: str) -> None:
+        """Take the mark back."""
+        await delete(self._sender, path("/v1/jobs/{}/checkpoints/{}/best", job_id, checkpoint))
+
+    async def delete_checkpoint(self, job_id: str, checkpoint: str) -> None:
+        """Delete a checkpoint.
+
+        Raises:
+            ConflictError: its job may still go on from it, or another job needs it.
+        """
+        await delete(self._sender, path("/v1/jobs/{}/checkpoints/{}", job_id, checkpoint))
+
+    async def download(
+        self,
+        job_id: str,
+        target: str | Path,
+        *,
+        checkpoint: str | None = None,
+        on_progress: Callable[[int, int | None], object] | None = None,
+    ) -> Path:
+        """Fetch a checkpoint, by default the finished student, into the new folder `target` (or a file `*.tar`).
+
+        What an interrupted download has fetched stays beside the target (`.NAME.part`); the same call goes on there,
+        also in a new process.
+
+        Args:
+            on_progress: sees the bytes that have come and those that there are (None = not known).
+
+        Raises:
+            SpecError: something is at `target` already.
+            ConflictError: there is another download to `target`.
+            CorruptError: what came is not what was sent.
+        """
+        where = path("/v1/jobs/{}/checkpoints/{}/download", job_id, checkpoint or EXPORT)
+        return await download(self._sender, Call("GET", where, bytes), Path(target), on_progress)
