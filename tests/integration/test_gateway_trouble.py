@@ -140,7 +140,7 @@ async def test_a_service_outwaits_a_short_trouble(valkey: str) -> None:
 
 def test_history_keeps_the_newest_lines_for_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk with room for some bytes only: no line twice, none torn, the rest when there is room, in order."""
-    append, room = blobs._append, 0
+    append, room = blobs.append_lines, 0
 
     def limited(path: Path, data: bytes) -> int:
         nonlocal room
@@ -149,7 +149,7 @@ def test_history_keeps_the_newest_lines_for_later(tmp_path: Path, monkeypatch: p
         part, room = data[:room], max(0, room - len(data))
         return append(path, part)
 
-    monkeypatch.setattr(blobs, "_append", limited)
+    monkeypatch.setattr(blobs, "append_lines", limited)
     monkeypatch.setattr(blobs, "UNWRITTEN_LINES", 20)
     path = tmp_path / "events.jsonl"
     for number in range(40):

@@ -145,14 +145,14 @@ async def test_a_full_disk_anywhere_pauses_the_job_with_a_reason(deployment: Clu
 
 @pytest.mark.usefixtures("failing")
 async def test_history_waits_for_room(deployment: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    append, is_full = blobs._append, True
+    append, is_full = blobs.append_lines, True
 
     def full(path: Path, data: bytes) -> int:
         if is_full:
             raise OSError(errno.ENOSPC, "no space left on device")
         return append(path, data)
 
-    monkeypatch.setattr(blobs, "_append", full)
+    monkeypatch.setattr(blobs, "append_lines", full)
     job_id = await deployment.submit(spec())
     await at_step(deployment, job_id, STEPS - 2)
     artifacts = deployment.ctx.artifacts.job(job_id)

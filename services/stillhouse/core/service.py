@@ -12,7 +12,7 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any, Final, Protocol
@@ -65,6 +65,8 @@ class Context:
     """Progress of the weights that a sampler fetches."""
     problem: str = ""
     """Why it cannot do what it was asked for, for the heartbeat; empty if it can."""
+    loaded: Callable[[], Iterable[str]] = lambda: ()
+    """Names of the models in memory, for the heartbeat."""
     stop: asyncio.Event = field(default_factory=asyncio.Event)
     """Set by SIGTERM: take no new work, hand back what is held."""
 
@@ -230,6 +232,8 @@ async def heartbeat_forever(
                 "silent_s": f"{ctx.pulse.silent_s():.1f}",
                 "transfer_silent_s": f"{ctx.transfer.silent_s():.1f}",
                 "problem": ctx.problem,
+                "models": " ".join(sorted(set(ctx.loaded()))),
+                "draining": "yes" if ctx.stop.is_set() else "",
             },
         )
         try:

@@ -126,13 +126,13 @@ def _metrics_on_disk(ctx: Context, job_id: str, step_from: int, step_to: int | N
 
 
 def metrics_csv(points: Sequence[MetricPoint]) -> str:
-    """epoch, step, stage, created_at and one column per metric; empty where a step lacks it."""
+    """epoch, first and last step, stage, created_at and one column per metric; empty where a step lacks it."""
     names = sorted({name for point in points for name in point.values})
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["epoch", "step", "stage", "created_at", *names])
+    writer.writerow(["epoch", "first_step", "step", "stage", "created_at", *names])
     for point in points:
         cells = [point.values.get(name) for name in names]
-        row = [point.epoch, point.step, point.stage, point.created_at]
+        row = [point.epoch, point.first_step, point.step, point.stage, point.created_at]
         writer.writerow([*row, *("" if cell is None else cell for cell in cells)])
     return text.getvalue()

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Final, Literal
 
 from stillhouse.core.models import ModelEntry
 from stillhouse.core.queue.jobs import JobRecord
-from stillhouse.core.queue.registry import ServiceInfo
-from stillhouse.core.schemas import Event, Job, MetricPoint, Model, Progress, Service, Verifier
+from stillhouse.core.queue.registry import HEARTBEAT_S, ServiceInfo
+from stillhouse.core.schemas import Event, Job, MetricPoint, Model, Progress, Queue, Service, Verifier
 from stillhouse.core.verifiers import VerifierInfo
 
 
@@ -71,6 +72,7 @@ def metric_view(point: Mapping[str, Any], names: set[str]) -> MetricPoint:
     values = {name: value for name, value in point["values"].items() if not names or name in names}
     return MetricPoint(
         epoch=point["epoch"],
+        first_step=point.get("first_step", point["step"]),
         step=point["step"],
         stage=point.get("stage", ""),
         created_at=timestamp(point["created_at"]),
@@ -78,9 +80,10 @@ def metric_view(point: Mapping[str, Any], names: set[str]) -> MetricPoint:
     )
 
 
-def model_view(entry: ModelEntry) -> Model:
+def model_view(entry: ModelEntry, loaded_by: Sequence[str] = (), used_by: Sequence[str] = ()) -> Model:
     """A registered model, without where it lies."""
-    return Model(id=entry.name, **{name: getattr(entry, name) for name in Model.model_fields if name in _MODEL_FIELDS})
+    fields = {name: getattr(entry, name) for name in Model.model_fields if name in _MODEL_FIELDS}
+    return Model(id=entry.name, loaded_by=list(loaded_by), used_by=list(used_by), **fields)
 
 
 _MODEL_FIELDS = frozenset(ModelEntry.model_fields)
@@ -92,13 +95,39 @@ def verifier_view(info: VerifierInfo) -> Verifier:
     return Verifier(id=info.name, **{name: getattr(info, name) for name in fields})
 
 
-def service_view(info: ServiceInfo) -> Service:
-    """A live service."""
-    fields = {name: getattr(info, name) for name in Service.model_fields if name not in ("object", *_TIMES)}
-    return Service(started_at=timestamp(info.started_at), seen_at=timestamp(info.seen_at), **fields)
+def service_view(info: ServiceInfo, queue: Queue | None = None) -> Service:
+    """A live service, and the work for its kind."""
+    age_s = max(0.0, time.time() - info.seen_at)
+    health: Literal["ok", "late", "problem", "draining"] = "ok"
+    if info.extra.get("draining"):
+        health = "draining"
+    elif age_s > LATE_S:
+        health = "late"
+    elif info.extra.get("problem"):
+        health = "problem"
+    return Service(
+        **{name: getattr(info, name) for name in _SERVICE_FIELDS},
+        started_at=timestamp(info.started_at),
+        seen_at=timestamp(info.seen_at),
+        health=health,
+        heartbeat_age_s=round(age_s, 1),
+        queue=queue,
+    )
 
 
-_TIMES = ("started_at", "seen_at")
+LATE_S: Final = 2 * HEARTBEAT_S + 1.0
+"""A service whose heartbeat is this old missed one or two."""
+_SERVICE_FIELDS: Final = (
+    "role",
+    "instance",
+    "address",
+    "metrics_address",
+    "pid",
+    "version",
+    "state",
+    "job_id",
+    "extra",
+)
 
 
 def _without_rows(spec: Mapping[str, Any]) -> dict[str, Any]:

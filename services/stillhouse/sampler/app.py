@@ -44,6 +44,7 @@ class SamplerApp:
         self._compute = compute
         self.death = death or Death()
         self.student = Student(ctx, compute, load_engine)
+        ctx.loaded = lambda: [] if self.student.entry is None else [self.student.entry.name]
         self.generator = Generator()
         self.worker = SamplerWorker(ctx, self.student, self.generator)
         self._servicer = SamplerServicer(ctx, self.student, self.generator, self.worker)

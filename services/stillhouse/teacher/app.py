@@ -36,6 +36,7 @@ class TeacherApp:
             remove_dead(folder)
         self.blobs = BlobStore(ctx.instance, settings.blob_memory_mib << 20, spill)
         pool = ModelPool(ctx.models, load_engine, int(settings.teacher_memory_gib * 2**30))
+        ctx.loaded = lambda: [resident.entry.name for resident in pool.residents()]
         self.scorer = Scorer(self._compute, pool, ScoreCache(settings.score_cache_mib << 20))
         follower = Follower(ctx, self._compute)
         abilities = replace(abilities, threads=settings.threads)

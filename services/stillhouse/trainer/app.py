@@ -39,6 +39,7 @@ class TrainerApp:
         self._make_learner = make_learner
         self._ranks = ranks
         self._lead: Lead | None = None
+        ctx.loaded = lambda: [lead.spec.student.model] if (lead := self._lead) and lead.run_ is not None else []
 
     def register(self, server: Server) -> None:
         servicer = TrainerServicer(self._ctx.instance, lambda: self._lead)

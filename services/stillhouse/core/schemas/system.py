@@ -40,8 +40,9 @@ class Service(Answer):
     started_at: str
     seen_at: str
     extra: dict[str, str]
-    health: Literal["ok", "late", "draining"] = "ok"
-    """late = its heartbeat is overdue; draining = it ends what it has and takes nothing new."""
+    health: Literal["ok", "late", "problem", "draining"] = "ok"
+    """late = its heartbeat is overdue; problem = it cannot do what it was asked for (`extra.problem`); draining = it
+    ends what it has and takes nothing new."""
     heartbeat_age_s: float = 0.0
     """Seconds since its last heartbeat."""
     queue: Queue | None = None

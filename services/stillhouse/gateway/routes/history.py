@@ -15,6 +15,7 @@ from stillhouse.core.errors import CorruptError, SpecError
 from stillhouse.core.schemas import Event, MetricPoint, Page
 from stillhouse.core.service import Context
 from stillhouse.gateway import history
+from stillhouse.gateway.condense import condensed
 from stillhouse.gateway.deps import Ctx, OwnJob
 from stillhouse.gateway.routes.deadline import DeadlineRoute
 from stillhouse.gateway.views import event_view, metric_view
@@ -45,6 +46,8 @@ class MetricsQuery(BaseModel):
     """First step."""
     step_to: int | None = Field(default=None, ge=0)
     """Last step."""
+    resolution: int | None = Field(default=None, ge=1, le=100_000)
+    """Most points in the answer: neighbouring steps become one point with their means. Left out: every step is one."""
 
 
 def _stream_docs(media_type: str, what: str) -> dict[int | str, dict[str, Any]]:
@@ -85,6 +88,8 @@ async def get_metrics(
         raise SpecError(f"step_to {query.step_to} is below step_from {query.step_from}", param="step_to")
     names = {name.strip() for name in query.names.split(",") if name.strip()}
     stored = await history.read_metrics(ctx, record.id, query.step_from, query.step_to)
+    if query.resolution is not None:
+        stored = condensed(stored, query.resolution)
     points = [metric_view(point, names) for point in stored]
     if "text/csv" in request.headers.get("accept", ""):
         return PlainTextResponse(history.metrics_csv(points), media_type="text/csv")

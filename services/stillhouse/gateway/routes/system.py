@@ -12,13 +12,14 @@ from redis.exceptions import RedisError
 
 from stillhouse.core import recipes
 from stillhouse.core.errors import UnavailableError
-from stillhouse.core.schemas import Health, Model, Page, Recipe, Service, Verifier
+from stillhouse.core.schemas import Health, Model, Page, Recipe, Services, Verifier
 from stillhouse.core.service import VERSION
 from stillhouse.core.telemetry import METRICS
 from stillhouse.core.verifiers import verifiers
-from stillhouse.gateway.deps import Ctx
+from stillhouse.gateway import queues
+from stillhouse.gateway.deps import ByCaller, Ctx
 from stillhouse.gateway.routes.deadline import DeadlineRoute
-from stillhouse.gateway.views import model_view, service_view, verifier_view
+from stillhouse.gateway.views import service_view, verifier_view
 
 router = APIRouter(prefix="/v1", tags=["system"], route_class=DeadlineRoute)
 open_router = APIRouter(tags=["health"])
@@ -27,16 +28,16 @@ READY_TIMEOUT_S: Final = 2.0
 
 
 @router.get("/models")
-async def list_models(ctx: Ctx) -> Page[Model]:
-    """Models that jobs may name as student or teacher."""
+async def list_models(ctx: Ctx, caller: ByCaller) -> Page[Model]:
+    """Models that jobs may name as student or teacher, where they are loaded, and the caller's jobs that use them."""
     entries = ctx.models.all()
-    return Page(data=[model_view(entries[name]) for name in sorted(entries)])
+    return Page(data=await queues.models(ctx, caller, [entries[name] for name in sorted(entries)]))
 
 
 @router.get("/models/{name}")
-async def get_model(ctx: Ctx, name: str) -> Model:
+async def get_model(ctx: Ctx, caller: ByCaller, name: str) -> Model:
     """A model."""
-    return model_view(ctx.models.get(name))
+    return (await queues.models(ctx, caller, [ctx.models.get(name)]))[0]
 
 
 @router.get("/verifiers")
@@ -58,9 +59,12 @@ async def get_recipe(name: str) -> Recipe:
 
 
 @router.get("/services")
-async def list_services(ctx: Ctx) -> Page[Service]:
-    """Live processes of the deployment."""
-    return Page(data=[service_view(info) for info in await ctx.registry.services()])
+async def list_services(ctx: Ctx) -> Services:
+    """Live processes of the deployment, and the work that waits for them."""
+    infos = await ctx.registry.services()
+    waiting = await queues.read_queues(ctx)
+    of_role = {queue.role: queue for queue in queues.by_role(waiting)}
+    return Services(data=[service_view(info, of_role.get(info.role)) for info in infos], queues=waiting)
 
 
 @open_router.get("/healthz")

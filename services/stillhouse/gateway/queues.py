@@ -1,0 +1,108 @@
+"""How much work waits for which services, and who uses which model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any, Final
+
+from redis.exceptions import ResponseError
+
+from stillhouse.core.models import ModelEntry
+from stillhouse.core.queue import keys
+from stillhouse.core.queue.jobs import JobRecord
+from stillhouse.core.schemas import Model, Queue
+from stillhouse.core.service import Context
+from stillhouse.gateway.deps import Caller
+from stillhouse.gateway.files import active_jobs
+from stillhouse.gateway.views import model_view
+from stillhouse.v1 import rollout_pb2
+
+ROLES: Final = ("trainer", "sampler", "teacher")
+"""Those that take work from queues."""
+
+
+async def read_queues(ctx: Context) -> list[Queue]:
+    """Jobs for trainers, groups for samplers, samples for teachers by model; a role without work has one with 0."""
+    records = await active_jobs(ctx)
+    prompts = [keys.prompts(record.id, record.epoch) for record in records if record.epoch]
+    found = [
+        _jobs(records),
+        await _streams(ctx, "sampler", "", prompts, keys.SAMPLERS_GROUP),
+        *[
+            await _streams(ctx, "teacher", model, streams, keys.TEACHERS_GROUP)
+            for model, streams in sorted((await _rollouts(ctx)).items())
+        ],
+    ]
+    return found if found[-1].role == "teacher" else [*found, Queue(role="teacher", waiting=0, in_work=0)]
+
+
+def by_role(queues: Iterable[Queue]) -> list[Queue]:
+    """All models together."""
+    found = []
+    for role in ROLES:
+        mine = [queue for queue in queues if queue.role == role]
+        ages = [queue.oldest_s for queue in mine if queue.oldest_s is not None]
+        waiting, in_work = sum(queue.waiting for queue in mine), sum(queue.in_work for queue in mine)
+        found.append(Queue(role=role, waiting=waiting, in_work=in_work, oldest_s=max(ages, default=None)))
+    return found
+
+
+def _jobs(records: Sequence[JobRecord]) -> Queue:
+    waiting = [record.created_at for record in records if record.status == "queued"]
+    oldest_s = round(time.time() - min(record.created_at for record in records), 1) if records else None
+    return Queue(role="trainer", waiting=len(waiting), in_work=len(records) - len(waiting), oldest_s=oldest_s)
+
+
+async def _rollouts(ctx: Context) -> dict[str, list[str]]:
+    """Model -> the streams that are scored with it."""
+    redis: Any = ctx.redis
+    found: dict[str, list[str]] = {}
+    for member in await redis.smembers(keys.TEACHERS):
+        for stream, task in (await redis.hgetall(keys.teacher(member.decode()))).items():
+            found.setdefault(rollout_pb2.TeacherTask.FromString(task).model, []).append(stream.decode())
+    return found
+
+
+async def _streams(ctx: Context, role: str, model: str, streams: Sequence[str], group: str) -> Queue:
+    """All entries of some streams: an entry leaves its stream when it is done."""
+    pipeline = ctx.redis.pipeline(transaction=False)
+    for stream in streams:
+        pipeline.xlen(stream)
+        pipeline.xpending(stream, group)
+        pipeline.xrange(stream, count=1)
+    answers: list[Any] = await pipeline.execute(raise_on_error=False) if streams else []
+    total = in_work = 0
+    oldest: list[float] = []
+    for length, pending, first in zip(answers[::3], answers[1::3], answers[2::3], strict=True):
+        for answer in (length, pending, first):
+            if isinstance(answer, Exception) and not isinstance(answer, ResponseError):
+                raise answer
+        if isinstance(pending, ResponseError):  # the epoch has just closed
+            continue
+        total, in_work = total + int(length), in_work + int(pending["pending"])
+        oldest += [int(entry_id.partition(b"-")[0]) / 1000 for entry_id, _ in first]
+    oldest_s = round(max(0.0, time.time() - min(oldest)), 1) if oldest else None
+    return Queue(role=role, model=model, waiting=max(0, total - in_work), in_work=in_work, oldest_s=oldest_s)
+
+
+async def models(ctx: Context, caller: Caller, entries: Sequence[ModelEntry]) -> list[Model]:
+    """Models with the services that have them in memory and the caller's jobs that use them."""
+    loaded: dict[str, list[str]] = {}
+    for info in await ctx.registry.services():
+        for name in info.extra.get("models", "").split():
+            loaded.setdefault(name, []).append(f"{info.role}/{info.instance}")
+    used: dict[str, list[str]] = {}
+    for record in await active_jobs(ctx):
+        if caller.may_see(record.owner):
+            for name in models_of(record):
+                used.setdefault(name, []).append(record.id)
+    return [model_view(entry, loaded.get(entry.name, ()), used.get(entry.name, ())) for entry in entries]
+
+
+def models_of(record: JobRecord) -> set[str]:
+    """Names of the models that a job uses."""
+    spec = record.spec
+    found = {spec.get("student", {}).get("model"), spec.get("init_from")}
+    found |= {teacher.get("model") for teacher in spec.get("teachers", {}).values()}
+    return {str(name) for name in found if name}
