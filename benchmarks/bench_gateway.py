@@ -67,7 +67,7 @@ class Deployment:
         env |= {"STILLHOUSE_PORT": str(self.target.port), "PYTHONPATH": str(ROOT / "services")}
         self._log = (home / "gateway.log").open("wb")
         profiler = os.environ.get("BENCH_PROFILER", "").split()  # for example: py-spy record -o out.svg --
-        command = [*profiler, sys.executable, "-m", "stillhouse.gateway"]
+        command = [*(profiler or (sys.executable, "-m")), "stillhouse.gateway"]
         self.gateway = subprocess.Popen(command, env=env, stderr=self._log)
         self.url = f"http://127.0.0.1:{self.target.port}"
         self.http = httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {self.target.key}"}, timeout=30)
