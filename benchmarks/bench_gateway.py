@@ -35,13 +35,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "services"), str(ROOT / "benchmarks")]
 
 from gateway_load import Followers, Target, post_jobs  # noqa: E402
+from tests.conftest import free_port, start_valkey, stop_valkey  # noqa: E402
+from tests.gateway_kit import add_model, make_spec  # noqa: E402
 
 from stillhouse.core.config import Settings  # noqa: E402
 from stillhouse.core.keys import create_key  # noqa: E402
 from stillhouse.core.queue.streams import Scope  # noqa: E402
 from stillhouse.core.service import open_context  # noqa: E402
-from tests.conftest import free_port, start_valkey, stop_valkey  # noqa: E402
-from tests.gateway_kit import add_model, make_spec  # noqa: E402
 
 CONNECTIONS = 32
 FOLLOWERS = 200
@@ -153,8 +153,7 @@ async def follow(deployment: Deployment, seconds: float, num_jobs: int) -> dict[
     job_ids = [job["id"] for job in created]
     scopes = [Scope(job_id, await ctx.jobs.claim(job_id, "bench", 600.0, 0)) for job_id in job_ids]
     followers = Followers(deployment.target, [job_ids[n % num_jobs] for n in range(FOLLOWERS)])
-    while followers.ready < FOLLOWERS:
-        await asyncio.sleep(0.05)
+    await asyncio.wait_for(followers.all_open.wait(), 60)
     count = int(seconds * EVENTS_PER_S)
     with spent(deployment) as processor:
         started = time.perf_counter()
@@ -203,7 +202,8 @@ def table(result: dict[str, Any]) -> str:
         for name in rounds[0]:
             values = [one[name] for one in rounds]
             limit = f"{WANTED[name]:g}" if name in WANTED else ""
-            lines.append(f"| {name} | {statistics.median(values):.3g} | {min(values):.3g} to {max(values):.3g} | {limit} |")
+            spread = f"{min(values):.3g} to {max(values):.3g}"
+            lines.append(f"| {name} | {statistics.median(values):.3g} | {spread} | {limit} |")
         lines.append("")
     return "\n".join(lines)
 

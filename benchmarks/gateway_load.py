@@ -1,4 +1,4 @@
-"""What bench_gateway.py sends: HTTP by hand on plain sockets, so that the measuring costs little beside the measured."""
+"""What bench_gateway.py sends: HTTP by hand on plain sockets, so that measuring costs little."""
 
 from __future__ import annotations
 
@@ -105,13 +105,16 @@ class Followers:
         self.delays: list[float] = []
         self._target = target
         self._tasks = [asyncio.create_task(self._follow(index, job_id)) for index, job_id in enumerate(job_ids)]
-        self.ready = 0
+        self.all_open = asyncio.Event()
+        self._open = 0
 
     async def _follow(self, index: int, job_id: str) -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", self._target.port)
         writer.write(self._target.head("GET", f"/v1/jobs/{job_id}/events", "Accept: text/event-stream"))
         await reader.readuntil(b"\r\n\r\n")
-        self.ready += 1
+        self._open += 1
+        if self._open == len(self.got):
+            self.all_open.set()
         while line := await reader.readline():
             if not line.startswith(b"data:"):
                 continue

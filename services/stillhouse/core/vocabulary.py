@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -24,7 +25,8 @@ PROBES: Final = (
 
 def tokenizer_of(entry: ModelEntry) -> Tokenizer:
     """A model's tokenizer, for whole texts. The first time it reads the file, up to a second: call it in a thread."""
-    return _load(str(Path(entry.path) / TOKENIZER_FILE), entry.files.get(TOKENIZER_FILE, ""))
+    with _LOADING:
+        return _load(str(Path(entry.path) / TOKENIZER_FILE), entry.files.get(TOKENIZER_FILE, ""))
 
 
 def difference(student: ModelEntry, teacher: ModelEntry) -> str | None:
@@ -85,6 +87,10 @@ def _special_ids(entry: ModelEntry) -> set[int]:
 
 def _quoted(tokens: Mapping[int, str], token: int) -> str:
     return repr(tokens[token]) if token in tokens else "nothing"
+
+
+_LOADING: Final = threading.Lock()
+"""Those who need the same tokenizer at once load it once."""
 
 
 @lru_cache(maxsize=8)

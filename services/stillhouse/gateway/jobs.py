@@ -14,10 +14,11 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Final
 
 from stillhouse.core import checkpoints
-from stillhouse.core.blobs import JobArtifacts, fsync_dir, new_id, sealed, sha256_bytes, unsealed, write_json
+from stillhouse.core.blobs import JobArtifacts, new_id, sealed, sha256_bytes, unsealed, write_atomic, write_json
 from stillhouse.core.errors import ConflictError, CorruptError, NotFoundError, SpecError
 from stillhouse.core.failpoints import failpoint
 from stillhouse.core.queue import keys
@@ -26,6 +27,7 @@ from stillhouse.core.queue.jobs import FINAL_FIELDS, JobRecord, final_document
 from stillhouse.core.schemas import Kind, Preflight
 from stillhouse.core.service import Context
 from stillhouse.core.spec import JobSpec
+from stillhouse.gateway.rows import is_light
 from stillhouse.gateway.validation import inspect, preflight
 
 CANCELLABLE: Final = ("queued", "validating", "starting", "running", "stalled")
@@ -33,9 +35,11 @@ FINAL: Final = "final.json"
 """Beside job.json: how the job ended. Its presence means that nothing is left to do."""
 _PREFLIGHTS: Final = ThreadPoolExecutor(max_workers=1, thread_name_prefix="preflight")
 """One at a time: each holds all rows of a job's files in memory and counts tokens on all cores."""
+_WRITERS: Final = ThreadPoolExecutor(max_workers=32, thread_name_prefix="accept")
+"""Each mostly waits for the disk, which syncs what many ask for at once in about the time of one."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Submission:
     """A job as it came."""
 
@@ -44,14 +48,20 @@ class Submission:
     idempotency_key: str
     kind: Kind = "distillation"
 
+    @cached_property
+    def document(self) -> dict[str, Any]:
+        """The spec as JSON, defaults filled in."""
+        return self.spec.model_dump(mode="json")
+
     def token(self) -> str:
         """Names key and owner in Redis: callers do not share their keys. '' = no key was sent."""
         return sha256_bytes(f"{self.owner}\n{self.idempotency_key}".encode()) if self.idempotency_key else ""
 
+    @cached_property
     def body_sha256(self) -> str:
         """Same for bodies that mean the same."""
         kind = "" if self.kind == "distillation" else f"{self.kind}\n"
-        return sha256_bytes((kind + json.dumps(self.spec.model_dump(mode="json"), sort_keys=True)).encode())
+        return sha256_bytes((kind + json.dumps(self.document, sort_keys=True)).encode())
 
 
 async def look_at(ctx: Context, spec: JobSpec) -> Preflight:
@@ -68,18 +78,15 @@ async def submit(ctx: Context, submission: Submission) -> tuple[JobRecord, bool]
     """
     if not re.fullmatch(r"[\x21-\x7e]{0,255}", submission.idempotency_key):
         raise SpecError("use 1-255 printable ASCII characters without spaces", param="Idempotency-Key")
-    token, body_sha256 = submission.token(), submission.body_sha256()
-    await ctx.redis.ping()  # before anything is written: what cannot be recorded is refused
-    if token:
-        earlier: Any = await ctx.redis.get(keys.idempotency(token))
-        if earlier is not None:
-            return await _replay(ctx, earlier.decode(), submission), True
-    loop = asyncio.get_running_loop()
-    references = await loop.run_in_executor(_PREFLIGHTS, preflight, submission.spec, ctx.models)
+    token, body_sha256 = submission.token(), submission.body_sha256
+    # before anything is written: what cannot be recorded is refused
+    earlier: Any = await (ctx.redis.get(keys.idempotency(token)) if token else ctx.redis.ping())
+    if token and earlier is not None:
+        return await _replay(ctx, earlier.decode(), submission), True
     record = JobRecord(
         id=new_id("job"),
         status="queued",
-        spec=submission.spec.model_dump(mode="json"),
+        spec=submission.document,
         created_at=round(time.time(), 3),
         stop_step=submission.spec.stop_step(),
         owner=submission.owner,
@@ -95,10 +102,10 @@ async def submit(ctx: Context, submission: Submission) -> tuple[JobRecord, bool]
         "stop_step": record.stop_step,
         "idempotency": [token, body_sha256],
     }
-    await asyncio.to_thread(_write_job_json, ctx, record.id, document, references)
+    await _check_and_write(ctx, submission.spec, document)
     failpoint("gateway.job_json_written")
     try:
-        made = await ctx.jobs.create(record, idempotency_key=token, body_sha256=body_sha256)
+        made = await ctx.jobs.create(record, idempotency_key=token, body_sha256=body_sha256, message="queued")
     except REFUSALS:  # nothing was recorded, for certain: nothing stays, or the sweeper would bring the job back
         await asyncio.to_thread(shutil.rmtree, ctx.artifacts.job(record.id).root, ignore_errors=True)
         raise
@@ -106,21 +113,33 @@ async def submit(ctx: Context, submission: Submission) -> tuple[JobRecord, bool]
     if made and made != f"{record.id}:{body_sha256}":  # a request with the same key was faster
         await asyncio.to_thread(shutil.rmtree, ctx.artifacts.job(record.id).root, ignore_errors=True)
         return await _replay(ctx, made, submission), True
-    await ctx.jobs.event(record.id, "job.status", "queued", status="queued")
     return record, False
 
 
-def _write_job_json(
-    ctx: Context, job_id: str, document: dict[str, Any], references: Mapping[str, checkpoints.Settled]
-) -> None:
-    job = ctx.artifacts.job(job_id)
+async def _check_and_write(ctx: Context, spec: JobSpec, document: dict[str, Any]) -> None:
+    """Static pre-flight, then job.json; in one go where few rows are to be read."""
+    loop = asyncio.get_running_loop()
+
+    def check() -> Mapping[str, checkpoints.Settled]:
+        return preflight(spec, ctx.models)
+
+    if is_light(spec, ctx.artifacts):
+        await loop.run_in_executor(_WRITERS, lambda: _write_job_json(ctx, document, check()))
+    else:
+        references = await loop.run_in_executor(_PREFLIGHTS, check)
+        await loop.run_in_executor(_WRITERS, _write_job_json, ctx, document, references)
+
+
+def _write_job_json(ctx: Context, document: dict[str, Any], references: Mapping[str, checkpoints.Settled]) -> None:
+    """Make an accepted job durable."""
+    job = ctx.artifacts.job(document["id"])
     try:
-        write_json(job.job_json, sealed(document))
+        # in one line: the slow encoder that indents would be half of what accepting a job costs
+        write_atomic(job.job_json, json.dumps(sealed(document), sort_keys=True).encode() + b"\n")
         if references:
             checkpoints.settle(job, references)
         for settled in references.values():  # named only now, so retention may have been faster
             checkpoints.locate(ctx.artifacts, settled.model)
-        fsync_dir(job.root.parent)  # the job's folder itself is new
     except (OSError, NotFoundError):
         shutil.rmtree(job.root, ignore_errors=True)  # no half job stays on a full disk
         raise
@@ -129,14 +148,14 @@ def _write_job_json(
 async def _replay(ctx: Context, made: str, submission: Submission) -> JobRecord:
     """The record as the first request made it, so that the answer is the same again, byte for byte."""
     job_id, _, made_sha256 = made.partition(":")
-    if made_sha256 != submission.body_sha256():
+    if made_sha256 != submission.body_sha256:
         raise SpecError(
             f"this key was used for job {job_id} with another body; use a new key for a new job",
             param="Idempotency-Key",
         )
     try:
         record = initial_record(unsealed(ctx.artifacts.job(job_id).job_json))
-        return replace(record, spec=submission.spec.model_dump(mode="json"))  # job.json has its keys in another order
+        return replace(record, spec=submission.document)  # job.json has its keys in another order
     except (NotFoundError, CorruptError):
         return await ctx.jobs.get(job_id)
 

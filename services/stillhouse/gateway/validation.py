@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Final
 
 from stillhouse.core.checkpoints import Models, Settled
@@ -40,6 +39,7 @@ from stillhouse.gateway.references import (
     check_start,
     look_up_models,
 )
+from stillhouse.gateway.rows import rows_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +204,7 @@ def look_up(spec: JobSpec, models: Models) -> Case:
         if not path.is_file():
             missing.append((f"{param}.file", data.file))
             return Source(param, data, [], [], max_tokens, stage)
-        lines, rows = zip(*read_rows(path), strict=True)
+        lines, rows = rows_of(path)
         return Source(param, data, list(rows), list(lines), max_tokens, stage)
 
     training = [
@@ -219,14 +219,6 @@ def look_up(spec: JobSpec, models: Models) -> Case:
         evaluation=source("evaluation.data", evaluation.data, evaluation.max_tokens) if evaluation.data else None,
         missing_files=missing,
     )
-
-
-def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
-    """(line, row) of an uploaded file, which was checked when it came."""
-    with path.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            if line.strip():
-                yield number, Row.model_validate_json(line)
 
 
 def check_files(case: Case) -> Iterator[Finding]:

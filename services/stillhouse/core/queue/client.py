@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from redis.asyncio import Redis
+from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff, NoBackoff
 from redis.exceptions import BusyLoadingError, MasterDownError, OutOfMemoryError, ReadOnlyError, TryAgainError
@@ -23,6 +23,8 @@ BLOCK_MS = 1000
 """Longest blocking read: short, so that a worker notices SIGTERM, a new lease or a new stream within a second."""
 COMMAND_TIMEOUT_S = 5.0
 """A command that takes longer means a dead server or network: all of ours take milliseconds."""
+CONNECTIONS = 64
+"""Commands of one process under way at once; more wait their turn, where the library's own pool would refuse them."""
 RETRIES = 12
 """Retries of a command, with back-off up to 1 s: about 10 s, long enough for a restart. All our scripts may repeat."""
 PASSING: Final = (RedisConnectionError, RedisTimeoutError, BusyLoadingError, MasterDownError, TryAgainError)
@@ -36,14 +38,17 @@ BEYOND_MAXMEMORY: Final = "redis.call('UNLINK', 'sh:none')\n"
 
 def connect(url: str, *, waits_for_room: bool = True) -> Redis:
     """A client for commands; `waits_for_room`: what a full or read-only server refuses is tried again for a while."""
-    return Redis.from_url(
+    pool = BlockingConnectionPool.from_url(
         url,
+        max_connections=CONNECTIONS,
+        timeout=COMMAND_TIMEOUT_S,
         socket_timeout=COMMAND_TIMEOUT_S,
         socket_connect_timeout=COMMAND_TIMEOUT_S,
         retry=Retry(ExponentialBackoff(cap=1.0, base=0.05), RETRIES),
         retry_on_error=[*PASSING, *(REFUSALS if waits_for_room else ())],
         health_check_interval=30,
     )
+    return Redis.from_pool(pool)
 
 
 def connect_blocking(url: str) -> Redis:

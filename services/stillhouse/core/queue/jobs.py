@@ -9,6 +9,7 @@ Who moves what: the gateway writes `queued` and `cancelling`, the trainer under 
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import Mapping
@@ -106,7 +107,8 @@ def final_document(record: JobRecord) -> dict[str, Any]:
     return {name: getattr(record, name) for name in FINAL_FIELDS}
 
 
-# KEYS record, jobs, active, idempotency; ARGV id, created_at, idempotency value ('' = none), ttl, field, value, ...
+# KEYS record, jobs, active, idempotency, events
+# ARGV id, created_at, idempotency value ('' = none), ttl, first event's id, the event ('' = none), field, value, ...
 _CREATE = """
 if ARGV[3] ~= '' then
   local old = redis.call('GET', KEYS[4])
@@ -114,9 +116,10 @@ if ARGV[3] ~= '' then
   redis.call('SET', KEYS[4], ARGV[3], 'EX', ARGV[4])
 end
 if redis.call('EXISTS', KEYS[1]) == 0 then
-  redis.call('HSET', KEYS[1], unpack(ARGV, 5))
+  redis.call('HSET', KEYS[1], unpack(ARGV, 7))
   redis.call('ZADD', KEYS[2], ARGV[2], ARGV[1])
   redis.call('ZADD', KEYS[3], ARGV[2], ARGV[1])
+  if ARGV[6] ~= '' then redis.call('XADD', KEYS[5], ARGV[5], 'event', ARGV[6]) end
 end
 return ''
 """
@@ -197,20 +200,40 @@ class JobStore:
         self._tell = redis.register_script(_TELL)
         self._measure = redis.register_script(_MEASURE)
 
-    async def create(self, record: JobRecord, *, idempotency_key: str = "", body_sha256: str = "") -> str:
-        """Store a new record, once per idempotency key; returns '' or "id:body hash" of the job made under that key."""
-        fields = _flatten({name: getattr(record, name) for name in _FIELDS})
-        answer = await self._create(
-            keys=[keys.job(record.id), keys.JOBS, keys.JOBS_ACTIVE, keys.idempotency(idempotency_key)],
-            args=[
-                record.id,
-                record.created_at,
-                f"{record.id}:{body_sha256}" if idempotency_key else "",
-                IDEMPOTENCY_TTL_S,
-                *fields,
-            ],
+    async def create(
+        self, record: JobRecord, *, idempotency_key: str = "", body_sha256: str = "", message: str = ""
+    ) -> str:
+        """Store a new record, once per idempotency key; returns '' or "id:body hash" of the job made under that key.
+
+        With a `message` the job's history begins with it, in the same step.
+        """
+        value = f"{record.id}:{body_sha256}" if idempotency_key else ""
+        event = _event("job.status", message, "info", {"status": record.status}, record.created_at) if message else None
+        event_id = f"{int(record.created_at * 1000)}-0"  # the stream is new, so that we may choose
+        made = text(
+            await self._create(
+                keys=[
+                    keys.job(record.id),
+                    keys.JOBS,
+                    keys.JOBS_ACTIVE,
+                    keys.idempotency(idempotency_key),
+                    keys.events(record.id),
+                ],
+                args=[
+                    record.id,
+                    record.created_at,
+                    value,
+                    IDEMPOTENCY_TTL_S,
+                    event_id,
+                    json.dumps(event) if event else "",
+                    *_flatten({name: getattr(record, name) for name in _FIELDS}),
+                ],
+            )
         )
-        return text(answer)
+        if event and made in ("", value):
+            path = self.artifacts.job(record.id).events
+            await asyncio.to_thread(append_jsonl, path, [{"id": event_id, **event}])
+        return made
 
     async def get(self, job_id: str) -> JobRecord:
         """The record.
@@ -302,7 +325,7 @@ class JobStore:
 
     async def event(self, job_id: str, kind: str, message: str, *, level: str = "info", **data: Any) -> None:
         """Tell readers that something happened."""
-        event = {"type": kind, "level": level, "message": message, "data": data, "created_at": round(time.time(), 3)}
+        event = _event(kind, message, level, data, round(time.time(), 3))
         event_id = text(await self._tell(keys=[keys.events(job_id)], args=[EVENTS_MAXLEN, "event", json.dumps(event)]))
         append_jsonl(self.artifacts.job(job_id).events, [{"id": event_id, **event}])
 
@@ -347,6 +370,10 @@ class JobStore:
                 if step_to is None or point["step"] <= step_to:
                     points.setdefault(point["step"], point)
         return [points[step] for step in sorted(points)]
+
+
+def _event(kind: str, message: str, level: str, data: dict[str, Any], created_at: float) -> dict[str, Any]:
+    return {"type": kind, "level": level, "message": message, "data": data, "created_at": created_at}
 
 
 _JSON_FIELDS: Final = frozenset({"spec", "weights", "progress", "usage", "error", "result"})
