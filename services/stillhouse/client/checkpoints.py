@@ -23,19 +23,20 @@ class JobCheckpoints(Resource):
         return await self._sender.send(Call("GET", path("/v1/jobs/{}/checkpoints/{}", job_id, checkpoint), Checkpoint))
 
     async def mark_best(self, job_id: str, checkpoint: str) -> Checkpoint:
-        """Mark a checkpoint as the best: it is kept, whatever comes after it."""
+        """Mark a checkpoint as the best: nothing deletes it until the mark is taken back."""
         where = path("/v1/jobs/{}/checkpoints/{}/best", job_id, checkpoint)
         return await self._sender.send(Call("PUT", where, Checkpoint))
 
-    async def unmark_best(self, job_id: str, checkpoint: str) -> None:
+    async def unmark_best(self, job_id: str, checkpoint: str) -> Checkpoint:
         """Take the mark back."""
-        await delete(self._sender, path("/v1/jobs/{}/checkpoints/{}/best", job_id, checkpoint))
+        where = path("/v1/jobs/{}/checkpoints/{}/best", job_id, checkpoint)
+        return await self._sender.send(Call("DELETE", where, Checkpoint))
 
     async def delete_checkpoint(self, job_id: str, checkpoint: str) -> None:
         """Delete a checkpoint.
 
         Raises:
-            ConflictError: its job may still go on from it, or another job needs it.
+            ConflictError: its job may still go on from it, another job needs it, or it is marked as best.
         """
         await delete(self._sender, path("/v1/jobs/{}/checkpoints/{}", job_id, checkpoint))
 

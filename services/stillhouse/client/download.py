@@ -8,9 +8,7 @@ The gateway is asked for the rest with Range and If-Range, so that what has chan
 
 from __future__ import annotations
 
-import base64
 import fcntl
-import hashlib
 import json
 import os
 import re
@@ -18,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 from stillhouse.client import unpack
 from stillhouse.client.calls import Call
@@ -42,7 +40,7 @@ class Part:
         """Bytes of the whole; None = not known."""
         self.size = stream.seek(0, os.SEEK_END)
         if not self.etag:
-            self._restart()
+            self.restart()
 
     def _facts(self) -> dict[str, Any]:
         try:
@@ -66,7 +64,7 @@ class Part:
         if status == 206 and found and int(found[1]) == self.size:
             self.total = int(found[2])
             return
-        self._restart()
+        self.restart()
         if status == 206:
             raise UnavailableError(f"asked for bytes from {self.size}, got {headers.get('content-range')}")
         length, etag = headers.get("content-length", ""), headers.get("etag", "")
@@ -82,28 +80,14 @@ class Part:
 
     def restart(self) -> None:
         """Forget what has come."""
-        self._restart()
-
-    def _restart(self) -> None:
         self._stream.seek(0)
         self._stream.truncate()
         self.size, self.total, self.etag = 0, None, ""
 
-    def finish(self, digest: str) -> None:
-        """Everything has come.
-
-        Raises:
-            CorruptError: it is not what the gateway said it would be.
-        """
+    def finish(self) -> None:
+        """Everything has come."""
         self._stream.flush()
         os.fsync(self._stream.fileno())
-        if not digest:
-            return
-        self._stream.seek(0)
-        found = hashlib.file_digest(cast(Any, self._stream), "sha256").hexdigest()
-        if found != digest:
-            self._restart()
-            raise CorruptError(f"the download has sha256 {found}, the gateway sent {digest}; try again")
 
 
 @contextmanager
@@ -139,7 +123,11 @@ async def download(
     with open_part(target, f"{sender.target.url}{call.path}") as part:
         unpack.check_target(target)  # of another process that was faster
         await _fetch(sender, call, part, on_progress)
-        await sender.transport.work(unpack.place, part_file(target), target)
+        try:
+            await sender.transport.work(unpack.place, part_file(target), target)
+        except CorruptError:
+            part.restart()
+            raise
         part_file(target).unlink(missing_ok=True)
         _facts_file(target).unlink(missing_ok=True)
     return target
@@ -149,12 +137,11 @@ async def _fetch(
     sender: Sender, call: Call[Any], part: Part, on_progress: Callable[[int, int | None], object] | None
 ) -> None:
     """All bytes, over as many connections as it takes; each that brings some renews the patience."""
-    patience, digest = sender.patience(), ""
+    patience = sender.patience()
     while not part.is_whole:
         begun_at = part.size
         try:
             async with sender.stream(replace(call, headers=part.headers()), patience) as stream:
-                digest = _digest(stream.response.headers)
                 part.accept(stream.response.status_code, stream.response.headers)
                 async for block in stream.blocks():
                     part.write(block)
@@ -171,10 +158,4 @@ async def _fetch(
         if part.size > begun_at:
             patience = sender.patience()
         await sender.again(patience, problem)
-    await sender.transport.work(part.finish, digest)
-
-
-def _digest(headers: Mapping[str, str]) -> str:
-    """sha256 of the whole, hex, from Repr-Digest (RFC 9530); '' = the gateway does not say."""
-    found = re.search(r"sha-256=:([A-Za-z0-9+/=]+):", headers.get("repr-digest", ""))
-    return base64.b64decode(found[1]).hex() if found else ""
+    await sender.transport.work(part.finish)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from stillhouse.client import sse
@@ -38,9 +39,11 @@ class JobHistory(Resource):
 
         Connects again by itself, also to a gateway that was away for some minutes.
         """
+        pages = _events(job_id)
         async for event in sse.follow(
             self._sender,
-            _events(job_id),
+            pages,
+            replace(pages, params={}),
             Event,
             after,
             is_last=lambda event: event.is_last,
@@ -59,24 +62,21 @@ class JobHistory(Resource):
         `service`: only those of samplers, teachers, trainers or gateways, by role. `after`: only those behind this id.
         """
         where = path("/v1/jobs/{}/logs", job_id)
-        call = Call("GET", where, Page[LogLine], {"service": service, "tail": tail, "after": after})
+        pages = Call("GET", where, Page[LogLine], {"service": service, "tail": tail})
         if not follow:
-            for line in (await self._sender.send(call)).data:
+            for line in (await self._sender.send(pages.after(after))).data:
                 yield line
             return
-        async for line in self._follow_logs(call, job_id, after):
-            yield line
-
-    def _follow_logs(self, call: Call[Page[LogLine]], job_id: str, after: str) -> AsyncIterator[LogLine]:
-        stream = Call("GET", call.path, call.answer, {**call.params, "follow": "true"})
-        return sse.follow(
+        async for line in sse.follow(
             self._sender,
-            stream,
+            pages,
+            replace(pages, params={**pages.params, "follow": "true"}),
             LogLine,
             after,
             is_last=lambda _: False,
             is_over=lambda: self._has_ended(job_id),
-        )
+        ):
+            yield line
 
     async def metrics(
         self,

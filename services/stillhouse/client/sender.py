@@ -139,8 +139,10 @@ class Sender:
         """All entries of a list behind each other, page by page as they are needed, at most `limit`."""
         given = 0
         while limit is None or given < limit:
-            size = call.params["limit"] if limit is None else min(call.params["limit"], limit - given)
-            page = await self.send(replace(call, params={**call.params, "limit": size}))
+            if limit is not None:
+                size = min(call.params["limit"], limit - given)
+                call = replace(call, params={**call.params, "limit": size})
+            page = await self.send(call)
             for item in page.data:
                 yield item
             given += len(page.data)

@@ -38,6 +38,7 @@ class Reader:
 async def follow(
     sender: Sender,
     pages: Call[Page[T]],
+    stream: Call[Any],
     kind: type[T],
     after: str,
     *,
@@ -46,7 +47,7 @@ async def follow(
 ) -> AsyncIterator[T]:
     """Entries after the one with id `after`, each once and in order, as they come.
 
-    consumes:     the list `pages` as a stream; after a break it goes on behind the last entry that came whole
+    consumes:     the list `pages` as the `stream` of it; after a break it goes on behind the last entry that came whole
     waits for:    the next entry; a gateway that had answered and does not any more, up to OUTAGE_S
     unblocked by: the last entry; a stream that ends when all is over (the rest then comes as pages); an error that
                   waiting does not cure
@@ -54,10 +55,10 @@ async def follow(
     patience, has_answered = sender.patience(), False
     while True:
         try:
-            async with sender.stream(_stream(pages, after)) as stream:
+            async with sender.stream(_behind(stream, after)) as answer:
                 has_answered, patience.ends_at = True, time.monotonic() + OUTAGE_S
                 reader = Reader()
-                async for line in stream.lines():
+                async for line in answer.lines():
                     found = reader.feed(line)
                     if found is not None:
                         item = answers.read(kind, found)
@@ -79,7 +80,6 @@ async def follow(
         yield item
 
 
-def _stream(pages: Call[Any], after: str) -> Call[Any]:
+def _behind(stream: Call[Any], after: str) -> Call[Any]:
     headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": after} if after else {})
-    params = {name: value for name, value in pages.params.items() if name not in ("after", "limit")}
-    return replace(pages, params=params, headers=headers, timeout_s=SILENCE_S)
+    return replace(stream, headers=headers, timeout_s=SILENCE_S)

@@ -7,6 +7,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
+from stillhouse.core.blobs import read_json, sha256_file
 from stillhouse.core.errors import CorruptError, SpecError
 
 
@@ -29,7 +30,7 @@ def place(tar: Path, target: Path) -> Path:
     """Move a complete download to `target`: as it is, or its files without their common top folder.
 
     Raises:
-        CorruptError: it is not a tar, or names files outside its folder.
+        CorruptError: it is not a tar, names files outside its folder, or they are not what their manifest says.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     if is_file_target(target):
@@ -42,6 +43,7 @@ def place(tar: Path, target: Path) -> Path:
                 if not member.isfile() or not inside or ".." in inside.split("/") or "" in member.name.split("/"):
                     raise CorruptError(f"the download holds '{member.name}', which is not a file in a folder")
                 _write(archive, member, staging / inside)
+        _verify(staging)
         if target.is_dir():
             target.rmdir()  # empty, see check_target
         staging.chmod(0o755)
@@ -59,3 +61,16 @@ def _write(archive: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> Non
     assert source is not None, "a plain file has bytes"
     with source, path.open("xb") as sink:
         shutil.copyfileobj(source, sink)
+
+
+def _verify(folder: Path) -> None:
+    """Checkpoints bring a manifest with the hashes of their files; the finished student is a plain model folder."""
+    manifest = folder / "manifest.json"
+    if not manifest.is_file():
+        return
+    for name, entry in read_json(manifest)["files"].items():
+        found = sha256_file(folder / name) if (folder / name).is_file() else "no such file"
+        if found != entry["sha256"]:
+            raise CorruptError(
+                f"{name} came as {found[:12]}, its manifest says {entry['sha256'][:12]}; download it again"
+            )
