@@ -122,7 +122,8 @@ def points(steps: int) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("steps", [1, 5, 200])
 def test_plot_draws_jobs_of_any_length(tmp_path: Path, steps: int) -> None:
     target = tmp_path / "curves.png"
-    plot.plot({"id": "job_1", "name": r"costs $5, not $\frac", "status": "running"}, points(steps), [], target)
+    job = {"id": "job_1", "name": r"costs $5, not $\frac", "status": "running"}
+    plot.plot([plot.make_run(job, points(steps), [])], target)
     assert target.read_bytes().startswith(b"\x89PNG")
     assert target.stat().st_size > 20_000
 
@@ -143,7 +144,7 @@ def test_plot_draws_every_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         point["values"]["reward/mean"] = 0.5
     by_teacher = {"teacher-0": {"reverse_kl": 1.0, "accuracy": 0.5}, "teacher-1": {"reverse_kl": 2.0}}
     evaluations = [{"step": step, "reverse_kl": 1.5, "accuracy": 0.5, "by_teacher": by_teacher} for step in (0, 30)]
-    plot.plot({"id": "job_1", "status": "succeeded"}, steps, evaluations, tmp_path / "curves.png")
+    plot.plot([plot.make_run({"id": "job_1", "status": "succeeded"}, steps, evaluations)], tmp_path / "curves.png")
     assert len(drawn["reverse KL by teacher"]) == 13, "and their mean"
     assert len(drawn["share of the trained tokens"]) == 12
     assert [label for _, label in drawn["held-out accuracy"]] == ["mean", "teacher-0"]
@@ -154,9 +155,9 @@ def test_plot_draws_every_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_plot_explains_what_it_cannot_draw(tmp_path: Path) -> None:
     with pytest.raises(CliError, match="no finished step"):
-        plot.plot({"id": "job_1", "status": "queued"}, [], [], tmp_path / "curves.png")
+        plot.make_run({"id": "job_1", "status": "queued"}, [], [])
     with pytest.raises(CliError, match="cannot write"):
-        plot.plot({"id": "job_1", "status": "running"}, points(2), [], tmp_path / "curves.docx")
+        plot.plot([plot.make_run({"id": "job_1", "status": "running"}, points(2), [])], tmp_path / "curves.docx")
 
 
 def test_running_mean_ignores_gaps_and_keeps_constants() -> None:

@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-HEAVY = ("torch", "transformers", "vllm", "safetensors", "matplotlib", "grpc", "redis", "httpx", "pydantic", "yaml")
+HEAVY = (
+    "torch",
+    "transformers",
+    "vllm",
+    "safetensors",
+    "matplotlib",
+    "grpc",
+    "redis",
+    "httpx",
+    "pydantic",
+    "yaml",
+    "rich",
+)
 
 
 def stillhouse(home: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -29,9 +41,9 @@ def stillhouse(home: Path, *arguments: str, **env: str) -> subprocess.CompletedP
 def test_help_answers_at_once(tmp_path: Path) -> None:
     times = []
     for _ in range(3):
-        start = time.monotonic()
+        start = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])  # processor time: the machine may be busy
         answer = stillhouse(tmp_path, "--help")
-        times.append(time.monotonic() - start)
+        times.append(sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - start)
         assert answer.returncode == 0
         assert "stillhouse up --detach" in answer.stdout
     assert min(times) < 1.0, times
@@ -57,22 +69,13 @@ def test_no_module_of_the_command_needs_the_model_libraries() -> None:
 
 
 def test_every_command_teaches_with_an_example() -> None:
-    import typer
+    from stillhouse.cli.docs import commands
 
-    from stillhouse.cli.commands_models import models_app
-    from stillhouse.cli.commands_verifiers import ls, verifiers_app
-    from stillhouse.cli.main import app
-
-    groups = (app, models_app, verifiers_app)
-    callbacks = [ls, *(command.callback for group in groups for command in group.registered_commands)]
-    names = {callback.__name__ for callback in callbacks if callback}
-    expected = "up down ps doctor healthcheck version submit watch jobs job events dead_letters cancel download plot "
-    expected += "verify gc add ls rm try_ score recipes init"
-    assert names == set(expected.split())
-    for callback in callbacks:
-        assert callback is not None
-        assert re.search(r"Example:  stillhouse \w+", callback.__doc__ or ""), callback.__name__
-    typer.main.get_command(app)  # builds: no option is declared twice
+    found = commands()
+    for name in ("submit", "models add", "dead-letters retry", "verifiers try", "chat", "completion"):
+        assert name in found
+    for name, command in found.items():
+        assert re.search(rf"Example:  stillhouse {name.removesuffix(' ls')}\b", command.help or ""), name
 
 
 @pytest.mark.parametrize(

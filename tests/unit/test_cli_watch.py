@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from stillhouse.cli import views
+from stillhouse.cli import screen, views
 from stillhouse.cli.console import count, duration, number, size, sparkline
 from stillhouse.cli.follow import Follower, follow
 from stillhouse.core.errors import NotFoundError, UnavailableError
@@ -63,9 +63,8 @@ class FakeJobs:
     def values(self, step: int) -> dict[str, float | None]:
         return {KL: 2.0 / step / self.epoch, "loss/total": None, "staleness/max": 1.0, "sample/tokens_per_s": 230.0}
 
-    def events(self, job_id: str, *, after: str | None = None, follow: bool = True) -> list[dict[str, Any]]:
-        assert not follow
-        if after is None and self.step >= 2:
+    def events(self, job_id: str, *, after: str = "") -> list[dict[str, Any]]:
+        if not after and self.step >= 2:
             return [{"id": "1-0", "level": "warning", "message": "sampler-0 is gone", "type": "service.lost"}]
         return []
 
@@ -101,7 +100,7 @@ def test_a_job_with_rewards_shows_them() -> None:
     for _ in range(4):
         follower.poll()
     console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(views.screen(follower.picture, 80))
+    console.print(screen.screen(follower.picture, 80))
     assert "reward" in console.export_text()
 
 
@@ -192,13 +191,13 @@ def test_the_screen_shows_what_matters_at_any_width(width: int) -> None:
     for _ in range(20):
         follower.poll()
     console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(views.screen(follower.picture, width))
+    console.print(screen.screen(follower.picture, width))
     text = console.export_text()
     for part in ("job_1", "running", "step 19/30", "reverse KL", "tokens/s", "teacher", "sampler-0 is gone"):
         assert part in text, text
     assert all(len(line) <= width for line in text.splitlines())
     follower.picture.offline_since = 0.0
-    console.print(views.screen(follower.picture, width))
+    console.print(screen.screen(follower.picture, width))
     assert "has not answered for" in " ".join(console.export_text().split())
 
 
@@ -224,8 +223,8 @@ def test_numbers_for_people() -> None:
 class Evaluated(FakeJobs):
     """Held-out measures before the first step and after the last, of two teachers."""
 
-    def events(self, job_id: str, *, after: str | None = None, follow: bool = True) -> list[dict[str, Any]]:
-        found = [self.evaluation(0)] if after is None else []
+    def events(self, job_id: str, *, after: str = "") -> list[dict[str, Any]]:
+        found = [self.evaluation(0)] if not after else []
         return [*found, self.evaluation(self.steps)] if self.step == self.steps else found
 
     def evaluation(self, step: int) -> dict[str, Any]:
@@ -249,7 +248,7 @@ def test_held_out_measures_are_shown_by_teacher() -> None:
     for _ in range(5):
         follower.poll()
     console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(views.screen(follower.picture, 100))
+    console.print(screen.screen(follower.picture, 100))
     rows = {line.split("reverse KL")[0].strip(): line for line in console.export_text().splitlines()}
     assert "reverse KL 3 -> 0.6   accuracy 0 -> 0.5" in rows["held out"]
     assert "reverse KL 2 -> 0.4   accuracy 0 -> 0.5" in rows["math"]

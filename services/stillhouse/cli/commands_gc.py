@@ -7,10 +7,12 @@ from typing import Annotated
 
 import typer
 
+from stillhouse.cli.options import MACHINE
+
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command(rich_help_panel="Models and jobs")(gc)
+    app.command(rich_help_panel=MACHINE)(gc)
 
 
 def gc(

@@ -1,4 +1,4 @@
-"""Commands about jobs. Nothing of ours is imported before one runs."""
+"""Commands that start, follow and steer jobs. Nothing of ours is imported before one runs."""
 
 from __future__ import annotations
 
@@ -7,21 +7,23 @@ from typing import Annotated
 
 import typer
 
-PANEL = "Models and jobs"
-JobId = Annotated[str, typer.Argument(metavar="JOB", help="Id of a job, as `submit` and `jobs` print it.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for other programs.")]
+from stillhouse.cli.options import JOBS, AsJson, AsJsonLines, IsSure, JobId, propose_checkpoints
+
+JobFile = Annotated[Path, typer.Argument(metavar="FILE", help="Job file, YAML or JSON.", show_default=False)]
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    for command in (submit, watch, jobs, job, events, dead_letters, cancel, download, plot):
-        app.command(rich_help_panel=PANEL)(command)
+    for command in (submit, validate, jobs, job, watch, cancel, pause, resume, retry, delete):
+        app.command(rich_help_panel=JOBS)(command)
+    app.command("show", hidden=True)(job)
 
 
 def submit(
-    file: Annotated[Path, typer.Argument(help="Job file, YAML or JSON.")],
+    file: JobFile,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Watch it to its end.")] = False,
     name: Annotated[str, typer.Option(help="Name of the job, instead of the file's.")] = "",
+    as_json: AsJson = False,
 ) -> None:
     """Check a job file, upload its prompts (`data.path`) and start the job.
 
@@ -32,10 +34,55 @@ def submit(
     """
     from stillhouse.cli import jobs as implementation
 
-    implementation.submit(file, name=name, is_watched=watch)
+    implementation.submit(file, name=name, is_watched=watch, as_json=as_json)
 
 
-def watch(job: JobId, as_json: AsJson = False) -> None:
+def validate(
+    file: JobFile,
+    live: Annotated[bool, typer.Option("--live", help="Load the models and probe them; takes minutes.")] = False,
+    all_checks: Annotated[bool, typer.Option("--all", help="Also list what is in order.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check a job without starting it: each check with verdict, evidence and fix, and what the job will cost.
+
+    Exit code: 0 = it may run (there may be warnings), 1 = it would be refused, 2 = the file is no job.
+
+    Example:  stillhouse validate job.yaml --live
+    """
+    from stillhouse.cli import preflight
+
+    preflight.validate(file, is_live=live, shows_all=all_checks, as_json=as_json)
+
+
+def jobs(
+    status: Annotated[str, typer.Option(help="Only jobs with this status, for example running.")] = "",
+    owner: Annotated[str, typer.Option(help="Only jobs of this owner; for administrators.")] = "",
+    limit: Annotated[int, typer.Option(min=1, max=10_000, help="How many, newest first.")] = 20,
+    after: Annotated[str, typer.Option(help="Only jobs behind this one in the list.", metavar="JOB")] = "",
+    oldest_first: Annotated[bool, typer.Option("--oldest-first", help="Turn the list around.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """List jobs, newest first.
+
+    Example:  stillhouse jobs --status running --limit 5
+    """
+    from stillhouse.cli import jobs as implementation
+
+    filters = {"status": status or None, "owner": owner or None, "limit": limit, "after": after}
+    implementation.show_jobs(**filters, order="asc" if oldest_first else "desc", as_json=as_json)
+
+
+def job(job: JobId, as_json: AsJson = False) -> None:
+    """Show one job: status, progress, evaluations, checkpoints, result. `show` is the same.
+
+    Example:  stillhouse job job_3f9c0a12b4d5e6f70819 --json
+    """
+    from stillhouse.cli import jobs as implementation
+
+    implementation.show_job(job, as_json=as_json)
+
+
+def watch(job: JobId, as_json: AsJsonLines = False) -> None:
     """Follow a job: steps, speed, reverse KL, what it waits for. Survives restarts of the gateway.
 
     Lines instead of a screen when the output is no terminal. Exit code: 0 succeeded, 1 failed, 2 cancelled,
@@ -48,86 +95,63 @@ def watch(job: JobId, as_json: AsJson = False) -> None:
     implementation.watch(job, as_json=as_json)
 
 
-def jobs(
-    limit: Annotated[int, typer.Option(min=1, max=100, help="How many, newest first.")] = 20, as_json: AsJson = False
-) -> None:
-    """List jobs, newest first.
-
-    Example:  stillhouse jobs --limit 5
-    """
-    from stillhouse.cli import jobs as implementation
-
-    implementation.show_jobs(limit=limit, as_json=as_json)
-
-
-def job(job: JobId, as_json: AsJson = False) -> None:
-    """Show one job: status, progress, evaluations, result.
-
-    Example:  stillhouse job job_3f9c0a12b4d5e6f70819 --json
-    """
-    from stillhouse.cli import jobs as implementation
-
-    implementation.show_job(job, as_json=as_json)
-
-
-def events(
-    job: JobId,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job ends.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Print what happened to a job, oldest first.
-
-    Example:  stillhouse events job_3f9c0a12b4d5e6f70819 --follow
-    """
-    from stillhouse.cli import jobs as implementation
-
-    implementation.show_events(job, follow=follow, as_json=as_json)
-
-
-def dead_letters(job: JobId, as_json: AsJson = False) -> None:
-    """List the samples that a job gave up, and why. Its steps went on without them.
-
-    Example:  stillhouse dead-letters job_3f9c0a12b4d5e6f70819
-    """
-    from stillhouse.cli import jobs as implementation
-
-    implementation.show_dead_letters(job, as_json=as_json)
-
-
-def cancel(job: JobId) -> None:
+def cancel(job: JobId, as_json: AsJson = False) -> None:
     """Ask a job to stop. What it has committed stays.
 
     Example:  stillhouse cancel job_3f9c0a12b4d5e6f70819
     """
     from stillhouse.cli import jobs as implementation
 
-    implementation.cancel(job)
+    implementation.steer(job, "cancel", as_json=as_json)
 
 
-def download(
-    job: JobId,
-    checkpoint: Annotated[str, typer.Option(help="Id of a checkpoint.  [default: the finished student]")] = "",
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder to write; must not exist.")] = None,
-) -> None:
-    """Download the finished student, or a checkpoint, as a folder.
+def pause(job: JobId, as_json: AsJson = False) -> None:
+    """Stop a job after its step, with a checkpoint. Its trainer, samplers and teachers are free for others.
 
-    Example:  stillhouse download job_3f9c0a12b4d5e6f70819 -o student-v2
+    Example:  stillhouse pause job_3f9c0a12b4d5e6f70819
     """
     from stillhouse.cli import jobs as implementation
 
-    implementation.download(job, checkpoint=checkpoint, output=output)
+    implementation.steer(job, "pause", as_json=as_json)
 
 
-def plot(
-    job: JobId,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Picture to write: .png, .svg or .pdf.")] = Path(
-        "curves.png"
-    ),
-) -> None:
-    """Draw the curves of a job: reverse KL, loss, learning rate, speed, mismatch.
+def resume(job: JobId, as_json: AsJson = False) -> None:
+    """Let a paused job go on where it stopped.
 
-    Example:  stillhouse plot job_3f9c0a12b4d5e6f70819 -o curves.png
+    Example:  stillhouse resume job_3f9c0a12b4d5e6f70819
     """
     from stillhouse.cli import jobs as implementation
 
-    implementation.plot(job, output)
+    implementation.steer(job, "resume", as_json=as_json)
+
+
+def retry(
+    job: JobId,
+    checkpoint: Annotated[
+        str,
+        typer.Option(
+            help="Go on from this one.  [default: the newest that is whole]",
+            show_default=False,
+            autocompletion=propose_checkpoints,
+        ),
+    ] = "",
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Watch the new job to its end.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Start a new job that goes on from a checkpoint of one that ended: weights, optimizer, step, place in the data.
+
+    Example:  stillhouse retry job_3f9c0a12b4d5e6f70819 --watch
+    """
+    from stillhouse.cli import jobs as implementation
+
+    implementation.retry(job, checkpoint=checkpoint, is_watched=watch, as_json=as_json)
+
+
+def delete(job: JobId, yes: IsSure = False) -> None:
+    """Delete a job that has ended, with its checkpoints and all else that it made.
+
+    Example:  stillhouse delete job_3f9c0a12b4d5e6f70819 --yes
+    """
+    from stillhouse.cli import jobs as implementation
+
+    implementation.delete(job, is_sure=yes)

@@ -6,12 +6,14 @@ from typing import Annotated
 
 import typer
 
+from stillhouse.cli.options import PROVISIONS
+
 models_app = typer.Typer(help="Name the models that jobs may use.", no_args_is_help=True)
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    app.add_typer(models_app, name="models", rich_help_panel="Models and jobs")
+    app.add_typer(models_app, name="models", rich_help_panel=PROVISIONS)
 
 
 @models_app.command("add")

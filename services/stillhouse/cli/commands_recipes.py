@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-PANEL = "Models and jobs"
+from stillhouse.cli.options import PROVISIONS
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     for command in (recipes, init):
-        app.command(rich_help_panel=PANEL)(command)
+        app.command(rich_help_panel=PROVISIONS)(command)
 
 
 def recipes(

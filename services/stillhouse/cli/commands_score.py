@@ -7,10 +7,12 @@ from typing import Annotated
 
 import typer
 
+from stillhouse.cli.options import PROVISIONS
+
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command(rich_help_panel="Models and jobs")(score)
+    app.command(rich_help_panel=PROVISIONS)(score)
 
 
 def score(

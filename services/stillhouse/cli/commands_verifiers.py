@@ -6,13 +6,15 @@ from typing import Annotated
 
 import typer
 
+from stillhouse.cli.options import PROVISIONS
+
 verifiers_app = typer.Typer(invoke_without_command=True)
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for other programs.")]
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    app.add_typer(verifiers_app, name="verifiers", rich_help_panel="Models and jobs")
+    app.add_typer(verifiers_app, name="verifiers", rich_help_panel=PROVISIONS)
 
 
 @verifiers_app.callback()

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from stillhouse.cli.options import RESULTS
+
 if TYPE_CHECKING:
     from stillhouse.core.blobs import JobArtifacts
     from stillhouse.core.oracle.report import Finding, Report
@@ -17,7 +19,7 @@ SHOWN = 20
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command(rich_help_panel="Models and jobs")(verify)
+    app.command(rich_help_panel=RESULTS)(verify)
 
 
 def verify(

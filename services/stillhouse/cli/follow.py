@@ -11,12 +11,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
-from stillhouse.core.errors import NotFoundError, UnavailableError
+from stillhouse.core.errors import NotFoundError, StillhouseError, UnavailableError
 
 POLL_S: Final = 1.0
 """A step takes seconds; a person does not see more than one picture a second."""
 EXIT_CODES: Final = {"succeeded": 0, "failed": 1, "cancelled": 2}
 """The exit code of a watched job is its result."""
+QUEUES_EVERY: Final = 3
+"""Polls between two looks at the queues: each asks the queue server about all of them."""
 RETRY_STATUS: Final = frozenset({0, 429, 500, 502, 503, 504})
 """HTTP answers that a restart or a moment's patience may cure; 0 = no answer."""
 GIVE_UP_S: Final = 600.0
@@ -36,8 +38,16 @@ class JobsApi(Protocol):
         """Points {epoch, step, values} from `step_from` on."""
         ...
 
-    def events(self, job_id: str, *, after: str | None = None, follow: bool = True) -> Iterable[Any]:
-        """Events after the one with id `after`."""
+    def events(self, job_id: str, *, after: str = "") -> Iterable[Any]:
+        """Events so far, after the one with id `after`."""
+        ...
+
+
+class ServicesApi(Protocol):
+    """The part of `Client.services` that watching needs."""
+
+    def queues(self) -> Sequence[Any]:
+        """The work that waits, by role and model."""
         ...
 
 
@@ -53,6 +63,8 @@ class Picture:
     """Held-out measures by step, as their events tell them, with the event's `message`."""
     warnings: list[str] = field(default_factory=list)
     """The newest few."""
+    queues: Sequence[Any] = ()
+    """What waits in the deployment, of all jobs; those that hold something."""
     offline_since: float | None = None
     """Monotonic time since when the gateway does not answer."""
 
@@ -99,13 +111,22 @@ class View(Protocol):
 class Follower:
     """Keeps a picture up to date."""
 
-    def __init__(self, jobs: JobsApi, job_id: str, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        jobs: JobsApi,
+        job_id: str,
+        *,
+        services: ServicesApi | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.picture = Picture()
         self._jobs = jobs
+        self._services = services
+        self._num_polls = 0
         self._job_id = job_id
         self._clock = clock
         self._epoch: int | None = None
-        self._last_event: str | None = None
+        self._last_event = ""
 
     def poll(self) -> Picture:
         """Ask for news; a gateway that stops to answer leaves the old picture, with `offline_since` set.
@@ -119,6 +140,7 @@ class Follower:
             job = self._jobs.get(self._job_id)
             self._add_points(job)
             self._add_events()
+            self._look_at_queues()
             picture.job = job  # last: a terminal status ends the watch, so everything else is complete by then
             picture.offline_since = None
         except Exception as error:
@@ -144,12 +166,23 @@ class Follower:
         self._epoch = epoch
 
     def _add_events(self) -> None:
-        for event in self._jobs.events(self._job_id, after=self._last_event, follow=False):
+        for event in self._jobs.events(self._job_id, after=self._last_event):
             self._last_event = event["id"]
             if event.get("type") == "evaluation":
                 self.picture.evaluations[int(event["data"]["step"])] = {**event["data"], "message": event["message"]}
             if event.get("level") in ("warning", "warn", "error"):
                 self.picture.warnings = [*self.picture.warnings, str(event["message"])][-MAX_WARNINGS:]
+
+    def _look_at_queues(self) -> None:
+        is_time = self._num_polls % QUEUES_EVERY == 0
+        self._num_polls += 1
+        if self._services is None or not is_time:
+            return
+        try:
+            queues = self._services.queues()
+        except StillhouseError:  # a gauge that is missing is no reason to stop watching
+            queues = ()
+        self.picture.queues = [queue for queue in queues if queue.waiting or queue.in_work]
 
 
 def follow(

@@ -1,22 +1,24 @@
-"""Commands about jobs, on top of the REST client."""
+"""Commands that start, list, show, follow and steer jobs, on top of the REST client."""
 
 from __future__ import annotations
 
 import sys
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from stillhouse.cli import follow, held_out, jobfile
+from stillhouse.cli.checkpoints import print_checkpoints
 from stillhouse.cli.console import (
     EXIT_INTERRUPTED,
     EXIT_UNWATCHED,
-    EXIT_USAGE,
     CliError,
+    confirm,
     console,
     count,
     duration,
-    number,
+    local_time,
+    print_facts,
     print_json,
     print_table,
     say,
@@ -26,23 +28,44 @@ from stillhouse.client.client import Client
 from stillhouse.core.errors import StillhouseError
 from stillhouse.core.schemas import Job
 
+NEXT: Final = {
+    "cancel": "",
+    "pause": "it goes on with: stillhouse resume {id}",
+    "resume": "watch it: stillhouse watch {id}",
+}
+"""What to do after a verb."""
 
-def submit(path: Path, *, name: str, is_watched: bool) -> None:
+
+def submit(path: Path, *, name: str, is_watched: bool, as_json: bool) -> None:
     """Check, upload, create; then watch if asked to."""
     job_file = jobfile.load(path, name=name)
+    with Client() as client:
+        job = client.jobs.create(upload(client, job_file, is_quiet=as_json))
+    _tell_new(job, is_watched=is_watched, as_json=as_json)
+
+
+def upload(client: Client, job_file: jobfile.JobFile, *, is_quiet: bool) -> dict[str, Any]:
+    """The job with its prompts uploaded."""
 
     def send(prompts: Path) -> str:
         sent = client.files.upload(prompts)
-        say(f"uploaded {prompts.name}: {sent['num_rows']} rows, {size(sent['size_bytes'])}")
-        return sent["id"]
+        if not is_quiet:
+            say(f"uploaded {prompts.name}: {sent.num_rows} rows, {size(sent.size_bytes)}")
+        return sent.id
 
-    with Client() as client:
-        job = client.jobs.create(job_file.upload(send))
-    say(f"{job['id']} {job['status']}")
+    return job_file.upload(send)
+
+
+def _tell_new(job: Job, *, is_watched: bool, as_json: bool) -> None:
+    if as_json and not is_watched:
+        print_json(job)
+        return
+    if not as_json:
+        say(f"{job.id} {job.status}")
     if is_watched:
-        watch(job["id"], as_json=False)
+        watch(job.id, as_json=as_json)
     else:
-        say(f"watch it: stillhouse watch {job['id']}")
+        say(f"watch it: stillhouse watch {job.id}")
 
 
 def watch(job_id: str, *, as_json: bool) -> None:
@@ -51,12 +74,13 @@ def watch(job_id: str, *, as_json: bool) -> None:
     Raises:
         CliError: it cannot be watched; an exit code of its own, since 1 would say that the job failed.
     """
-    from stillhouse.cli.views import JsonView, LineView, LiveView
+    from stillhouse.cli.screen import LiveView
+    from stillhouse.cli.views import JsonView, LineView
 
     try:
         # no retries in the client: the follower polls anyway, and shows at once that nobody answers
         with Client(retries=0) as client:
-            follower = follow.Follower(client.jobs, job_id)
+            follower = follow.Follower(client.jobs, job_id, services=client.services)
             if as_json:
                 code = follow.follow(follower, JsonView())
             elif sys.stdout.isatty():
@@ -77,30 +101,33 @@ def watch(job_id: str, *, as_json: bool) -> None:
         sys.exit(code)
 
 
-def show_jobs(*, limit: int, as_json: bool) -> None:
+def show_jobs(*, as_json: bool, **filters: Any) -> None:
     """A table of jobs."""
     with Client() as client:
-        found = list(client.jobs.list(limit=limit))
+        found = client.jobs.list(**filters)
     if as_json:
         print_json(found)
         return
     if not found:
-        say("no jobs yet; start one with `stillhouse submit job.yaml`")
+        is_filtered = filters["status"] or filters["owner"] or filters["after"]
+        say("no such jobs" if is_filtered else "no jobs yet; start one with `stillhouse submit job.yaml`")
         return
-    print_table(
-        ("id", "name", "status", ">step", ">ETA", "created", ">took"),
-        [
-            (
-                job["id"],
-                job["name"],
-                job["status"],
-                f"{job['progress']['step']}/{job['progress']['total_steps']}",
-                "" if job["is_terminal"] else duration(job["progress"].get("eta_s")),
-                _local(job["created_at"]),
-                duration(_seconds_between(job["started_at"], job["finished_at"])),
-            )
-            for job in found
-        ],
+    owners = len({job.get("owner") or "" for job in found}) > 1
+    columns = ("id", "name", *(("owner",) if owners else ()), "status", ">step", ">ETA", "created", ">took")
+    print_table(columns, [_row(job, with_owner=owners) for job in found])
+
+
+def _row(job: Job, *, with_owner: bool) -> tuple[str, ...]:
+    is_check = job.get("kind") == "preflight"
+    return (
+        job.id,
+        job.name,
+        *((job.get("owner") or "",) if with_owner else ()),
+        f"{job.status} (check)" if is_check else job.status,
+        "" if is_check else f"{job.progress.step}/{job.progress.total_steps}",
+        "" if job.is_terminal else duration(job.progress.eta_s),
+        local_time(job.created_at),
+        duration(_seconds_between(job.started_at, job.finished_at)),
     )
 
 
@@ -108,138 +135,78 @@ def show_job(job_id: str, *, as_json: bool) -> None:
     """Everything about one job."""
     with Client() as client:
         job = client.jobs.get(job_id)
-        evaluations = list(client.jobs.evaluations(job_id))
-        checkpoints = list(client.jobs.checkpoints(job_id))
+        evaluations = client.jobs.evaluations(job_id)
+        checkpoints = client.jobs.checkpoints(job_id)
     if as_json:
         print_json({**job, "evaluations": evaluations, "checkpoints": checkpoints})
         return
-    for label, text in _facts(job):
-        if text:
-            say(f"{label:<12}{text}")
+    print_facts(_facts(job))
     if evaluations:
         say("\nheld out")
-        print_table(
-            (">step", ">reverse KL", ">accuracy", ">teacher NLL", ">repeated 4-grams", ">tokens"),
-            [
-                (
-                    str(row["step"]),
-                    number(row.get("reverse_kl")),
-                    number(row.get("accuracy"), 3),
-                    number(row.get("teacher_nll_greedy")),
-                    number(row.get("repeated_4grams"), 3),
-                    count(row.get("num_tokens")),
-                )
-                for row in evaluations
-            ],
-        )
-        for label, text in held_out.by_teacher(evaluations[0], evaluations[-1]):
-            say(f"{label:<12}{text}")
+        held_out.print_evaluations(evaluations)
+        print_facts(held_out.by_teacher(evaluations[0], evaluations[-1]))
     if checkpoints:
         say("\ncheckpoints")
-        print_table(
-            ("id", "kind", ">step", ">size", "created"),
-            [
-                (row["id"], row["kind"], str(row["step"]), size(row["size_bytes"]), _local(row["created_at"]))
-                for row in checkpoints
-            ],
-        )
+        print_checkpoints(checkpoints)
 
 
 def _facts(job: Job) -> list[tuple[str, str]]:
-    progress, spec, error = job["progress"], job["spec"], job.get("error") or {}
-    teachers = ", ".join(teacher["model"] for teacher in spec["teachers"].values())
-    usage = job.get("usage") or {}
+    progress, spec, error = job.progress, job.spec, job.error or {}
+    # a job that failed the checks of its own start names the fix in its message
+    failure = f"{error.get('message')} ({error.get('code')})" if error else ""
+    phase = progress.phase if not job.is_terminal else ""
+    took = duration(_seconds_between(job.started_at, job.finished_at)) if job.finished_at else ""
     return [
-        ("id", job["id"]),
-        ("name", job["name"]),
-        ("status", " ".join(filter(None, (job["status"], progress.get("phase") if not job["is_terminal"] else "")))),
-        ("note", job["status_message"]),
-        ("error", f"{error.get('message')} ({error.get('code')})" if error else ""),
+        ("id", job.id),
+        ("name", job.name),
+        ("status", " ".join(filter(None, (job.status, phase)))),
+        ("note", job.status_message),
+        ("error", failure),
+        ("retry of", job.get("retry_of") or ""),
+        ("owner", job.get("owner") or ""),
+        ("priority", str(job.get("priority") or "")),
         ("student", spec["student"]["model"]),
-        ("teachers", teachers),
-        ("step", f"{progress['step']}/{progress['total_steps']}"),
-        ("ETA", "" if job["is_terminal"] else duration(progress.get("eta_s"))),
-        ("tokens", ", ".join(f"{key.removesuffix('_tokens')} {count(usage[key])}" for key in _token_counts(usage))),
-        ("created", _local(job["created_at"])),
-        ("took", duration(_seconds_between(job["started_at"], job["finished_at"])) if job["finished_at"] else ""),
-        ("trainer", f"{job['trainer']} (claim {job['epoch']})" if job["trainer"] else ""),
+        ("teachers", ", ".join(teacher["model"] for teacher in spec["teachers"].values())),
+        ("step", f"{progress.step}/{progress.total_steps}"),
+        ("ETA", "" if job.is_terminal else duration(progress.eta_s)),
+        ("tokens", _tokens(job.usage or {})),
+        ("best", job.get("best_checkpoint") or ""),
+        ("created", local_time(job.created_at)),
+        ("took", took),
+        ("trainer", f"{job.trainer} (claim {job.epoch})" if job.trainer else ""),
     ]
 
 
-def _token_counts(usage: dict[str, Any]) -> list[str]:
-    return [key for key in ("sampled_tokens", "scored_tokens", "trained_tokens") if key in usage]
+def _tokens(usage: dict[str, Any]) -> str:
+    names = ("sampled_tokens", "scored_tokens", "trained_tokens")
+    return ", ".join(f"{name.removesuffix('_tokens')} {count(usage[name])}" for name in names if name in usage)
 
 
-def show_events(job_id: str, *, follow: bool, as_json: bool) -> None:
-    """Events as lines; with `follow` until the job ends."""
-    import json
-
+def steer(job_id: str, verb: str, *, as_json: bool) -> None:
+    """Cancel, pause or resume a job."""
     with Client() as client:
-        try:
-            for event in client.jobs.events(job_id, follow=follow):
-                if as_json:
-                    say(json.dumps(event.to_dict()))
-                else:
-                    level = "" if event["level"] == "info" else f"{event['level'].upper()} "
-                    say(f"{_local(event['created_at'])}  {event['type']:<20} {level}{event['message']}")
-        except KeyboardInterrupt:
-            sys.exit(EXIT_INTERRUPTED)
-
-
-def show_dead_letters(job_id: str, *, as_json: bool) -> None:
-    """A table of the samples that were given up."""
-    with Client() as client:
-        letters = client.jobs.dead_letters(job_id)
+        job: Job = getattr(client.jobs, verb)(job_id)
     if as_json:
-        print_json(letters)
+        print_json(job)
         return
-    if not letters:
-        say(f"{job_id} has given up no sample")
-        return
-    rows = []
-    for letter in letters:
-        step = "-" if letter["step"] is None else str(letter["step"])
-        who = f"{letter['service']} ({letter['attempts']}x)"
-        rows.append(
-            (letter["id"], step, str(letter["row"]), letter["teacher"], letter["reason"], who, letter["message"])
-        )
-    print_table(("sample", ">step", ">row", "teacher", "reason", "given up by", "message"), rows)
+    say(f"{job_id} {job.status}")
+    if NEXT[verb]:
+        say(NEXT[verb].format(id=job_id))
 
 
-def cancel(job_id: str) -> None:
-    """Ask for the stop of a job."""
+def retry(job_id: str, *, checkpoint: str, is_watched: bool, as_json: bool) -> None:
+    """Start a new job where an ended one has a checkpoint."""
     with Client() as client:
-        job = client.jobs.cancel(job_id)
-    say(f"{job_id} {job['status']}")
+        job = client.jobs.retry(job_id, checkpoint=checkpoint or None)
+    _tell_new(job, is_watched=is_watched, as_json=as_json)
 
 
-def download(job_id: str, *, checkpoint: str, output: Path | None) -> None:
-    """Fetch the finished student or a checkpoint into a folder."""
-    target = output or Path(f"{job_id}-{checkpoint or 'student'}")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise CliError(f"{target} exists already", fix="give another folder with -o", exit_code=EXIT_USAGE)
+def delete(job_id: str, *, is_sure: bool) -> None:
+    """Delete an ended job."""
+    confirm(f"Delete {job_id} with its checkpoints and history?", is_sure=is_sure)
     with Client() as client:
-        folder = Path(client.jobs.download(job_id, target, checkpoint=checkpoint or None))
-    total = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    say(f"{folder}: {size(total)}")
-    if not checkpoint:
-        say(f"use it in jobs: stillhouse models add NAME {folder}")
-
-
-def plot(job_id: str, output: Path) -> None:
-    """Draw the curves of a job."""
-    from stillhouse.cli import plot as implementation
-
-    with Client() as client:
-        job, points = client.jobs.get(job_id), list(client.jobs.metrics(job_id))
-        evaluations = list(client.jobs.evaluations(job_id))
-    implementation.plot(job, points, evaluations, output)
-    say(f"wrote {output}")
-
-
-def _local(timestamp: str) -> str:
-    """`2026-11-23 20:15:02` of an RFC 3339 time, in the machine's zone."""
-    return datetime.fromisoformat(timestamp).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+        client.jobs.delete(job_id)
+    say(f"deleted {job_id}")
 
 
 def _seconds_between(start: str | None, end: str | None) -> float | None:

@@ -7,6 +7,7 @@ running deployment; 4 the job could not be watched; 130 Ctrl-C.
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -18,7 +19,9 @@ from stillhouse.cli import (
     commands_local,
     commands_models,
     commands_recipes,
+    commands_results,
     commands_score,
+    commands_server,
     commands_verifiers,
     commands_verify,
 )
@@ -60,13 +63,16 @@ def _options(
     pass  # `main` takes --debug off the arguments before they are parsed; it stands here for --help
 
 
-commands_local.register(app)
-commands_models.register(app)
-commands_score.register(app)
+# in the order of --help
 commands_jobs.register(app)
+commands_results.register(app)
+commands_models.register(app)
+commands_server.register(app)
+commands_score.register(app)
 commands_recipes.register(app)
 commands_verify.register(app)
 commands_verifiers.register(app)
+commands_local.register(app)
 commands_gc.register(app)
 
 
@@ -75,7 +81,11 @@ def main() -> None:
     arguments = sys.argv[1:]
     is_debug = "--debug" in arguments
     try:
-        app(args=[argument for argument in arguments if argument != "--debug"])
+        if os.environ.get("_STILLHOUSE_COMPLETE"):  # set by the scripts of `stillhouse completion`
+            from typer._completion_classes import completion_init
+
+            completion_init()
+        app(args=[argument for argument in arguments if argument != "--debug"], prog_name="stillhouse")
     except BrokenPipeError:
         sys.stderr.close()  # the reader (`| head`) has gone; nothing to say
         sys.exit(1)

@@ -27,7 +27,7 @@ def registry() -> ModelRegistry:
     Raises:
         CliError: STILLHOUSE_URL points elsewhere; that gateway reads a registry of its own.
     """
-    if url := _remote():
+    if url := is_remote():
         raise CliError(
             f"STILLHOUSE_URL is {url}: models are added to and removed from the registry beside the gateway",
             fix="run it on the gateway's machine, or unset STILLHOUSE_URL",
@@ -61,7 +61,7 @@ def add(name: str, path: str, source: str) -> None:
 
 def show(*, as_json: bool) -> None:
     """Print the registry; that of the gateway if STILLHOUSE_URL names one."""
-    if _remote():
+    if is_remote():
         from stillhouse.client.client import Client
 
         with Client() as client:
@@ -86,7 +86,7 @@ def remove(name: str) -> None:
     say(f"removed {name}; its files stay in {entry.path}")
 
 
-def _remote() -> str:
+def is_remote() -> str:
     """The gateway that the user's shell names; empty = the deployment of this machine."""
     return os.environ.get("STILLHOUSE_URL", "")
 
@@ -104,22 +104,28 @@ def _row(model: Any) -> tuple[str, ...]:
     )
 
 
+def made(reference: str) -> str:
+    """A job's checkpoint as a model, by its full name; made in a process of its own if need be: that needs torch."""
+    settings = load_settings()
+    models = Models(settings.models_path(), Artifacts(settings.artifacts_dir()))
+    name = locate(models.artifacts, reference)
+    if models.made(name) is None:
+        print(f"making a model of {name} ...", file=sys.stderr)
+        command = [sys.executable, "-m", "stillhouse.trainer.materialise", name]
+        work = subprocess.run(command, check=False, stderr=subprocess.PIPE, text=True)
+        if work.returncode:
+            raise CliError(f"{name} could not be made a model: {work.stderr.strip()[-500:]}")
+    return name
+
+
 def _checkpoint(reference: str) -> tuple[Path, str]:
-    """(folder of a job's checkpoint, which one); made a model by a process of its own, if need be: that needs torch."""
+    """(folder of a job's checkpoint, which one)."""
     settings = load_settings()
     models = Models(settings.models_path(), Artifacts(settings.artifacts_dir()))
     name = locate(models.artifacts, reference)
     job_id, _, checkpoint = name.partition("/")
     export = exported(models.artifacts.job(job_id)) if checkpoint == EXPORT else None
-    if export is not None:
-        return export, name
-    if models.made(name) is None:
-        say(f"making a model of {name} ...")
-        command = [sys.executable, "-m", "stillhouse.trainer.materialise", name]
-        work = subprocess.run(command, check=False, stderr=subprocess.PIPE, text=True)
-        if work.returncode:
-            raise CliError(f"{name} could not be made a model: {work.stderr.strip()[-500:]}")
-    return Path(models.get(name).path), name
+    return export or Path(models.get(made(name)).path), name
 
 
 def _folder(path: str) -> tuple[Path, str]:

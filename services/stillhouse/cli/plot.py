@@ -1,20 +1,22 @@
-"""Curves of a job as a picture. matplotlib is imported here and nowhere else, without pyplot and its global state."""
+"""Curves of jobs as a picture. matplotlib is imported here and nowhere else, without pyplot and its global state."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from stillhouse.cli.console import INSTALL_FIX, CliError
+from stillhouse.cli.console import EXIT_USAGE, INSTALL_FIX, CliError, say
 from stillhouse.cli.follow import Picture
 from stillhouse.cli.views import KL
+from stillhouse.client.client import Client
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,37 +71,105 @@ FAMILIES: Final = (
 COLUMNS: Final = 3
 SMOOTHING_SHARE: Final = 20
 """The running mean covers 1/20 of the curve: the trend stays, the noise of single batches goes."""
+_DASHES: Final = ("-", "--", ":", "-.")
 _COLOURS: Final = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2", "#db2777", "#65a30d", "#475569")
 
 
-def plot(job: Any, points: Sequence[Any], evaluations: Sequence[dict[str, Any]], target: Path) -> None:
-    """Draw a job's metrics and held-out measures into `target` (png, svg or pdf by its suffix).
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A job with what can be drawn of it."""
+
+    picture: Picture
+    held_out: Picture
+
+    @property
+    def name(self) -> str:
+        """What its curves are called."""
+        return f"{self.picture.job.get('name') or ''}  {self.picture.job['id']}".strip()
+
+
+def make_run(job: Any, points: Sequence[Any], evaluations: Sequence[Mapping[str, Any]]) -> Run:
+    """A job's metrics and held-out measures.
 
     Raises:
-        CliError: matplotlib is missing, there is nothing to draw yet, or the file cannot be written.
+        CliError: there is nothing to draw yet.
+    """
+    if not points:
+        raise CliError(f"job {job['id']} has no finished step yet", fix=f"stillhouse watch {job['id']}")
+    return Run(
+        Picture(job=job, points={int(point["step"]): _numbers(point["values"]) for point in points}),
+        Picture(job=job, points={int(each["step"]): _held_out(each) for each in evaluations}),
+    )
+
+
+def draw(job_ids: Sequence[str], target: Path, names: Sequence[str]) -> None:
+    """Fetch jobs and draw them."""
+    with Client() as client:
+        runs = [
+            make_run(client.jobs.get(job_id), client.jobs.metrics(job_id), client.jobs.evaluations(job_id))
+            for job_id in dict.fromkeys(job_ids)
+        ]
+    plot(runs, target, names)
+    say(f"wrote {target}")
+
+
+def plot(runs: Sequence[Run], target: Path, names: Sequence[str] = ()) -> None:
+    """Draw jobs into `target` (png, svg or pdf by its suffix): the usual panels, or one for each named metric.
+
+    Raises:
+        CliError: matplotlib is missing, no job has a metric of this name, or the file cannot be written.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise CliError("`stillhouse plot` needs matplotlib", fix=INSTALL_FIX) from None
-    if not points:
-        raise CliError(f"job {job['id']} has no finished step yet", fix=f"stillhouse watch {job['id']}")
-    picture = Picture(job=job, points={int(point["step"]): _numbers(point["values"]) for point in points})
-    held_out = Picture(job=job, points={int(each["step"]): _held_out(each) for each in evaluations})
-    panels = [*_panels(picture), *_families(picture, held_out)]
-    rows = math.ceil(len(panels) / COLUMNS)
-    figure = Figure(figsize=(12, 3.25 * rows), dpi=150, layout="constrained")
-    places = list(figure.subplots(rows, COLUMNS).flat)
+    panels = [_named(runs, name) for name in names] or _usual(runs)
+    columns = min(COLUMNS, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(4 * columns, 3.25 * rows), dpi=150, layout="constrained")
+    places = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes, panel in zip(places, panels, strict=False):
-        _draw(axes, panel, held_out if panel.is_sparse else picture)
+        _draw(axes, panel, runs)
     for axes in places[len(panels) :]:
         axes.set_axis_off()
-    name = f"{job.get('name') or ''}  {job['id']}".strip()
-    figure.suptitle(f"{name}   {picture.status}, {len(picture.points)} steps", fontsize=12, parse_math=False)
+    _title(figure, runs)
     try:
         figure.savefig(target)
     except (OSError, ValueError) as error:
         raise CliError(f"cannot write {target}: {error}", fix="use a .png, .svg or .pdf file name") from None
+
+
+def _title(figure: Figure, runs: Sequence[Run]) -> None:
+    """One job: its name. Several: a legend of their colours."""
+    if len(runs) == 1:
+        (run,) = runs
+        state = f"{run.picture.status}, {len(run.picture.points)} steps"
+        figure.suptitle(f"{run.name}   {state}", fontsize=12, parse_math=False)
+        return
+    from matplotlib.lines import Line2D
+
+    lines = [Line2D([], [], color=colour) for _, colour in zip(runs, cycle(_COLOURS), strict=False)]
+    legend = figure.legend(lines, [run.name for run in runs], loc="outside upper center", fontsize=9, frameon=False)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+
+
+def _named(runs: Sequence[Run], name: str) -> Panel:
+    if not any(name in values for run in runs for values in run.picture.points.values()):
+        job_id = runs[0].picture.job["id"]
+        fix = f"stillhouse metrics {job_id} --names all"
+        raise CliError(f"no step has the metric '{name}'", fix=fix, exit_code=EXIT_USAGE)
+    return Panel(name, "", ((name, ""),), is_smoothed=True)
+
+
+def _usual(runs: Sequence[Run]) -> list[Panel]:
+    """All panels that one of the jobs has something for, each once, with the curves of all."""
+    panels: dict[str, Panel] = {}
+    for run in runs:
+        for panel in (*_panels(run.picture), *_families(run.picture, run.held_out)):
+            have = panels.get(panel.title, panel).curves
+            panels[panel.title] = replace(panel, curves=tuple(dict.fromkeys((*have, *panel.curves))))
+    return list(panels.values())
 
 
 def _panels(picture: Picture) -> list[Panel]:
@@ -121,7 +191,7 @@ def _families(*pictures: Picture) -> list[Panel]:
     return found
 
 
-def _held_out(evaluation: dict[str, Any]) -> dict[str, float]:
+def _held_out(evaluation: Mapping[str, Any]) -> dict[str, float]:
     """Measures of an evaluation as metrics: of all prompts, and of each of several teachers."""
     by_teacher = evaluation.get("by_teacher") or {}
     parts = {**(by_teacher if len(by_teacher) > 1 else {}), "mean": evaluation}
@@ -133,12 +203,17 @@ def _held_out(evaluation: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def _draw(axes: Axes, panel: Panel, picture: Picture) -> None:
+def _draw(axes: Axes, panel: Panel, runs: Sequence[Run]) -> None:
+    """One job: a colour per curve. Several: a colour per job, a dash pattern per curve."""
     from matplotlib.ticker import MaxNLocator
 
-    for (metric, label), colour in zip(panel.curves, cycle(_COLOURS), strict=False):
-        _draw_curve(axes, panel, picture, metric, label=label, color=colour)
-    if panel.is_from_zero and not all(math.isnan(v) for metric, _ in panel.curves for v in picture.curve(metric)):
+    pictures = [run.held_out if panel.is_sparse else run.picture for run in runs]
+    for (metric, label), colour, dashes in zip(panel.curves, cycle(_COLOURS), cycle(_DASHES), strict=False):
+        for index, picture in enumerate(pictures):
+            look = {"color": colour} if len(runs) == 1 else {"color": _COLOURS[index % len(_COLOURS)], "ls": dashes}
+            _draw_curve(axes, panel, picture, metric, label=label if index == 0 else "_", **look)
+    curves = [picture.curve(metric) for picture in pictures for metric, _ in panel.curves]
+    if panel.is_from_zero and not all(math.isnan(value) for curve in curves for value in curve):
         axes.set_ylim(bottom=0)
     axes.set_title(panel.title, fontsize=10, loc="left")
     axes.set_xlabel("step", fontsize=8)
@@ -153,14 +228,16 @@ def _draw(axes: Axes, panel: Panel, picture: Picture) -> None:
 
 def _draw_curve(axes: Axes, panel: Panel, picture: Picture, metric: str, **look: Any) -> None:
     steps, values = sorted(picture.points), picture.curve(metric)
-    if panel.is_sparse:
-        known = [(step, value) for step, value in zip(steps, values, strict=True) if math.isfinite(value)]
-        axes.plot([step for step, _ in known], [value for _, value in known], "o-", linewidth=1.4, markersize=4, **look)
+    known = [(step, value) for step, value in zip(steps, values, strict=True) if math.isfinite(value)]
+    if not known:
+        return
+    if panel.is_sparse or len(known) == 1:  # a single point has no line: mark it
+        axes.plot([step for step, _ in known], [value for _, value in known], marker="o", markersize=4, **look)
     elif panel.is_smoothed and len(steps) >= SMOOTHING_SHARE:
         axes.plot(steps, values, color=look["color"], linewidth=1.4, alpha=0.3)
         axes.plot(steps, running_mean(values, len(steps) // SMOOTHING_SHARE), linewidth=1.8, **look)
-    else:  # a single point has no line: mark it
-        axes.plot(steps, values, "o" if len(steps) == 1 else "-", linewidth=1.4, **look)
+    else:
+        axes.plot(steps, values, linewidth=1.4, **look)
 
 
 def running_mean(values: list[float], window: int) -> list[float]:

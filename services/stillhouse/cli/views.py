@@ -1,26 +1,20 @@
-"""Three ways to show a followed job: a live screen, a line per step, JSON lines."""
+"""Two ways to show a followed job to logs and programs: a line per step, JSON lines. screen.py has that for people."""
 
 from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
-from stillhouse.cli import held_out
-from stillhouse.cli.console import count, duration, number, say, sparkline
+from stillhouse.cli.console import count, duration, number, say
 from stillhouse.cli.follow import Picture
-
-if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
 
 KL: Final = "loss/reverse_kl/mean"
 REWARD: Final = "reward/mean"
 HISTORY_LINES: Final = 20
 """Steps printed when a watch begins in the middle of a job."""
 STAGES: Final = ("sample", "score", "train")
-_COLOURS: Final = {"succeeded": "green", "failed": "red", "cancelled": "yellow", "stalled": "yellow"}
 
 
 class LineView:
@@ -96,87 +90,6 @@ class JsonView:
             self._write(json.dumps(line | {"error": picture.job.get("error")}))
 
 
-class LiveView:
-    """A screen that stays in place."""
-
-    def __init__(self, console: Console) -> None:
-        from rich.live import Live
-
-        self._console = console
-        self._live = Live(console=console, refresh_per_second=4, transient=True)
-
-    def __enter__(self) -> LiveView:
-        self._live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._live.stop()
-
-    def show(self, picture: Picture) -> None:
-        self._live.update(screen(picture, self._console.width), refresh=True)
-        if picture.is_terminal:
-            self._live.stop()  # it was transient: leave the last picture and the outcome on the terminal
-            self._console.print(screen(picture, self._console.width))
-            self._console.print(outcome(picture), markup=False)
-
-
-def screen(picture: Picture, width: int) -> RenderableType:
-    """The live picture: header, bar, a row per thing to know."""
-    from rich.console import Group
-    from rich.progress_bar import ProgressBar
-    from rich.table import Table
-    from rich.text import Text
-
-    if not picture.job:
-        return Text(_offline(picture) or "asking the gateway ...")
-    colour = _COLOURS.get(picture.status, "cyan")
-    head = Text.assemble((str(picture.job.get("id", "")), "bold"), "  ", (picture.status, f"bold {colour}"))
-    for part in (stage_of(picture), _phase(picture), _name(picture)):
-        head.append(f"  {part}" if part else "", "dim")
-    bar = Table.grid(padding=(0, 2))
-    total = picture.total_steps
-    bar.add_row(
-        ProgressBar(total=total or 1, completed=picture.step, width=max(10, min(50, width - 40))),
-        f"step {picture.step}/{total or '?'}",
-        f"ETA {duration(picture.progress.get('eta_s'))}" if not picture.is_terminal else "",
-    )
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="dim")
-    grid.add_column()
-    for label, text in _facts(picture, max(10, min(60, width - 36))):
-        grid.add_row(label, Text(text))
-    parts: list[RenderableType] = [head, bar, grid]
-    parts += [Text(f"! {warning}", style="yellow") for warning in picture.warnings]
-    if offline := _offline(picture):
-        parts.append(Text(offline, style="red"))
-    return Group(*parts)
-
-
-def _facts(picture: Picture, width: int) -> list[tuple[str, str]]:
-    progress = picture.progress
-    # a finished job has no progress any more: what its last step measured
-    speeds = progress.get("tokens_per_s") or {stage: picture.last(f"{stage}/tokens_per_s") for stage in STAGES}
-    rows = [
-        (name, f"{number(picture.last(key)):<8} {sparkline(picture.curve(key), width)}")
-        for name, key in (("reverse KL", KL), ("reward", REWARD))
-        if key == KL or picture.last(key) is not None
-    ]
-    rows += held_out.facts([picture.evaluations[step] for step in sorted(picture.evaluations)])
-    rows.append(("tokens/s", "   ".join(f"{stage} {count(speeds.get(stage))}" for stage in STAGES)))
-    rows.append(
-        (
-            "checks",
-            f"mismatch {number(picture.last('mismatch/logprob_abs_mean'), 2)}   "
-            f"staleness {number(picture.last('staleness/max'))}   loss {number(picture.last('loss/total'))}",
-        )
-    )
-    if progress.get("bottleneck"):
-        rows.append(("bottleneck", str(progress["bottleneck"])))
-    if picture.job.get("status_message"):
-        rows.append(("note", str(picture.job["status_message"])))
-    return rows
-
-
 def step_line(picture: Picture, step: int) -> str:
     """`step 12/40  kl 0.123  loss 0.12  tok/s sample 230 score 800 train 400  eta 1m02s`."""
     values = picture.points[step]
@@ -218,18 +131,3 @@ def stage_of(picture: Picture) -> str:
     if len(names) < 2 or name not in names:
         return ""
     return f"stage {name} ({names.index(name) + 1}/{len(names)})"
-
-
-def _phase(picture: Picture) -> str:
-    phase = str(picture.progress.get("phase") or "")
-    return "" if phase == picture.status or picture.is_terminal else phase
-
-
-def _name(picture: Picture) -> str:
-    return str(picture.job.get("name") or (picture.job.get("spec") or {}).get("name") or "")
-
-
-def _offline(picture: Picture) -> str:
-    if picture.offline_since is None:
-        return ""
-    return f"the gateway has not answered for {duration(time.monotonic() - picture.offline_since)}; trying again"
