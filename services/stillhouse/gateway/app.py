@@ -19,6 +19,7 @@ from stillhouse.core.errors import StillhouseError
 from stillhouse.core.service import VERSION, Context
 from stillhouse.gateway import generating
 from stillhouse.gateway.auth import Authenticator
+from stillhouse.gateway.following import Tails
 from stillhouse.gateway.middleware import Edge, JsonBody
 from stillhouse.gateway.problems import MEDIA_TYPE, Problem, problem_response
 from stillhouse.gateway.routes import (
@@ -66,6 +67,7 @@ def create_app(ctx: Context, settings: Settings) -> FastAPI:
         responses={"default": {"model": Problem, "description": "Problem (RFC 9457)"}},
     )
     app.state.ctx = ctx
+    app.state.tails = Tails(ctx)
     app.state.score_slots = Slots()
     app.state.generate_slots = Slots(generating.MAX_RUNNING, "generate")
     for routes in ROUTES:

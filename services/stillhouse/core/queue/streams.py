@@ -212,7 +212,7 @@ class WorkQueue:
             raise
         return [
             Entry(text(stream), group, text(entry_id), fields[PAYLOAD.encode()])
-            for stream, entries in _pairs(answer)
+            for stream, entries in pairs(answer)
             for entry_id, fields in entries
         ]
 
@@ -337,8 +337,8 @@ def _by_stream(entries: Iterable[Entry]) -> dict[tuple[str, str], list[Entry]]:
     return grouped
 
 
-def _pairs(answer: Any) -> Iterable[tuple[Any, Any]]:
-    """XREADGROUP answers a list of pairs in RESP2 and a mapping in RESP3."""
+def pairs(answer: Any) -> Iterable[tuple[Any, Any]]:
+    """XREAD and XREADGROUP answer a list of pairs in RESP2 and a mapping in RESP3."""
     if not answer:
         return []
     if isinstance(answer, Mapping):

@@ -17,6 +17,7 @@ from stillhouse.core.service import Context
 from stillhouse.gateway import history
 from stillhouse.gateway.condense import condensed
 from stillhouse.gateway.deps import Ctx, OwnJob
+from stillhouse.gateway.events import read_events
 from stillhouse.gateway.routes.deadline import DeadlineRoute
 from stillhouse.gateway.views import event_view, metric_view
 
@@ -68,10 +69,10 @@ async def get_events(
 ) -> Page[Event] | Response:
     """A job's history, oldest first. A stream ends after the job's last event."""
     if "text/event-stream" in request.headers.get("accept", ""):
-        stream = history.stream_events(ctx, record.id, last_event_id or query.after)
+        stream = request.app.state.tails.stream(record.id, last_event_id or query.after)
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         return EventSourceResponse(stream, headers=headers)
-    events = await history.read_events(ctx, record.id, query.after, query.limit + 1)
+    events = await read_events(ctx, record.id, query.after, query.limit + 1)
     return Page(data=[event_view(event) for event in events[: query.limit]], has_more=len(events) > query.limit)
 
 
