@@ -15,6 +15,7 @@ Layout below the artifacts folder:
                   models/ckpt_...{.json,/}      checkpoints that jobs use as models: see core/checkpoints.py
                   pinned.json                   checkpoints that were marked as best
                   logs/{service}-{instance}.jsonl  what services logged about the job: see core/job_logs.py
+                  paused.json                   the user's wish that the job rests, until it is resumed
                   final.json                    how the job ended
 
 Nothing here knows about models or queues.
@@ -309,6 +310,7 @@ class JobArtifacts:
         self.logs = root / "logs"
         self.pinned = root / "pinned.json"
         self.final = root / "final.json"
+        self.paused = root / "paused.json"
         self.preflight = root / "preflight.json"
 
     def epoch(self, epoch: int) -> Path:

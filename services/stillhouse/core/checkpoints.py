@@ -83,7 +83,7 @@ def locate(artifacts: Artifacts, reference: str) -> str:
     job = artifacts.job(job_id)
     if not job.job_json.is_file():
         raise NotFoundError(f"there is no job '{job_id}' here; GET /v1/jobs lists them")
-    checkpoint = checkpoint or _newest(job)
+    checkpoint = checkpoint or newest(job)
     if not checkpoint:
         raise NotFoundError(f"job {job_id} has no checkpoint yet; wait for its first one")
     if not _is_there(job, checkpoint):
@@ -98,7 +98,7 @@ def _is_there(job: JobArtifacts, checkpoint: str) -> bool:
     return (exported(job) if checkpoint == EXPORT else committed(job, checkpoint)) is not None
 
 
-def _newest(job: JobArtifacts) -> str:
+def newest(job: JobArtifacts) -> str:
     """The export, or the last commit behind the newest claim's weights: what a zombie committed later is not."""
     if exported(job):
         return EXPORT

@@ -30,7 +30,7 @@ from stillhouse.core.spec import JobSpec
 from stillhouse.gateway.rows import is_light
 from stillhouse.gateway.validation import inspect, preflight
 
-CANCELLABLE: Final = ("queued", "validating", "starting", "running", "stalled")
+CANCELLABLE: Final = ("queued", "validating", "starting", "running", "stalled", "pausing", "resuming")
 FINAL: Final = "final.json"
 """Beside job.json: how the job ended. Its presence means that nothing is left to do."""
 _PREFLIGHTS: Final = ThreadPoolExecutor(max_workers=1, thread_name_prefix="preflight")
@@ -172,7 +172,7 @@ def initial_record(document: dict[str, Any]) -> JobRecord:
 
 
 async def cancel(ctx: Context, job_id: str) -> JobRecord:
-    """End a job: at once if no trainer ever had it, otherwise by asking its trainer (`cancelling`).
+    """End a job: at once if no trainer has it for certain, otherwise by asking its trainer (`cancelling`).
 
     Raises:
         ConflictError: it is finished.
@@ -181,20 +181,21 @@ async def cancel(ctx: Context, job_id: str) -> JobRecord:
     if record.status == "cancelling":
         return record
     is_ended_here = True
+    is_paused = record.status == "paused"  # nobody leads it, nor will before it is resumed
     try:
         await ctx.jobs.request(
             job_id,
-            allowed=("queued",),
-            only_epoch=0,
+            allowed=("paused",) if is_paused else ("queued",),
+            only_epoch=record.epoch if is_paused else 0,
             status="cancelled",
             status_reason="user",
-            status_message="cancelled before it started",
+            status_message="cancelled while it was paused" if is_paused else "cancelled before it started",
             finished_at=round(time.time(), 3),
         )
     except ConflictError:
         await ctx.jobs.request(
             job_id,
-            allowed=(*CANCELLABLE, "cancelling"),
+            allowed=(*CANCELLABLE, "paused", "cancelling"),
             status="cancelling",
             status_reason="user",
             status_message="waiting for the trainer to stop",

@@ -1,6 +1,7 @@
 """What no trainer can do for a job, done by the one gateway replica that holds the lease `sh:sweeper`.
 
 Each sweep:  jobs whose trainer is gone -> `stalled`; cancelled jobs without a trainer -> `cancelled`;
+             pausing ones -> `paused`; the wish to pause on disk -> as the record says;
              queued jobs say when no trainer is there at all; records that the queue server lost -> rebuilt from
              job.json and final.json; half-written files of finished jobs -> removed; queue gauges.
 
@@ -30,13 +31,17 @@ from stillhouse.core.queue.streams import Scope
 from stillhouse.core.service import Context
 from stillhouse.core.telemetry import QUEUE_ENTRIES
 from stillhouse.gateway.jobs import FINAL, final_fields, initial_record, read_final, write_final
+from stillhouse.gateway.pausing import RESTING, keep_wish, rebuilt_paused
 
 SWEEP_S: Final = 2.0
 """Time between sweeps."""
 LEASE_MS: Final = 10_000
 """The sweeper's own lease: five sweeps, so that another replica takes over ten seconds after a crash."""
-LED: Final = ("validating", "starting", "running", "stalled", "cancelling")
+STALLING: Final = ("validating", "starting", "running", "stalled")
+LED: Final = (*STALLING, "pausing", "cancelling")
 """Statuses in which a trainer must lead the job."""
+WAITING: Final = ("queued", "resuming")
+"""Statuses of jobs that no trainer leads yet."""
 GONE_S: Final = 1.0
 """Patience with a job whose trainer has no heartbeat: two sweeps agree. That is 12 s after the trainer froze."""
 TAKEOVER_S: Final = 4.0
@@ -109,6 +114,7 @@ class Sweeper:
         active = [await self._ctx.jobs.get(job_id) for job_id in await self._ctx.jobs.active_ids()]
         trainers = {info.instance: info for info in await self._ctx.registry.services("trainer")}
         for record in active:
+            await self._keep_wish(record)
             with suppress(ConflictError):  # a trainer came back in this very moment
                 await self._look_after(record, trainers)
         self._orphans = {job.id: self._orphans[job.id] for job in active if job.id in self._orphans}
@@ -119,8 +125,8 @@ class Sweeper:
         patience_s = await self._patience_s(record, trainers)
         if patience_s is None:
             self._orphans.pop(record.id, None)
-            if record.status == "queued" and record.status_reason == NO_TRAINER:
-                await self._say_queued(record, "", "")
+            if record.status in WAITING and record.status_reason == NO_TRAINER:
+                await self._say_waiting(record, "", "")
             return
         orphan = self._orphans.get(record.id)
         if orphan is None or orphan.epoch != record.epoch:
@@ -129,8 +135,10 @@ class Sweeper:
             return
         if record.status == "cancelling":
             await self._end(record)
-        elif record.status_reason != NO_TRAINER and record.status == "queued":
-            await self._say_queued(record, NO_TRAINER, "no trainer is running; `stillhouse ps` shows what runs")
+        elif record.status == "pausing":
+            await self._pause(record)
+        elif record.status_reason != NO_TRAINER and record.status in WAITING:
+            await self._say_waiting(record, NO_TRAINER, "no trainer is running; `stillhouse ps` shows what runs")
         elif record.status_reason != NO_TRAINER:
             await self._stall(record)
 
@@ -139,7 +147,7 @@ class Sweeper:
 
         The heartbeat goes before the lease: 8 s after its last sign a trainer is gone, whatever `lease_s` is.
         """
-        if record.status == "queued":
+        if record.status in WAITING:
             return None if trainers else GONE_S
         if record.status not in LED:
             return None
@@ -150,17 +158,17 @@ class Sweeper:
         leads = trainer.job_id == record.id and await self._ctx.redis.exists(keys.lease(record.id))
         return None if leads else TAKEOVER_S
 
-    async def _say_queued(self, record: JobRecord, reason: str, message: str) -> None:
-        """Why a queued job does not start."""
+    async def _say_waiting(self, record: JobRecord, reason: str, message: str) -> None:
+        """Why a job does not start."""
         await self._ctx.jobs.request(
-            record.id, allowed=("queued",), only_epoch=record.epoch, status_reason=reason, status_message=message
+            record.id, allowed=WAITING, only_epoch=record.epoch, status_reason=reason, status_message=message
         )
 
     async def _stall(self, record: JobRecord) -> None:
         message = f"trainer '{record.trainer}' is gone; the job goes on from its last step when another one is free"
         await self._ctx.jobs.request(
             record.id,
-            allowed=LED,
+            allowed=STALLING,
             only_epoch=record.epoch,
             status="stalled",
             status_reason=NO_TRAINER,
@@ -173,8 +181,7 @@ class Sweeper:
         """Cancel in the place of a trainer, once its lease has run out, under a claim of our own: a trainer that wakes
         up later is fenced off.
         """
-        jobs, epoch_on_disk = self._ctx.jobs, self._ctx.artifacts.job(record.id).highest_epoch()
-        epoch = await jobs.claim(record.id, self._ctx.instance, self._ctx.settings.lease_s, epoch_on_disk)
+        jobs, epoch = self._ctx.jobs, await self._claim(record)
         if epoch == 0:
             return
         await jobs.update(
@@ -189,6 +196,36 @@ class Sweeper:
         await close_epochs(self._ctx.redis, self._ctx.queue, record.id, through=epoch)
         await jobs.event(record.id, "job.status", "cancelled", status="cancelled")
         await asyncio.to_thread(write_final, self._ctx, await jobs.get(record.id))
+
+    async def _claim(self, record: JobRecord) -> int:
+        """Take the place of the job's trainer; the epoch, or 0 if its lease has not run out."""
+        epoch_on_disk, lease_s = self._ctx.artifacts.job(record.id).highest_epoch(), self._ctx.settings.lease_s
+        return await self._ctx.jobs.claim(
+            record.id, self._ctx.instance, lease_s, epoch_on_disk, allowed=(record.status,)
+        )
+
+    async def _pause(self, record: JobRecord) -> None:
+        """Pause in the place of a trainer. Its journals hold what it had trained."""
+        epoch = await self._claim(record)
+        if epoch == 0:
+            return
+        await close_epochs(self._ctx.redis, self._ctx.queue, record.id, through=epoch)
+        message = f"paused on request after step {record.step}; no trainer was there to stop it"
+        await self._ctx.jobs.update(
+            Scope(record.id, epoch),
+            allowed=("pausing",),
+            release=True,
+            status="paused",
+            status_reason="user",
+            status_message=message,
+        )
+        await self._ctx.jobs.event(record.id, "job.status", message, status="paused", step=record.step)
+
+    async def _keep_wish(self, record: JobRecord) -> None:
+        """The wish to pause on disk is what the record says; a gateway may have died in between."""
+        job = self._ctx.artifacts.job(record.id)
+        if (record.status in RESTING) != job.paused.exists():
+            await asyncio.to_thread(keep_wish, job, await self._ctx.jobs.get(record.id))
 
     async def _rebuild(self) -> None:
         """Bring back the records of jobs that lie in the artifacts and that the queue server does not know."""
@@ -221,6 +258,8 @@ class Sweeper:
             record = replace(record, **final_fields(final))
             if record.status_reason == "corrupt":
                 self._ctx.log.error("final.json does not verify", job_id=job_id, error=record.status_message)
+        elif artifacts.paused.exists():
+            record = rebuilt_paused(artifacts, record)
         token, body_sha256 = document["idempotency"]
         if time.time() - record.created_at > IDEMPOTENCY_TTL_S:
             token = ""  # forgotten by now; a later job may have used it again

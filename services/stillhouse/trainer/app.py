@@ -14,6 +14,7 @@ from redis.exceptions import RedisError
 from stillhouse.core.errors import ConfigError, NotFoundError, UnavailableError
 from stillhouse.core.launch import Launch
 from stillhouse.core.queue.streams import Scope
+from stillhouse.core.queue.turns import in_turn
 from stillhouse.core.rpc import Server
 from stillhouse.core.service import Context
 from stillhouse.core.worker import pause
@@ -82,9 +83,9 @@ class TrainerApp:
             await asyncio.to_thread(self._ranks.release)
 
     async def _claim(self) -> Lead | None:
-        """The oldest job that nobody leads."""
+        """The job whose turn it is, of those that nobody leads."""
         jobs = self._ctx.jobs
-        for job_id in await jobs.active_ids():
+        for job_id in in_turn(await jobs.active()):
             try:
                 record = await jobs.get(job_id)
             except NotFoundError:

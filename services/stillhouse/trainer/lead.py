@@ -3,6 +3,7 @@
     claim -> open epoch -> validating (pre-flight) -> starting (load, restore, replay) -> running (loop) -> succeeded
                                    |                         |                              |
                                    +----- failed ------------+------- cancelled ------------+---- draining: handed on
+                                                                                                 paused
 
 The lease is renewed in the background; a lost lease stops everything without another write. What ends a claim
 otherwise is written once, by a fenced update of the record and `final.json` beside the artifacts.
@@ -14,23 +15,23 @@ import asyncio
 import time
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from redis.exceptions import RedisError
 
-from stillhouse.core.blobs import is_no_space, sealed, sha256_file, write_json
+from stillhouse.core.blobs import is_no_space, sha256_file
 from stillhouse.core.checkpoints import read_references
 from stillhouse.core.errors import ConflictError, JobFailedError, LeaseLostError, StillhouseError
 from stillhouse.core.failpoints import failpoint
-from stillhouse.core.queue.epochs import close_epochs
-from stillhouse.core.queue.jobs import JobRecord, final_document
+from stillhouse.core.queue.jobs import JobRecord
 from stillhouse.core.queue.streams import Scope
+from stillhouse.core.queue.turns import CLAIMABLE
 from stillhouse.core.service import Context
 from stillhouse.core.spec import JobSpec, StageSpan, StageSpec
 from stillhouse.core.tasks import cancel_all
 from stillhouse.trainer import manifests
+from stillhouse.trainer.ends import CRASHED, HANDED_ON, End, Ends
 from stillhouse.trainer.loop import Collaborators, Interrupt, Interrupted, run_opd
 from stillhouse.trainer.manifests import Opening
 from stillhouse.trainer.measures import card_facts, change
@@ -43,21 +44,8 @@ from stillhouse.trainer.start import Start
 from stillhouse.trainer.train import LearnerThread
 from stillhouse.trainer.watch import Watch
 
-LEADABLE: Final = ("queued", "validating", "starting", "running", "stalled", "cancelling")
-"""States in which a trainer may take a job over."""
 MAX_FRUITLESS: Final = 5
 """Claims in a row that end by a crash without a single step: then it is the job that crashes its trainers."""
-HANDED_ON: Final = "handed on"
-CRASHED: Final = "crashed"
-
-
-@dataclass(frozen=True, slots=True)
-class _End:
-    """How a claim ended: a terminal status of the job, HANDED_ON or CRASHED (the job goes on under a new claim)."""
-
-    status: str
-    error: dict[str, Any] | None = None
-    result: dict[str, Any] | None = None
 
 
 class Lead:
@@ -76,6 +64,7 @@ class Lead:
         self.status = "validating"
         self.run_: Run | None = None
         self._log = ctx.log.bind(job_id=scope.job_id, epoch=scope.epoch)
+        self._ends = Ends(ctx, scope, self.artifacts, self._log)
         self._background: list[asyncio.Task[None]] = []
         self.space = Space(self.artifacts.root, self.interrupt, self._log)
         self._start = Start(
@@ -116,27 +105,29 @@ class Lead:
             needs_teachers=lambda: self._start.stages.needs_teachers,
         )
         self._run_beside(watch.run(), "renew lease")
-        end: _End | None = None
+        end: End | None = None
         try:
             end = await self._work()
         except LeaseLostError as error:
             self._log.warning("lease lost; dropping everything", reason=error.message)
-            await self._close_epoch("lease_lost", error.message)
+            await self._ends.close_epoch("lease_lost", error.message)
         except RedisError as error:
             self._log.error("queue server lost; the job goes on under a new claim", error=str(error))
-            await self._close_epoch("queue_lost", str(error))
+            await self._ends.close_epoch("queue_lost", str(error))
         finally:
             await cancel_all(self._background)
             with suppress(RedisError, OSError):
                 await self._start.samplers.release()
             await self._start.close()
         if end is not None:
-            await self._write_end(end)
+            await self._ends.write(
+                end, self._start.exchange, step=self.run_.step_done if self.run_ is not None else self._record.step
+            )
 
     def _run_beside(self, work: Coroutine[Any, Any, None], name: str) -> None:
         self._background.append(asyncio.create_task(work, name=name))
 
-    async def _work(self) -> _End:
+    async def _work(self) -> End:
         """Lead to an end; whatever goes wrong with the job is one."""
         try:
             try:
@@ -146,13 +137,13 @@ class Lead:
         except (LeaseLostError, RedisError):
             raise
         except StillhouseError as error:
-            return _End("failed", error=_as_error(error))
+            return End("failed", error=_as_error(error))
         except Exception as error:
             # whoever claims the job next may have more luck; the process goes on, too
             self._log.exception("claim crashed")
-            return _End(CRASHED, error={"code": "internal", "message": f"{type(error).__name__}: {error}"})
+            return End(CRASHED, error={"code": "internal", "message": f"{type(error).__name__}: {error}"})
 
-    async def _lead(self) -> _End:
+    async def _lead(self) -> End:
         failpoint("trainer.claimed")
         number, message = await asyncio.to_thread(manifests.fruitless_claims, self.artifacts)
         opening = await self._guard(self.space.insist("the new claim", lambda: asyncio.to_thread(self._open)))
@@ -218,7 +209,7 @@ class Lead:
         facts = {"stage": stage.name, "index": span.index, "step": span.first_step}
         await self._ctx.jobs.event(self.scope.job_id, "stage.started", message, **facts)
 
-    async def _finish(self, run: Run) -> _End:
+    async def _finish(self, run: Run) -> End:
         """Export the student, then say so: `succeeded` means that all steps are committed."""
         if run.step_done != self.spec.stop_step():
             raise JobFailedError(f"ended at step {run.step_done} of {self.spec.stop_step()}")
@@ -228,7 +219,7 @@ class Lead:
         card = self._card(result)
         await self._guard(self.space.insist("the export", lambda: run.export(Path(student.path), card)))
         failpoint("trainer.exported")
-        return _End("succeeded", result=result)
+        return End("succeeded", result=result)
 
     def _result(self, run: Run) -> dict[str, Any]:
         export = self.artifacts.export(self.scope.epoch).relative_to(self.artifacts.root)
@@ -277,8 +268,8 @@ class Lead:
 
     # -- ends --------------------------------------------------------------------------------------------------------
 
-    async def _stopped(self, reason: str) -> _End:
-        """A clean stop between steps: what is trained is committed; a cancelled job ends, else it is handed on."""
+    async def _stopped(self, reason: str) -> End:
+        """A clean stop between steps: what is trained is committed; a cancelled job ends, else it goes on later."""
         failpoint("trainer.stopping", reason)
         if self.run_ is not None:
             try:
@@ -287,76 +278,23 @@ class Lead:
                 if not is_no_space(error):
                     raise
                 self._log.error("no room for a last checkpoint; the journals have all of it", error=str(error))
-        return _End("cancelled") if reason == "cancelled" else _End(HANDED_ON)
-
-    async def _write_end(self, end: _End) -> None:
-        """Write how the claim ended, once. A write that fails leaves the job to the next claim."""
-        try:
-            if self._start.exchange is not None:
-                await self._start.exchange.close()
-            else:  # it ended before it had streams; those of a trainer that died before it may still be there
-                await close_epochs(self._ctx.redis, self._ctx.queue, self.scope.job_id, through=self.scope.epoch)
-            if end.status == HANDED_ON:
-                message = f"{self._ctx.instance} drains; another trainer may take over"
-                await self._release("draining", message, "job.handed_on", "info")
-            elif end.status == CRASHED:
-                assert end.error is not None
-                await self._release("crashed", end.error["message"], "job.crashed", "error")
-            else:
-                await self._write_final(end)
-        except (LeaseLostError, ConflictError) as lost:
-            self._log.warning("the job went on without this trainer before its end was written", reason=lost.message)
-        except (RedisError, OSError) as error:
-            self._log.error(
-                "the end of the job is not written; another claim will", status=end.status, error=str(error)
-            )
-
-    async def _release(self, reason: str, message: str, event: str, level: str) -> None:
-        """Give the job up for another trainer (or this one, later) to take."""
-        await self._close_epoch(reason, message)
-        await self._ctx.jobs.event(self.scope.job_id, event, message, level=level, epoch=self.scope.epoch)
-        await self._ctx.jobs.update(
-            self.scope,
-            release=True,
-            status_reason=reason,
-            status_message=f"waits for another trainer: {message}",
-        )
-
-    async def _close_epoch(self, reason: str, message: str) -> None:
-        if self.artifacts.epoch(self.scope.epoch).is_dir():
-            with suppress(OSError):
-                await asyncio.to_thread(manifests.close_epoch, self.artifacts, self.scope.epoch, reason, message)
-
-    async def _write_final(self, end: _End) -> None:
-        fields: dict[str, Any] = {"status_reason": "", "status_message": "", "finished_at": round(time.time(), 3)}
-        if end.error is not None:
-            fields.update(status_reason=end.error["code"], status_message=end.error["message"], error=end.error)
-        if end.result is not None:
-            fields["result"] = end.result
-        await self._ctx.jobs.update(self.scope, allowed=LEADABLE, release=True, status=end.status, **fields)
-        failpoint("trainer.ended")
-        # after the fenced update, so that a zombie never ends a job that goes on
-        record = await self._ctx.jobs.get(self.scope.job_id)
-        await asyncio.to_thread(write_json, self.artifacts.root / "final.json", sealed(final_document(record)))
-        level = "warning" if end.status == "failed" else "info"
-        message = f"job {end.status}" + (f": {end.error['message']}" if end.error else "")
-        await self._ctx.jobs.event(self.scope.job_id, "job.status", message, level=level, status=end.status)
-        self._log.info("job ended", status=end.status, error=end.error)
+        return End("cancelled") if reason == "cancelled" else End(HANDED_ON)
 
     async def _set_status(self, status: str, **fields: Any) -> None:
         self.status = status
         try:
             await self._ctx.jobs.update(
                 self.scope,
-                allowed=("queued", "validating", "starting", "running", "stalled"),
+                allowed=tuple(each for each in CLAIMABLE if each != "cancelling"),
                 status=status,
                 status_reason="",
                 status_message="",
                 stop_step=self.spec.stop_step(),
                 **fields,
             )
-        except ConflictError:  # the user cancelled meanwhile
-            raise Interrupted("cancelled") from None
+        except ConflictError:  # a wish of the user's came meanwhile
+            record = await self._ctx.jobs.get(self.scope.job_id)
+            raise Interrupted("paused" if record.status == "pausing" else "cancelled") from None
         await self._ctx.jobs.event(
             self.scope.job_id, "job.status", f"job {status}", status=status, epoch=self.scope.epoch
         )

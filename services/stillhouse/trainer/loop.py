@@ -84,7 +84,7 @@ class Evaluator(Protocol):
 
 
 class Interrupted(Exception):
-    """The loop was asked to stop between steps; `reason` is "cancelled" or "draining"."""
+    """The loop was asked to stop between steps; `reason` is "cancelled", "paused" or "draining"."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)

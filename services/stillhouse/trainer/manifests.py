@@ -36,7 +36,7 @@ SCHEMA_VERSION: Final = 1
 MANIFEST: Final = "manifest.json"
 OPENED: Final = "opened.json"
 CLOSED: Final = "closed.json"
-FORGIVEN: Final = ("draining", "queue_lost", "lease_lost")
+FORGIVEN: Final = ("draining", "paused", "queue_lost", "lease_lost")
 """Ends of a claim that are not the job's fault."""
 
 

@@ -77,7 +77,7 @@ class Watch:
         self._needs_teachers = needs_teachers
 
     async def run(self) -> None:
-        """Keep the lease; pass on a user's wish to cancel and the process's wish to stop; until cancelled.
+        """Keep the lease; pass on a user's wish to cancel or pause and the process's wish to stop; until cancelled.
 
         Raises:
             LeaseLostError: another trainer leads the job.
@@ -91,6 +91,8 @@ class Watch:
                 record = await self._ctx.jobs.get(self._scope.job_id)
                 if record.status == "cancelling":
                     self._interrupt.set("cancelled")
+                elif record.status == "pausing":
+                    self._interrupt.set("paused")
                 elif self._status() in ("starting", "running") or self._trouble() is not None:
                     with suppress(ConflictError):  # it ended or was cancelled just now
                         await self._tell(record)

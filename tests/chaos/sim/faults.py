@@ -11,6 +11,8 @@ from stillhouse.core.spec import JobSpec
 
 NEVER: Final = {"gateway.job_json_written", "gateway.record_written", "gateway.cancel_requested"}
 """Points where a process is not frozen: its one caller would only wait."""
+PAUSING: Final = ("gateway.pause_requested", "gateway.resume_requested", "trainer.paused", "trainer.stopping")
+"""Points that are reached in runs with a pause only, or almost."""
 FULL_DISK: Final = ("disk.written", "disk.synced", "trainer.committing", "trainer.planned")
 LEASE_S: Final = 2.0
 
@@ -65,8 +67,22 @@ def draw_faults(draw: random.Random, *, cancels: bool) -> list[Fault]:
     return faults
 
 
+def draw_pauses(draw: random.Random) -> list[Fault]:
+    """In every third run somebody pauses a job and resumes it, and who has to do it may die over it."""
+    if draw.random() > 1 / 3:
+        return []
+    faults = [
+        Fault("pause", at_s=draw.uniform(0.2, 5.0), seconds=draw.uniform(0.0, 8.0))
+        for _ in range(draw.choice((1, 1, 2)))
+    ]
+    if draw.random() < 0.5:
+        point = draw.choice(PAUSING)
+        faults.append(Fault("kill", point, role=point.partition(".")[0]))
+    return faults
+
+
 def _at_point(draw: random.Random) -> Fault:
-    point = draw.choice(sorted(POINTS))
+    point = draw.choice(sorted(POINTS.keys() - set(PAUSING[:3])))
     action = draw.choice(POINT_ACTIONS)
     if action == "freeze" and point in NEVER:
         action = "kill"

@@ -12,7 +12,7 @@ from unittest import mock
 from redis.exceptions import ResponseError
 
 from stillhouse.core.blobs import JobArtifacts
-from stillhouse.core.queue import jobs, scripts
+from stillhouse.core.queue import job_scripts, scripts
 from stillhouse.core.queue.streams import Entry, WorkQueue
 from stillhouse.core.spec import StageSpan
 from stillhouse.sampler.student import Student
@@ -264,8 +264,8 @@ PLANTS: Final[dict[str, Plant]] = {
         (scripts, "OPEN_STREAM", without(scripts.OPEN_STREAM, _CHECK_CLOSED)),
         (scripts, "ADD", without(scripts.ADD, _CHECK_CLOSED)),
         (scripts, "HAND_OVER", without(scripts.HAND_OVER, _CHECK_CLOSED)),
-        (jobs, "_UPDATE", without(jobs._UPDATE, _CHECK_EPOCH)),
-        (jobs, "_RENEW", without(jobs._RENEW, *_CHECK_HOLDER)),
+        (job_scripts, "UPDATE", without(job_scripts.UPDATE, _CHECK_EPOCH)),
+        (job_scripts, "RENEW", without(job_scripts.RENEW, *_CHECK_HOLDER)),
     ),
     "no_version_check": replaced((Student, "ensure", _any_version)),
     "cursor_last_yielded": replaced((Run, "start", _start_after_what_was_in_flight)),

@@ -129,6 +129,11 @@ class RedisServer:
             self._expiry[key] = now_ms() + int(options[1]) * unit
         return b"OK"
 
+    def _incr(self, key: bytes) -> int:
+        value = int(self._get(key) or 0) + 1
+        self._set(key, b"%d" % value)
+        return value
+
     def _pexpire(self, key: bytes, ms: bytes) -> int:
         if self._find(key) is None:
             return 0
@@ -391,6 +396,8 @@ def _to_lua(value: Any) -> Any:
         return False
     if isinstance(value, list):
         return _runtime().table_from([_to_lua(item) for item in value])
+    if isinstance(value, tuple):  # a member with its score, which a script gets only when it asks for it
+        return _to_lua(value[0])
     return value
 
 

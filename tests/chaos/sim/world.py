@@ -20,9 +20,10 @@ from typing import Any, Final
 from stillhouse.core import blobs
 from stillhouse.core.blobs import Artifacts
 from stillhouse.core.config import Settings
-from stillhouse.core.errors import StillhouseError
+from stillhouse.core.errors import ConflictError, StillhouseError
 from stillhouse.core.failpoints import InjectedError
 from stillhouse.core.models import ModelEntry
+from stillhouse.core.queue import job_scripts
 from stillhouse.core.queue import jobs as queue_jobs
 from stillhouse.core.queue.jobs import JobStore
 from stillhouse.core.queue.registry import Registry
@@ -30,6 +31,7 @@ from stillhouse.core.queue.streams import WorkQueue
 from stillhouse.core.service import Context, heartbeat_forever, serve
 from stillhouse.core.worker import ComputeThread
 from stillhouse.gateway import jobs as gateway_jobs
+from stillhouse.gateway import pausing
 from stillhouse.gateway.sweeper import Sweeper
 from stillhouse.sampler.app import SamplerApp
 from stillhouse.teacher.app import TeacherApp
@@ -37,7 +39,7 @@ from stillhouse.trainer import retention
 from stillhouse.trainer.app import TrainerApp
 from tests.chaos.sim.clock import Clock
 from tests.chaos.sim.disk import Disk
-from tests.chaos.sim.faults import LEASE_S, Fault, draw_faults, draw_job
+from tests.chaos.sim.faults import LEASE_S, Fault, draw_faults, draw_job, draw_pauses
 from tests.chaos.sim.log import SimLog, is_expected
 from tests.chaos.sim.process import Process, current
 from tests.chaos.sim.redis_client import Line, SimRedis
@@ -49,6 +51,8 @@ FAULTY_S: Final = 20.0
 """Virtual time in which faults may happen; then everything heals."""
 HEALED_S: Final = 240.0
 """A job must end within so much virtual time after that."""
+STAYS_PAUSED: Final = ("", *pausing.RESTING, "cancelling", *queue_jobs.TERMINAL)
+"""What a job that was paused may be until it is resumed: it may have come to its end before it stopped."""
 QUIET_S: Final = 16.0
 """Time after the end of the jobs: what is late comes now, zombies wake up, a gateway that died loses the sweeper's
 lease (10 s) and its successor goes round twice."""
@@ -65,7 +69,7 @@ class World:
         self.spec = draw_job(plan)
         self.num_jobs = plan.choice((1, 1, 1, 2))
         self.num_teachers = plan.choice((1, 2))
-        self.faults = draw_faults(plan, cancels=plan.random() < 0.08)
+        self.faults = draw_faults(plan, cancels=plan.random() < 0.08) + draw_pauses(random.Random(f"pauses {seed}"))
         self.keeps_names = plan.random() < 0.5
         self.token_s = random.Random(f"tokens {seed}").choice((TOKEN_S, TOKEN_S, 0.1, 0.5))
         self._hash = hashlib.sha256()
@@ -98,6 +102,7 @@ class World:
         """(job, epoch, version) -> sha256 of the weights that were held for it."""
         self.statuses: dict[str, str] = {}
         self._lives: Counter[str] = Counter()
+        self._pauses: Counter[str] = Counter()
         self._is_over = False
         self.is_healed = False
 
@@ -123,7 +128,7 @@ class World:
 
     def _check_fence(self, text: str, keys: Any, args: Any, answer: Any) -> None:
         """No write of an older claim may be accepted."""
-        if text == queue_jobs._UPDATE and answer == b"DONE":
+        if text == job_scripts.UPDATE and answer == b"DONE":
             epoch = self.server.call("HGET", keys[0], "epoch")
             if str(args[0]).encode() != epoch:
                 self.violate(f"fence: a write of epoch {args[0]} was accepted, the claim is of epoch {epoch.decode()}")
@@ -264,6 +269,8 @@ class World:
                 self._for(fault.seconds, self.network, "lost", fault.amount)
             case "cancel":
                 self._spawn(self._cancel())
+            case "pause":
+                self._spawn(self._pause(fault.seconds))
 
     def _for(self, seconds: float, target: Any, name: str, value: Any) -> None:
         before = type(value)()
@@ -327,6 +334,23 @@ class World:
 
             await self._user(cancel)
 
+    async def _pause(self, seconds: float) -> None:
+        """Pause the newest job and resume it later; in between it must not run, whatever happens."""
+        if not self.job_ids:
+            return
+        job_id = self.job_ids[-1]
+        self._pauses[job_id] += 1
+        paused = await self._user(lambda ctx: _wish(pausing.pause, ctx, job_id))
+        self.trace("pause", paused)
+        await asyncio.sleep(seconds)
+        record = self.server.call("HGETALL", f"sh:job:{job_id}")  # {} = lost, and not rebuilt yet
+        status = record.get(b"status", b"").decode()
+        self.trace("paused", status)
+        # of several users who pause it another one may have resumed it
+        if paused in pausing.RESTING and self._pauses[job_id] == 1 and status not in STAYS_PAUSED:
+            self.violate(f"pause: {job_id} was {paused}, and is {status} before it was resumed")
+        await self._user(lambda ctx: _wish(pausing.resume, ctx, job_id))
+
     async def _ended(self) -> None:
         """Until every job has ended and its final.json is there."""
         while True:
@@ -370,6 +394,14 @@ class World:
         for process in self.processes.values():
             process.is_dead = True
             process.thaw()
+
+
+async def _wish(verb: Any, ctx: Context, job_id: str) -> str:
+    """The status that pausing or resuming gives; what is refused has ended, or its record is lost and comes back."""
+    try:
+        return (await verb(ctx, job_id)).status
+    except ConflictError:
+        return "refused"
 
 
 def _empty() -> contextvars.Context:

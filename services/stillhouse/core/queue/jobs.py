@@ -2,9 +2,11 @@
 
     queued -> validating -> starting -> running -> succeeded | failed | cancelled
                      (any non-terminal) -> cancelling -> cancelled;  stalled and back
+                     (any before that) -> pausing -> paused -> resuming -> validating ...
 
-Who moves what: the gateway writes `queued` and `cancelling`, the trainer under its lease the rest, the sweeper
-`stalled`. A change by a trainer names its epoch and is refused when a newer claim exists; terminal states never change.
+Who moves what: the gateway writes `queued`, `pausing`, `resuming` and `cancelling`, the trainer under its lease the
+rest, the sweeper `stalled`, and in the place of a trainer that is gone `paused` and `cancelled`. A change by a trainer
+names its epoch and is refused when a newer claim exists; terminal states never change.
 """
 
 from __future__ import annotations
@@ -20,9 +22,10 @@ from redis.asyncio import Redis
 
 from stillhouse.core.blobs import Artifacts, append_jsonl
 from stillhouse.core.errors import ConflictError, LeaseLostError, NotFoundError
-from stillhouse.core.queue import keys
-from stillhouse.core.queue.client import BEYOND_MAXMEMORY, text
+from stillhouse.core.queue import job_scripts, keys
+from stillhouse.core.queue.client import text
 from stillhouse.core.queue.streams import Scope
+from stillhouse.core.queue.turns import CLAIMABLE, ActiveJob
 
 TERMINAL: Final = frozenset({"succeeded", "failed", "cancelled"})
 STATUSES: Final = (
@@ -107,98 +110,20 @@ def final_document(record: JobRecord) -> dict[str, Any]:
     return {name: getattr(record, name) for name in FINAL_FIELDS}
 
 
-# KEYS record, jobs, active, idempotency, events
-# ARGV id, created_at, idempotency value ('' = none), ttl, first event's id, the event ('' = none), field, value, ...
-_CREATE = """
-if ARGV[3] ~= '' then
-  local old = redis.call('GET', KEYS[4])
-  if old then return old end
-  redis.call('SET', KEYS[4], ARGV[3], 'EX', ARGV[4])
-end
-if redis.call('EXISTS', KEYS[1]) == 0 then
-  redis.call('HSET', KEYS[1], unpack(ARGV, 7))
-  redis.call('ZADD', KEYS[2], ARGV[2], ARGV[1])
-  redis.call('ZADD', KEYS[3], ARGV[2], ARGV[1])
-  if ARGV[6] ~= '' then redis.call('XADD', KEYS[5], ARGV[5], 'event', ARGV[6]) end
-end
-return ''
-"""
-
-# KEYS record, lease, active; ARGV instance, lease_ms, highest epoch in the artifacts, job id
-_CLAIM = f"""{BEYOND_MAXMEMORY}
-local status = redis.call('HGET', KEYS[1], 'status')
-if not status or status == 'succeeded' or status == 'failed' or status == 'cancelled' then
-  redis.call('ZREM', KEYS[3], ARGV[4])
-  return 0
-end
-if redis.call('EXISTS', KEYS[2]) == 1 then return 0 end
-local epoch = math.max(tonumber(redis.call('HGET', KEYS[1], 'epoch') or '0'), tonumber(ARGV[3])) + 1
-redis.call('SET', KEYS[2], ARGV[1] .. ':' .. epoch, 'PX', ARGV[2])
-redis.call('HSET', KEYS[1], 'epoch', epoch, 'trainer', ARGV[1])
-return epoch
-"""
-
-# KEYS lease, record; ARGV holder, lease_ms, epoch. A wiped or rebuilt record has another epoch: the claim is void.
-_RENEW = f"""{BEYOND_MAXMEMORY}
-if redis.call('HGET', KEYS[2], 'epoch') ~= ARGV[3] then return 0 end
-local status = redis.call('HGET', KEYS[2], 'status')
-if status == 'succeeded' or status == 'failed' or status == 'cancelled' then return 0 end
-local holder = redis.call('GET', KEYS[1])
-if holder and holder ~= ARGV[1] then return 0 end
-redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
-return 1
-"""
-
-# KEYS record, lease, active; ARGV epoch, job id, allowed statuses (',a,b,' or ''), release ('1' or ''), field, value..
-_UPDATE = f"""{BEYOND_MAXMEMORY}
-if redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] then return 'EPOCH' end
-local status = redis.call('HGET', KEYS[1], 'status')
-if ARGV[3] ~= '' and not string.find(ARGV[3], ',' .. status .. ',', 1, true) then return status end
-if #ARGV > 4 then redis.call('HSET', KEYS[1], unpack(ARGV, 5)) end
-local now = redis.call('HGET', KEYS[1], 'status')
-if now == 'succeeded' or now == 'failed' or now == 'cancelled' then redis.call('ZREM', KEYS[3], ARGV[2]) end
-if ARGV[4] ~= '' then redis.call('DEL', KEYS[2]) end
-return 'DONE'
-"""
-
-# KEYS record, active; ARGV job id, allowed statuses, epoch ('' = any), field, value, ...
-_REQUEST = f"""{BEYOND_MAXMEMORY}
-local status = redis.call('HGET', KEYS[1], 'status')
-if not status then return 'MISSING' end
-if not string.find(ARGV[2], ',' .. status .. ',', 1, true) then return status end
-if ARGV[3] ~= '' and redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[3] then return 'EPOCH' end
-redis.call('HSET', KEYS[1], unpack(ARGV, 4))
-local now = redis.call('HGET', KEYS[1], 'status')
-if now == 'succeeded' or now == 'failed' or now == 'cancelled' then redis.call('ZREM', KEYS[2], ARGV[1]) end
-return 'DONE'
-"""
-
-# KEYS stream; ARGV most entries, field, value. A history is trimmed, so it may grow beyond maxmemory.
-_TELL = f"""{BEYOND_MAXMEMORY}
-return redis.call('XADD', KEYS[1], 'MAXLEN', '~', ARGV[1], '*', ARGV[2], ARGV[3])
-"""
-
-# KEYS metrics, record; ARGV epoch, most entries, point. What a zombie measured belongs to no weights.
-_MEASURE = f"""{BEYOND_MAXMEMORY}
-if redis.call('HGET', KEYS[2], 'epoch') ~= ARGV[1] then return 0 end
-redis.call('XADD', KEYS[1], 'MAXLEN', '~', ARGV[2], '*', 'point', ARGV[3])
-return 1
-"""
-
-
 class JobStore:
     """Job records, their events and their metrics. Every history line also goes to the job's artifacts."""
 
     def __init__(self, redis: Redis, artifacts: Artifacts) -> None:
         self._redis = redis
         self.artifacts = artifacts
-        self._create = redis.register_script(_CREATE)
-        self._claim = redis.register_script(_CLAIM)
-        self._renew = redis.register_script(_RENEW)
-        self._update = redis.register_script(_UPDATE)
-        self._request = redis.register_script(_REQUEST)
-        self._tell = redis.register_script(_TELL)
-        self._measure = redis.register_script(_MEASURE)
+        self._create = redis.register_script(job_scripts.CREATE)
+        self._claim = redis.register_script(job_scripts.CLAIM)
+        self._renew = redis.register_script(job_scripts.RENEW)
+        self._update = redis.register_script(job_scripts.UPDATE)
+        self._request = redis.register_script(job_scripts.REQUEST)
+        self._tell = redis.register_script(job_scripts.TELL)
+        self._active = redis.register_script(job_scripts.ACTIVE)
+        self._measure = redis.register_script(job_scripts.MEASURE)
 
     async def create(
         self, record: JobRecord, *, idempotency_key: str = "", body_sha256: str = "", message: str = ""
@@ -259,12 +184,29 @@ class JobStore:
         """Jobs that are not finished, oldest first."""
         return [text(item) for item in await self._redis.zrange(keys.JOBS_ACTIVE, 0, -1)]
 
-    async def claim(self, job_id: str, instance: str, lease_s: float, artifact_epoch: int) -> int:
-        """Take the lease of a job; returns the new epoch, or 0 if it is led by another or finished."""
+    async def active(self) -> list[ActiveJob]:
+        """Of every job that is not finished what decides whose turn it is, oldest first. One round trip."""
+        found: Any = await self._active(keys=[keys.JOBS_ACTIVE, keys.TURNS], args=[keys.job("")])
+        rows = [found[first : first + 6] for first in range(0, len(found), 6)]
+        return [
+            ActiveJob(text(job_id), text(status), text(owner), int(priority or 0), int(is_led) == 1, int(turn))
+            for job_id, status, owner, priority, is_led, turn in rows
+        ]
+
+    async def claim(
+        self,
+        job_id: str,
+        instance: str,
+        lease_s: float,
+        artifact_epoch: int,
+        *,
+        allowed: tuple[str, ...] = CLAIMABLE,
+    ) -> int:
+        """Take the lease of a job; returns the new epoch, or 0 if it is led by another or in none of the statuses."""
         return int(
             await self._claim(
-                keys=[keys.job(job_id), keys.lease(job_id), keys.JOBS_ACTIVE],
-                args=[instance, int(lease_s * 1000), artifact_epoch, job_id],
+                keys=[keys.job(job_id), keys.lease(job_id), keys.JOBS_ACTIVE, keys.TURN, keys.TURNS],
+                args=[instance, int(lease_s * 1000), artifact_epoch, job_id, _set(allowed)],
             )
         )
 

@@ -2,6 +2,7 @@
 
     sh:jobs                              zset    job ids by creation time
     sh:jobs:active                       zset    jobs that are not in a terminal state, by creation time
+    sh:turn, sh:turns                    int, hash  claims so far; owner -> number of the newest one of a job of theirs
     sh:idempotency:{key}                 string  job id made for an Idempotency-Key; expires after a day
     sh:job:{id}                          hash    the job's record
     sh:job:{id}:lease                    string  "{instance}:{epoch}" of the trainer that leads; expires
@@ -30,6 +31,8 @@ from typing import Final
 JOBS: Final = "sh:jobs"
 JOBS_ACTIVE: Final = "sh:jobs:active"
 TEACHERS: Final = "sh:teachers"
+TURN: Final = "sh:turn"
+TURNS: Final = "sh:turns"
 SERVICES: Final = "sh:services"
 SWEEPER: Final = "sh:sweeper"
 

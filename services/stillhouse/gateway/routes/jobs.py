@@ -1,4 +1,4 @@
-"""/v1/jobs: submit, list, look at, cancel."""
+"""/v1/jobs: submit, list, look at, cancel, pause, resume."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stillhouse.core.queue.jobs import JobRecord
 from stillhouse.core.schemas import Job, Page, Preflight, Status
 from stillhouse.core.service import Context
 from stillhouse.core.spec import JobSpec
-from stillhouse.gateway import jobs
+from stillhouse.gateway import jobs, pausing
 from stillhouse.gateway.deps import Ctx, OwnJob
 from stillhouse.gateway.problems import InvalidError
 from stillhouse.gateway.routes.deadline import DeadlineRoute
@@ -138,3 +138,17 @@ async def get_job(record: OwnJob) -> Job:
 async def cancel_job(ctx: Ctx, record: OwnJob) -> Job:
     """End a job. It becomes `cancelling`, then `cancelled`; at once if no trainer has had it yet."""
     return job_view(await jobs.cancel(ctx, record.id))
+
+
+@router.post("/{job_id}/pause", status_code=202)
+async def pause_job(ctx: Ctx, record: OwnJob) -> Job:
+    """Put a job to rest. It becomes `pausing`, then, with its last step committed and its samplers and trainer free,
+    `paused`; at once if no trainer has had it yet.
+    """
+    return job_view(await pausing.pause(ctx, record.id))
+
+
+@router.post("/{job_id}/resume", status_code=202)
+async def resume_job(ctx: Ctx, record: OwnJob) -> Job:
+    """Let a paused job go on. It becomes `resuming`, and goes on from its last step when a trainer is free."""
+    return job_view(await pausing.resume(ctx, record.id))
