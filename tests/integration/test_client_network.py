@@ -7,21 +7,18 @@ import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-import uvicorn
 
 from stillhouse.client import calls
 from stillhouse.client.aio import AsyncClient
 from stillhouse.client.client import Client
 from stillhouse.client.download import part_file
 from stillhouse.core.queue.streams import Scope
-from stillhouse.gateway.app import create_app
 from tests.cutting import at_random, cutting
 from tests.gateway_kit import Gateway, make_spec, open_gateway
-from tests.waiting import wait_until
+from tests.serving import serving
 
 EVENTS = 150
 
@@ -34,20 +31,8 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 async def served(redis_url: str, tmp_path: Path) -> AsyncIterator[tuple[Gateway, str]]:
     """A gateway and its address."""
-    async with open_gateway(redis_url, tmp_path) as gateway, serving(gateway) as url:
+    async with open_gateway(redis_url, tmp_path) as gateway, serving(gateway.ctx) as url:
         yield gateway, url
-
-
-@asynccontextmanager
-async def serving(gateway: Gateway) -> AsyncIterator[str]:
-    app = create_app(gateway.ctx, gateway.ctx.settings)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=1))
-    task = asyncio.create_task(server.serve())
-    await wait_until(lambda: server.started, timeout_s=20, what="uvicorn")
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    gateway.ctx.stop.set()
-    server.should_exit = True
-    await task
 
 
 async def start(gateway: Gateway) -> Scope:

@@ -150,7 +150,7 @@ def test_pages_name_no_machine(page: Path) -> None:
     assert found == []
 
 
-def test_tables_of_settings_and_jobs_are_current() -> None:
-    script = ROOT / "scripts" / "spec-docs"
-    answer = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True, timeout=60)
+@pytest.mark.parametrize("script", ["spec-docs", "client-docs"])
+def test_made_tables_are_current(script: str) -> None:
+    answer = subprocess.run([sys.executable, str(ROOT / "scripts" / script), "--check"], capture_output=True, text=True, timeout=60)
     assert answer.returncode == 0, answer.stderr

@@ -87,6 +87,9 @@ class AsyncClient:
         """How likely a registered model finds every token of some texts, each read after `prompt`.
 
         A text may also be an item: {"prompt": ..., "text": ...} or {"prompt_ids": [...], "token_ids": [...]}.
+
+        >>> scores = client.score("teacher", ["one", "two"], prompt="say ")
+        >>> likeliest = max(scores.data, key=lambda text: text.logprob)
         """
         items = [{"prompt": prompt, "text": text} if isinstance(text, str) else dict(text) for text in texts]
         body = {"model": model, "items": items, "top_k": top_k, "temperature": temperature, "dtype": dtype}

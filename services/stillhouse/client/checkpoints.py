@@ -15,7 +15,11 @@ class JobCheckpoints(Resource):
     """What a job has made."""
 
     async def checkpoints(self, job_id: str) -> list[Checkpoint]:
-        """Checkpoints, oldest first; the finished student (`ckpt_export`) last."""
+        """Checkpoints, oldest first; the finished student (`ckpt_export`) last.
+
+        >>> [(one.kind, one.step) for one in client.jobs.checkpoints(job.id)][-1]
+        ('export', 4)
+        """
         return (await self._sender.send(Call("GET", path("/v1/jobs/{}/checkpoints", job_id), Page[Checkpoint]))).data
 
     async def checkpoint(self, job_id: str, checkpoint: str = EXPORT) -> Checkpoint:
@@ -60,6 +64,9 @@ class JobCheckpoints(Resource):
             SpecError: something is at `target` already.
             ConflictError: there is another download to `target`.
             CorruptError: what came is not what was sent.
+
+        >>> client.jobs.download(job.id, "student").joinpath("config.json").exists()
+        True
         """
         where = path("/v1/jobs/{}/checkpoints/{}/download", job_id, checkpoint or EXPORT)
         return await download(self._sender, Call("GET", where, bytes), Path(target), on_progress)

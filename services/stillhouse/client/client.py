@@ -1,9 +1,9 @@
 """The Python client.
 
-    with Client() as client:
-        job = client.jobs.create(spec)
-        job = client.jobs.wait(job.id, on_event=print)
-        client.jobs.download(job.id, "student")
+    >>> with Client() as client:
+    ...     job = client.jobs.create(spec)
+    ...     job = client.jobs.wait(job.id, on_event=lambda event: None)
+    ...     folder = client.jobs.download(job.id, "model")
 
 Answers are the models of core/schemas: `job.status`, or `job["status"]`. `AsyncClient` (aio.py) has the same methods:
 each is written once, there, and what stands here names it. Threads may share a client.

@@ -1,9 +1,10 @@
 """What the gateway refused, by kind.
 
-    try:
-        client.jobs.get("job_gone00000000")
-    except NotFoundError as error:
-        print(error.detail, error.request_id)
+    >>> try:
+    ...     client.jobs.get("job_gone00000000")
+    ... except NotFoundError as error:
+    ...     print(error.detail)
+    no job 'job_gone00000000'
 
 A gateway that does not answer at all is an `UnavailableError`, a wait that took too long a `DeadlineError`
 (core/errors.py). Everything is a `StillhouseError`.

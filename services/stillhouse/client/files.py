@@ -13,7 +13,11 @@ class AsyncFiles(Resource):
     """Files of prompts, which jobs name by id."""
 
     async def upload(self, file: str | Path) -> File:
-        """Upload a JSONL file of rows. The same content always has the same id."""
+        """Upload a JSONL file of rows. The same content always has the same id.
+
+        >>> client.files.upload("prompts.jsonl").num_rows
+        5
+        """
         place = Path(file)
         headers = {"Content-Type": "application/jsonl", "Content-Length": str(place.stat().st_size)}
         return await self._sender.send(Call("POST", "/v1/files", File, headers=headers, file=place))

@@ -26,7 +26,11 @@ class JobHistory(Resource):
     """What happened in a job, and what its steps measured."""
 
     async def events(self, job_id: str, *, after: str | None = "", follow: bool = False) -> AsyncIterator[Event]:
-        """Events so far, after the one with id `after`, oldest first. `stream_events` goes on with those to come."""
+        """Events so far, after the one with id `after`, oldest first. `stream_events` goes on with those to come.
+
+        >>> [event.data["status"] for event in client.jobs.events(job.id) if event.type == "job.status"][0]
+        'queued'
+        """
         if follow:
             async for event in self.stream_events(job_id, after=after or ""):
                 yield event
@@ -38,6 +42,9 @@ class JobHistory(Resource):
         """Events after the one with id `after`, each once, as they happen, until the job's last one.
 
         Connects again by itself, also to a gateway that was away for some minutes.
+
+        >>> [event.data["status"] for event in client.jobs.stream_events(job.id) if event.is_last]
+        ['succeeded']
         """
         pages = _events(job_id)
         async for event in sse.follow(
@@ -87,7 +94,11 @@ class JobHistory(Resource):
         step_to: int | None = None,
         resolution: int | None = None,
     ) -> list[MetricPoint]:
-        """Points by step, each with `values` by name; at most `resolution`, each then a mean over neighbours."""
+        """Points by step, each with `values` by name; at most `resolution`, each then a mean over neighbours.
+
+        >>> [point.step for point in client.jobs.metrics(job.id, names=["loss/total"], step_from=3)]
+        [3, 4]
+        """
         params = {"names": ",".join(names), "step_from": step_from, "step_to": step_to, "resolution": resolution}
         call = Call("GET", path("/v1/jobs/{}/metrics", job_id), Page[MetricPoint], params)
         return (await self._sender.send(call)).data
@@ -125,6 +136,10 @@ class JobHistory(Resource):
             top: alternatives to each token, at most, where the job stored any.
             order: of the steps; "desc" = newest first.
             limit: samples, at most; None = all.
+
+        >>> sample = client.jobs.samples(job.id, step=1, limit=1)[0]
+        >>> sample.completion == "".join(token.text for token in sample.tokens)
+        True
         """
         params = {"step": step, "teacher": teacher, "top": top, "order": order, "after": after, "limit": PAGE}
         call = Call("GET", path("/v1/jobs/{}/samples", job_id), Page[Sample], params)

@@ -24,7 +24,12 @@ class JobVerbs(JobHistory):
     """What can be done with jobs."""
 
     async def create(self, spec: Mapping[str, Any] | JobSpec, *, idempotency_key: str | None = None) -> Job:
-        """Submit a job. With a key of your own, submitting again gives the same job, also from another process."""
+        """Submit a job. With a key of your own, submitting again gives the same job, also from another process.
+
+        >>> first = client.jobs.create(spec, idempotency_key="monday")
+        >>> client.jobs.create(spec, idempotency_key="monday").id == first.id
+        True
+        """
         headers = {"Idempotency-Key": idempotency_key or secrets.token_hex(16)}
         return await self._sender.send(Call("POST", "/v1/jobs", Job, headers=headers, json=body_of(spec)))
 
@@ -39,6 +44,10 @@ class JobVerbs(JobHistory):
             InvalidRequestError: with `live`, what can be checked at once is wrong already.
             JobFailedError: the live checks could not be made.
             DeadlineError: they did not end within `timeout_s`; the job goes on.
+
+        >>> report = client.jobs.validate(spec)
+        >>> [check.message for check in report.checks if check.verdict == "error"]
+        []
         """
         if not live:
             return await self._sender.send(Call("POST", "/v1/jobs/validate", Preflight, json=body_of(spec)))
@@ -59,7 +68,11 @@ class JobVerbs(JobHistory):
         return await self._sender.send(Call("GET", path("/v1/jobs/{}/preflight", job_id), Preflight))
 
     async def get(self, job_id: str) -> Job:
-        """A job."""
+        """A job.
+
+        >>> client.jobs.get(job.id).status
+        'succeeded'
+        """
         return await self._sender.send(Call("GET", path("/v1/jobs/{}", job_id), Job))
 
     async def iter(
@@ -68,6 +81,9 @@ class JobVerbs(JobHistory):
         """All jobs by creation time, newest first unless `order` is "asc", page by page as they are needed.
 
         `owner` needs the scope `admin`, which sees everybody's jobs.
+
+        >>> job.id in {one.id for one in client.jobs.iter(status="succeeded")}
+        True
         """
         async for job in self._sender.pages(_list(status, order, owner)):
             yield job
@@ -142,6 +158,10 @@ class JobVerbs(JobHistory):
 
         Raises:
             DeadlineError: it did not end within `timeout_s`; it goes on.
+
+        >>> client.jobs.wait(job.id, on_progress=lambda job: print(job.progress.percent), timeout_s=3600).is_terminal
+        100.0
+        True
         """
         deadline = time.monotonic() + timeout_s if timeout_s is not None else None
         after, is_told, patience, shown = "", on_event is None, None, None
