@@ -45,7 +45,7 @@ def test_fields_that_only_a_newer_gateway_has_are_kept() -> None:
     assert (job["colour"], job.to_dict()["colour"], job.progress["mood"]) == ("red", "red", "good")
     page = read(Page[Event], {"data": [EVENT | {"new": {"a": [1]}}], "has_more": False})
     assert page.data[0]["new"] == {"a": [1]}
-    assert pickle.loads(pickle.dumps(page)).data[0].to_dict() == page.data[0].to_dict()
+    assert pickle.loads(pickle.dumps(page.data[0])).to_dict() == page.data[0].to_dict()
 
 
 def test_values_that_only_a_newer_gateway_has_do_not_break_it() -> None:

@@ -152,5 +152,6 @@ def test_pages_name_no_machine(page: Path) -> None:
 
 @pytest.mark.parametrize("script", ["spec-docs", "client-docs"])
 def test_made_tables_are_current(script: str) -> None:
-    answer = subprocess.run([sys.executable, str(ROOT / "scripts" / script), "--check"], capture_output=True, text=True, timeout=60)
+    command = [sys.executable, str(ROOT / "scripts" / script), "--check"]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert answer.returncode == 0, answer.stderr
