@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from stillhouse.cli import jobs as cli
+from stillhouse.cli import history as cli
 from stillhouse.client.aio import AsyncClient
 from stillhouse.client.client import Client
 from stillhouse.core.queue import keys
