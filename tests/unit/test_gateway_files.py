@@ -196,7 +196,7 @@ async def test_a_file_goes_when_no_job_reads_it(gateway: Gateway) -> None:
 
 
 async def test_owners_of_one_content_share_it_and_see_no_others(gateway: Gateway) -> None:
-    ours, theirs = Caller("us", frozenset({"write"})), Caller("them", frozenset({"write"}))
+    ours, theirs = Caller("us", ("write",)), Caller("them", ("write",))
     made = []
     for caller in (ours, theirs, ours):
         upload = files.Upload(gateway.ctx.artifacts)

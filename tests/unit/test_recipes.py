@@ -24,6 +24,8 @@ from stillhouse.core.checkpoints import Models
 from stillhouse.core.models import inspect_model
 from stillhouse.core.recipes import FOLDER, Setting, described, find_preset, presets, recipes, with_preset
 from stillhouse.core.spec import JobSpec, StageSpec
+from stillhouse.gateway.auth import Caller
+from stillhouse.gateway.reach import Reach
 from stillhouse.gateway.validation import preflight
 from tests.gateway_kit import make_model
 
@@ -244,7 +246,7 @@ def test_the_gateway_accepts_it_too(tmp_path: Path, name: str) -> None:
         held_out = [{**row, "prompt": f"Not trained on: {row['prompt']}"} for row in preset.rows]
         if "evaluation" in document:
             document["evaluation"]["data"] = {"rows": held_out}
-    preflight(JobSpec.model_validate(document), models)
+    preflight(JobSpec.model_validate(document), models, Reach(models.artifacts, Caller("")))
 
 
 @pytest.mark.parametrize("name", recipes())

@@ -307,7 +307,7 @@ def _write_client_file(deployment: Deployment, settings: Settings, url: str) -> 
     key, path = known.get("api_key") or "", settings.keys_path()
     if hash_key(key) not in {entry.sha256 for entry in load_keys(path)}:
         remove_key(path, KEY_NAME)  # its plain text is lost, so nobody can use it
-        key = create_key(path, KEY_NAME)
+        key = create_key(path, KEY_NAME, scopes=["admin"])
     write_json(deployment.client_file, {"url": url, "api_key": key}, mode=PRIVATE_FILE)
 
 

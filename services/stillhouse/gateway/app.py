@@ -29,6 +29,7 @@ from stillhouse.gateway.routes import (
     generate,
     history,
     jobs,
+    keys,
     logs,
     samples,
     score,
@@ -46,6 +47,7 @@ ROUTES = (
     files,
     score,
     generate,
+    keys,
     system,
 )
 """Modules whose routes need a key, in the order in which the document lists them."""

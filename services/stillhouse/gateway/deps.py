@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Annotated, Final
+from collections.abc import Callable
+from typing import Annotated
 
 from fastapi import Depends, Request
 
@@ -11,21 +11,7 @@ from stillhouse.core.errors import NotFoundError
 from stillhouse.core.queue.jobs import JobRecord
 from stillhouse.core.schemas import JobId
 from stillhouse.core.service import Context
-
-SCOPES: Final = frozenset({"read", "write", "admin"})
-
-
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """Who sends a request."""
-
-    owner: str
-    """Whose objects it makes and sees; '' where authentication is off."""
-    scopes: frozenset[str] = field(default=SCOPES)
-
-    def may_see(self, owner: str) -> bool:
-        """Objects of others do not exist for a caller, unless it administers the deployment."""
-        return "admin" in self.scopes or owner == self.owner
+from stillhouse.gateway.auth import Caller
 
 
 def get_context(request: Request) -> Context:
@@ -35,7 +21,16 @@ def get_context(request: Request) -> Context:
 
 def get_caller(request: Request) -> Caller:
     """Who calls, as the outermost layer found out."""
-    return Caller(request.state.owner)
+    return request.state.caller
+
+
+def require(scope: str) -> Callable[[Request], None]:
+    """A dependency of routes that need more than their method says; see the layer Edge for what that is."""
+
+    def check(request: Request) -> None:
+        get_caller(request).require(scope)
+
+    return check
 
 
 async def own_job(

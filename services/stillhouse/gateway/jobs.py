@@ -27,6 +27,8 @@ from stillhouse.core.queue.jobs import FINAL_FIELDS, JobRecord, final_document
 from stillhouse.core.schemas import Kind, Preflight
 from stillhouse.core.service import Context
 from stillhouse.core.spec import JobSpec
+from stillhouse.gateway.auth import Caller
+from stillhouse.gateway.reach import Reach
 from stillhouse.gateway.rows import is_light
 from stillhouse.gateway.validation import inspect, preflight
 
@@ -44,7 +46,7 @@ class Submission:
     """A job as it came."""
 
     spec: JobSpec
-    owner: str
+    caller: Caller
     idempotency_key: str
     kind: Kind = "distillation"
 
@@ -55,7 +57,7 @@ class Submission:
 
     def token(self) -> str:
         """Names key and owner in Redis: callers do not share their keys. '' = no key was sent."""
-        return sha256_bytes(f"{self.owner}\n{self.idempotency_key}".encode()) if self.idempotency_key else ""
+        return sha256_bytes(f"{self.caller.owner}\n{self.idempotency_key}".encode()) if self.idempotency_key else ""
 
     @cached_property
     def body_sha256(self) -> str:
@@ -64,10 +66,12 @@ class Submission:
         return sha256_bytes((kind + json.dumps(self.document, sort_keys=True)).encode())
 
 
-async def look_at(ctx: Context, spec: JobSpec) -> Preflight:
+async def look_at(ctx: Context, spec: JobSpec, caller: Caller) -> Preflight:
     """The static report about a job."""
     loop = asyncio.get_running_loop()
-    return await loop.run_in_executor(_PREFLIGHTS, lambda: inspect(spec, ctx.models).report())
+    return await loop.run_in_executor(
+        _PREFLIGHTS, lambda: inspect(spec, ctx.models, Reach(ctx.artifacts, caller)).report()
+    )
 
 
 async def submit(ctx: Context, submission: Submission) -> tuple[JobRecord, bool]:
@@ -89,7 +93,7 @@ async def submit(ctx: Context, submission: Submission) -> tuple[JobRecord, bool]
         spec=submission.document,
         created_at=round(time.time(), 3),
         stop_step=submission.spec.stop_step(),
-        owner=submission.owner,
+        owner=submission.caller.owner,
         kind=submission.kind,
         priority=submission.spec.priority,
     )
@@ -102,7 +106,7 @@ async def submit(ctx: Context, submission: Submission) -> tuple[JobRecord, bool]
         "stop_step": record.stop_step,
         "idempotency": [token, body_sha256],
     }
-    await _check_and_write(ctx, submission.spec, document)
+    await _check_and_write(ctx, submission, document)
     failpoint("gateway.job_json_written")
     try:
         made = await ctx.jobs.create(record, idempotency_key=token, body_sha256=body_sha256, message="queued")
@@ -116,14 +120,14 @@ async def submit(ctx: Context, submission: Submission) -> tuple[JobRecord, bool]
     return record, False
 
 
-async def _check_and_write(ctx: Context, spec: JobSpec, document: dict[str, Any]) -> None:
+async def _check_and_write(ctx: Context, submission: Submission, document: dict[str, Any]) -> None:
     """Static pre-flight, then job.json; in one go where few rows are to be read."""
     loop = asyncio.get_running_loop()
 
     def check() -> Mapping[str, checkpoints.Settled]:
-        return preflight(spec, ctx.models)
+        return preflight(submission.spec, ctx.models, Reach(ctx.artifacts, submission.caller))
 
-    if is_light(spec, ctx.artifacts):
+    if is_light(submission.spec, ctx.artifacts):
         await loop.run_in_executor(_WRITERS, lambda: _write_job_json(ctx, document, check()))
     else:
         references = await loop.run_in_executor(_PREFLIGHTS, check)

@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from stillhouse.core.config import Settings
 from stillhouse.core.errors import MediaTypeError, StillhouseError, TooLargeError
 from stillhouse.core.telemetry import HTTP_SECONDS
-from stillhouse.gateway.auth import OPEN_PATHS, Authenticator
+from stillhouse.gateway.auth import OPEN_PATHS, Authenticator, Caller
 from stillhouse.gateway.problems import problem_response
 
 BODY_TIMEOUT_S: Final = 20.0
@@ -28,6 +28,8 @@ DRAIN_BYTES: Final = 8 << 20
 """Bytes read and dropped after a refused body, so that the client gets to read the answer instead of a reset."""
 UPLOAD_PATH: Final = "/v1/files"
 """Streams its body to disk under a limit of its own."""
+SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
+"""Methods that change nothing: the scope `read` is enough for them, all others need `write`."""
 METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 """Methods with a label of their own in the metrics; a client can send any word."""
 
@@ -47,7 +49,7 @@ class Edge:
         request = Request(scope)
         given = request.headers.get("x-request-id", "")
         request_id = given if re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given) else f"req_{secrets.token_hex(8)}"
-        scope.setdefault("state", {}).update(request_id=request_id, owner="")
+        scope.setdefault("state", {}).update(request_id=request_id, caller=Caller(""))
         status = 0
 
         async def send_tagged(message: Message) -> None:
@@ -61,7 +63,9 @@ class Edge:
         with structlog.contextvars.bound_contextvars(request_id=request_id):
             try:
                 authorization = request.headers.get("authorization", "")
-                scope["state"]["owner"] = self._authenticator.owner(scope["path"], authorization)
+                caller = self._authenticator.caller(scope["path"], authorization)
+                scope["state"]["caller"] = caller
+                caller.require("read" if scope["method"] in SAFE_METHODS else "write")
                 await self._app(scope, receive, send_tagged)
             except (StillhouseError, HTTPException) as error:
                 if status:
@@ -90,7 +94,8 @@ class Edge:
                 path=scope["path"],
                 status=status,
                 seconds=round(seconds, 4),
-                owner=scope["state"]["owner"],
+                owner=scope["state"]["caller"].owner,
+                key=scope["state"]["caller"].key,
             )
 
 

@@ -14,6 +14,7 @@ from stillhouse.core.models import ModelEntry
 from stillhouse.core.spec import JobSpec
 from stillhouse.core.spec_base import STAGE_PREFIX
 from stillhouse.core.vocabulary import difference
+from stillhouse.gateway.reach import Reach
 
 if TYPE_CHECKING:
     from stillhouse.gateway.validation import Case
@@ -33,7 +34,7 @@ class NamedModels:
     """Models and checkpoints that do not exist."""
 
 
-def look_up_models(spec: JobSpec, models: Models) -> NamedModels:
+def look_up_models(spec: JobSpec, models: Models, reach: Reach) -> NamedModels:
     """All models of a job. A checkpoint that is no model yet counts as the registered student of its job: it has the
     same tokenizer, template and architecture."""
     found = NamedModels()
@@ -46,6 +47,7 @@ def look_up_models(spec: JobSpec, models: Models) -> NamedModels:
             return None
 
     def checkpoint(name: str) -> ModelEntry:
+        reach.check_job(name.partition("/")[0])
         return _checkpoint(name, models, found)
 
     found.student = find("student.model", spec.student.model, models.get)

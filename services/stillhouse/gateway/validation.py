@@ -23,6 +23,7 @@ from stillhouse.core.spec import DataSpec, JobSpec, Row, StageSpec
 from stillhouse.gateway.judging import check_mixtures, check_verifiers
 from stillhouse.gateway.lengths import BYTES_PER_TOKEN, MAX_ROLLOUT_BYTES, check_lengths
 from stillhouse.gateway.problems import InvalidError
+from stillhouse.gateway.reach import Reach
 from stillhouse.gateway.reading import (
     check_chat_template,
     check_ends,
@@ -147,9 +148,9 @@ class Inspection:
         return estimate(self.case.spec, self.case.student, teachers)
 
 
-def inspect(spec: JobSpec, models: Models) -> Inspection:
+def inspect(spec: JobSpec, models: Models, reach: Reach) -> Inspection:
     """All checks of a job. Blocks for as long as counting tokens takes: call it in a thread."""
-    case = look_up(spec, models)
+    case = look_up(spec, models, reach)
     checks, errors = [], []
     for name, proves, check in CHECKS:
         findings = list(islice(check(case), MAX_FINDINGS))
@@ -172,13 +173,13 @@ def as_check(name: str, finding: Finding) -> Check:
     )
 
 
-def preflight(spec: JobSpec, models: Models) -> dict[str, Settled]:
+def preflight(spec: JobSpec, models: Models, reach: Reach) -> dict[str, Settled]:
     """Refuse a job that cannot work; gives what its references to checkpoints mean.
 
     Raises:
         InvalidError: every finding with path, both sides and the fix.
     """
-    inspection = inspect(spec, models)
+    inspection = inspect(spec, models, reach)
     if inspection.findings:
         raise InvalidError(inspection.findings)
     return inspection.case.models.settled
@@ -192,8 +193,8 @@ def misshapen(findings: Sequence[Finding]) -> Preflight:
     return Preflight(is_live=False, verdict="error", checks=checks)
 
 
-def look_up(spec: JobSpec, models: Models) -> Case:
-    """Models and rows that a spec names."""
+def look_up(spec: JobSpec, models: Models, reach: Reach) -> Case:
+    """Models and rows that a spec names, as far as its owner may."""
     missing: list[tuple[str, str]] = []
 
     def source(param: str, data: DataSpec, max_tokens: int, stage: StageSpec | None = None) -> Source:
@@ -201,7 +202,7 @@ def look_up(spec: JobSpec, models: Models) -> Case:
             return Source(param, data, list(data.rows), list(range(len(data.rows))), max_tokens, stage)
         assert data.file is not None, "a data source has rows or a file"
         path = models.artifacts.file(data.file)
-        if not path.is_file():
+        if not reach.has_file(data.file):
             missing.append((f"{param}.file", data.file))
             return Source(param, data, [], [], max_tokens, stage)
         lines, rows = rows_of(path)
@@ -214,7 +215,7 @@ def look_up(spec: JobSpec, models: Models) -> Case:
     evaluation = spec.evaluation
     return Case(
         spec=spec,
-        models=look_up_models(spec, models),
+        models=look_up_models(spec, models, reach),
         training=training,
         evaluation=source("evaluation.data", evaluation.data, evaluation.max_tokens) if evaluation.data else None,
         missing_files=missing,

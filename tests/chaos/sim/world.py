@@ -32,6 +32,7 @@ from stillhouse.core.service import Context, heartbeat_forever, serve
 from stillhouse.core.worker import ComputeThread
 from stillhouse.gateway import jobs as gateway_jobs
 from stillhouse.gateway import pausing
+from stillhouse.gateway.auth import Caller
 from stillhouse.gateway.sweeper import Sweeper
 from stillhouse.sampler.app import SamplerApp
 from stillhouse.teacher.app import TeacherApp
@@ -318,7 +319,7 @@ class World:
             await asyncio.sleep(0.5)
 
     async def _submit(self, number: int) -> None:
-        submission = gateway_jobs.Submission(self.spec, "", f"key-{number}")
+        submission = gateway_jobs.Submission(self.spec, Caller(""), f"key-{number}")
         record, _ = await self._user(lambda ctx: gateway_jobs.submit(ctx, submission))
         self.trace("submitted", record.id)
         self.job_ids.append(record.id)

@@ -10,6 +10,7 @@ from stillhouse.core.schemas.catalog import File, FileDeleted, Model, Recipe, Re
 from stillhouse.core.schemas.generation import GeneratedText, Generation, GenerationUsage
 from stillhouse.core.schemas.history import Checkpoint, DeadLetter, Event, MetricPoint
 from stillhouse.core.schemas.jobs import Job, Kind, Progress, Status
+from stillhouse.core.schemas.keys import Key, KeyInfo, KeyLimits, KeyScope, NewKey
 from stillhouse.core.schemas.preflight import Check, Estimate, Preflight, Tokens, Verdict
 from stillhouse.core.schemas.samples import (
     LetterRetries,
@@ -39,12 +40,17 @@ __all__ = [
     "Health",
     "Job",
     "JobId",
+    "Key",
+    "KeyInfo",
+    "KeyLimits",
+    "KeyScope",
     "Kind",
     "LetterRetries",
     "LetterRetry",
     "LogLine",
     "MetricPoint",
     "Model",
+    "NewKey",
     "Page",
     "Preflight",
     "Progress",

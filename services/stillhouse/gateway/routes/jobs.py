@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Body, Header, Query, Request, Response
+from fastapi import APIRouter, Body, Header, Query, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -17,7 +17,8 @@ from stillhouse.core.schemas import Job, Page, Preflight, Status
 from stillhouse.core.service import Context
 from stillhouse.core.spec import JobSpec
 from stillhouse.gateway import jobs, pausing
-from stillhouse.gateway.deps import Ctx, OwnJob
+from stillhouse.gateway.auth import Caller
+from stillhouse.gateway.deps import ByCaller, Ctx, OwnJob, own_job
 from stillhouse.gateway.problems import InvalidError
 from stillhouse.gateway.routes.deadline import DeadlineRoute
 from stillhouse.gateway.validation import misshapen
@@ -46,13 +47,13 @@ class ListQuery(BaseModel):
 @router.post("", status_code=201)
 async def create_job(
     ctx: Ctx,
-    request: Request,
+    caller: ByCaller,
     response: Response,
     spec: Annotated[JobSpec, Body()],
     idempotency_key: Annotated[str, Header(description="Repeat a request with the same key: one job, one answer")] = "",
 ) -> Job:
     """Submit a job. When this answers, the job is durable; what can be checked without the models was checked."""
-    submission = jobs.Submission(spec, request.state.owner, idempotency_key)
+    submission = jobs.Submission(spec, caller, idempotency_key)
     record, is_replay = await jobs.submit(ctx, submission)
     response.headers["Location"] = f"/v1/jobs/{record.id}"
     if is_replay:
@@ -67,7 +68,7 @@ async def create_job(
 )
 async def validate_job(
     ctx: Ctx,
-    request: Request,
+    caller: ByCaller,
     body: Annotated[dict[str, Any], Body(description="A job, as for POST /v1/jobs; what is wrong is in the report")],
     live: Annotated[bool, Query(description="Load the models and probe them: a job of kind preflight")] = False,
     idempotency_key: Annotated[str, Header(description="With live=true: as for creating a job")] = "",
@@ -85,8 +86,8 @@ async def validate_job(
             raise InvalidError(findings) from None
         return misshapen(findings)
     if not live:
-        return await jobs.look_at(ctx, spec)
-    submission = jobs.Submission(spec, request.state.owner, idempotency_key, "preflight")
+        return await jobs.look_at(ctx, spec, caller)
+    submission = jobs.Submission(spec, caller, idempotency_key, "preflight")
     record, is_replay = await jobs.submit(ctx, submission)
     headers = {"Location": f"/v1/jobs/{record.id}"} | ({"Idempotent-Replayed": "true"} if is_replay else {})
     return JSONResponse(job_view(record).model_dump(mode="json"), 202, headers)
@@ -103,17 +104,18 @@ async def get_preflight(ctx: Ctx, record: OwnJob) -> Preflight:
 
 
 @router.get("")
-async def list_jobs(ctx: Ctx, query: Annotated[ListQuery, Query()]) -> Page[Job]:
-    """Jobs by creation time, without their inline rows."""
+async def list_jobs(ctx: Ctx, caller: ByCaller, query: Annotated[ListQuery, Query()]) -> Page[Job]:
+    """The caller's jobs by creation time, without their inline rows; an administrator's are everybody's."""
     if query.after:
-        await _exists(ctx, query.after)
+        await _exists(ctx, caller, query.after)
     wanted = query.limit + 1  # one more tells whether there is another page
     found: list[JobRecord] = []
     after = query.after
     while len(found) < wanted:
-        size = SCAN if query.status else wanted
+        size = wanted if query.status is None and "admin" in caller.scopes else SCAN
         page = await ctx.jobs.list(limit=size, after=after, newest_first=query.order == "desc")
-        found += [record for record in page if query.status in (None, record.status)]
+        seen = [record for record in page if caller.may_see(record.owner)]
+        found += [record for record in seen if query.status in (None, record.status)]
         if len(page) < size:
             break
         after = page[-1].id
@@ -121,9 +123,9 @@ async def list_jobs(ctx: Ctx, query: Annotated[ListQuery, Query()]) -> Page[Job]
     return Page(data=data, has_more=len(found) > query.limit)
 
 
-async def _exists(ctx: Context, job_id: str) -> None:
+async def _exists(ctx: Context, caller: Caller, job_id: str) -> None:
     try:
-        await ctx.jobs.get(job_id)
+        await own_job(ctx, caller, job_id)
     except NotFoundError as error:
         raise NotFoundError(error.message, param="after") from None
 
