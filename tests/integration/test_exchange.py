@@ -262,3 +262,114 @@ async def test_a_full_queue_server_delays_the_other_teachers_of_a_mixture(
     assert not sample.is_failed
     assert await parts.queue.length(stream) == 1, "asked once"
     run.cancel()
+
+
+# -- samples that are tried again --------------------------------------------------------------------------------------
+
+PROMPTS = keys.prompts(JOB.job_id, JOB.epoch)
+
+
+def pair(number: int) -> rollout_pb2.PromptGroup:
+    group = rollout_pb2.PromptGroup(group=number, group_id=str(number), sample_indices=[0, 1], seeds=[7, 8])
+    group.teacher = "main"
+    return group
+
+
+def failure(name: str, ids: list[int], attempt: int = 0) -> bytes:
+    rollout = rollout_pb2.Rollout(sample_id=name, teacher="main", attempt=attempt, index=int(name[-1]))
+    if ids:
+        rollout.completion_ids.CopyFrom(ids_tensor(ids))
+    failed = rollout_pb2.Failure(reason="bad", message="it was bad", service="sampler", attempts=1)
+    return rollout_pb2.Score(rollout=rollout, failed=failed).SerializeToString()
+
+
+async def hand_in(parts: Any, name: str, payload: bytes, attempt: int = 0) -> None:
+    await parts.queue.add(JOB, SCORED, score_mark(name, "main", attempt), payload)
+
+
+def answer(name: str, attempt: int = 0) -> bytes:
+    rollout = rollout_pb2.Rollout(sample_id=name, teacher="main", attempt=attempt, index=int(name[-1]))
+    rollout.completion_ids.CopyFrom(ids_tensor([1, 2]))
+    sampled = rollout_pb2.SampledScore(teacher_logprobs=floats_tensor([-1.0, -2.0]))
+    return rollout_pb2.Score(rollout=rollout, sampled=sampled).SerializeToString()
+
+
+async def failed(parts: Any, number: int) -> None:
+    async def reached() -> bool:
+        return parts.exchange.num_failed == number
+
+    await wait_until(reached, timeout_s=20, what=f"{number} failures")
+
+
+async def planned(parts: Any) -> tuple[Any, Any]:
+    parts.queue.losses = 0
+    await parts.exchange.open()
+    await parts.exchange.open_teachers(TASKS)
+    future = await parts.exchange.plan(pair(7))
+    await parts.queue.claim([PROMPTS], keys.SAMPLERS_GROUP, "sampler-0", 1, 100)
+    return future, asyncio.create_task(parts.exchange.run())
+
+
+async def test_a_sample_without_text_is_written_again_with_its_seed(parts: Any) -> None:
+    future, taking = await planned(parts)
+    await hand_in(parts, "7/1", failure("7/1", []))
+    await failed(parts, 1)
+    assert "not known here, or is being worked on" in await parts.exchange.retry("7/0")
+    assert await parts.exchange.retry("7/1") == ""
+    assert (parts.exchange.num_failed, parts.exchange.num_ended) == (0, 0)
+    assert "being worked on" in await parts.exchange.retry("7/1"), "once at a time"
+    (entry,) = await parts.queue.claim([PROMPTS], keys.SAMPLERS_GROUP, "sampler-0", 5, 100)
+    again = rollout_pb2.PromptGroup.FromString(entry.payload)
+    assert (list(again.sample_indices), list(again.seeds), again.group_id) == ([1], [8], "7")
+    await hand_in(parts, "7/0", answer("7/0"))
+    await hand_in(parts, "7/1", answer("7/1", again.attempt), again.attempt)
+    group = await asyncio.wait_for(future, 20)
+    assert [(sample.sample_id, sample.is_failed) for sample in group.samples] == [("7/0", False), ("7/1", False)]
+    await parts.exchange.done(group.samples)
+    assert await parts.queue.length(SCORED) == 0, "nothing of the failure is left"
+    await cancel_all([taking])
+
+
+async def test_a_complete_group_waits_for_what_is_tried_again_until_its_step_is_put_together(parts: Any) -> None:
+    future, taking = await planned(parts)
+    await hand_in(parts, "7/0", answer("7/0"))
+    await hand_in(parts, "7/1", failure("7/1", [1, 2]))
+    group = await asyncio.wait_for(future, 20)
+    assert [sample.is_failed for sample in group.samples] == [False, True]
+    assert await parts.exchange.retry("7/1") == ""
+    settled = asyncio.create_task(parts.exchange.settled([group]))
+    stream = keys.rollouts(JOB.job_id, JOB.epoch, "main")
+    (entry,) = await parts.queue.claim([stream], keys.TEACHERS_GROUP, "teacher-0", 1, 100)
+    attempt = rollout_pb2.Rollout.FromString(entry.payload).attempt
+    assert attempt > 0
+    await hand_in(parts, "7/1", failure("7/1", [1, 2], attempt), attempt)
+    await asyncio.wait_for(settled, 20)
+    assert [sample.is_failed for sample in group.samples] == [False, True], "it failed again"
+    assert (parts.exchange.num_failed, parts.exchange.num_ended) == (1, 2)
+    assert "its step is trained or about to be" in await parts.exchange.retry("7/1")
+    await parts.exchange.done(group.samples)
+    assert await parts.queue.length(SCORED) == 0
+    await cancel_all([taking])
+
+
+async def test_a_retry_that_the_queue_does_not_take_changes_nothing(
+    parts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    future, taking = await planned(parts)
+    await hand_in(parts, "7/0", answer("7/0"))
+    await hand_in(parts, "7/1", failure("7/1", []))
+    group = await asyncio.wait_for(future, 20)
+
+    async def lost(*args: Any) -> None:
+        raise RedisConnectionError("connection reset by peer")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(parts.exchange, "_add", lost)
+        with pytest.raises(RedisConnectionError):
+            await parts.exchange.retry("7/1")
+    await asyncio.wait_for(parts.exchange.settled([group]), 5)
+    assert [sample.is_failed for sample in group.samples] == [False, True]
+    assert (parts.exchange.num_failed, parts.exchange.num_ended) == (1, 2)
+    await parts.exchange.done(group.samples)
+    assert await parts.queue.length(SCORED) == 0
+    await cancel_all([taking])

@@ -75,7 +75,7 @@ async def test_letters_outlive_the_queue_and_say_why(gateway: Gateway) -> None:
     assert first == {
         "id": "1/1",
         "object": "dead_letter",
-        "step": 0,
+        "step": 1,
         "epoch": 1,
         "row": 101,
         "teacher": "main",
@@ -85,7 +85,7 @@ async def test_letters_outlive_the_queue_and_say_why(gateway: Gateway) -> None:
         "attempts": 3,
         "is_journalled": True,
     }
-    assert (second["id"], second["step"], second["is_journalled"]) == ("5/0", 5 // PER_STEP, False)
+    assert (second["id"], second["step"], second["is_journalled"]) == ("5/0", 5 // PER_STEP + 1, False)
     await gateway.ctx.queue.close_epoch(scope)
     assert await letters(gateway, scope.job_id) == [first]
 

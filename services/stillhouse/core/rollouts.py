@@ -15,13 +15,13 @@ def sample_id(group: pb.PromptGroup, index: int) -> str:
 
 
 def rollout_mark(name: str, teacher: str, attempt: int = 0) -> str:
-    """Mark of a sample on its way to a teacher; a sampler's attempt is always 0."""
+    """Mark of a sample on its way to a teacher; a sampler's attempt is that of its group."""
     return f"rollout:{name}:{teacher}:{attempt}"
 
 
 def score_mark(name: str, teacher: str, attempt: int = 0) -> str:
-    """Mark of a teacher's word on a sample in an attempt at scoring it. A sampler that ends the sample shares attempt 0
-    with its (first) teacher's score: whoever comes first is the end."""
+    """Mark of a teacher's word on a sample in an attempt at scoring it. A sampler that ends the sample shares its
+    group's attempt with the sample's (first) teacher: whoever comes first is the end."""
     return f"score:{name}:{teacher}:{attempt}"
 
 
@@ -35,6 +35,7 @@ def blank_rollout(group: pb.PromptGroup, index: int) -> pb.Rollout:
         purpose=group.purpose,
         group=group.group,
         index=index,
+        attempt=group.attempt,
         teacher=group.teacher,
         prompt_ids=group.prompt_ids,
         sampling=group.sampling,

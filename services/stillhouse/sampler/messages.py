@@ -145,7 +145,7 @@ def destination(rollout: pb.Rollout, scope: Scope) -> tuple[str, str, bytes]:
     """(stream, mark, message) of a finished sample: to its teacher, or to its end if no teacher is asked."""
     if rollout.score.kind == pb.SCORE_KIND_NONE:
         score = pb.Score(schema_version=SCHEMA_VERSION, rollout=rollout, none=pb.NoScore())
-        mark = score_mark(rollout.sample_id, rollout.teacher)
+        mark = score_mark(rollout.sample_id, rollout.teacher, rollout.attempt)
         return keys.scored(scope.job_id, scope.epoch), mark, score.SerializeToString()
     stream = keys.rollouts(scope.job_id, scope.epoch, rollout.teacher)
-    return stream, rollout_mark(rollout.sample_id, rollout.teacher), rollout.SerializeToString()
+    return stream, rollout_mark(rollout.sample_id, rollout.teacher, rollout.attempt), rollout.SerializeToString()

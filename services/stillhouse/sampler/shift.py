@@ -222,8 +222,8 @@ class Shift:
     async def _go_on(self, work: Work) -> None:
         """Forget the samples that an earlier holder of the group handed over; take what it kept of the others."""
         names = {index: completion.key for index, completion in work.completions.items()}
-        teacher = work.group.teacher
-        marks = {name: {rollout_mark(name, teacher), score_mark(name, teacher)} for name in names.values()}
+        of = (work.group.teacher, work.group.attempt)
+        marks = {name: {rollout_mark(name, *of), score_mark(name, *of)} for name in names.values()}
         done = await self._ctx.queue.marked(self._scope, sorted(set().union(*marks.values())))
         for index, name in names.items():
             if marks[name] & done:
@@ -301,9 +301,8 @@ class Shift:
         payload = score.SerializeToString()
         target, is_last = keys.scored(scope.job_id, scope.epoch), len(work.completions) == 1
         self._ctx.log.warning("sample failed", job_id=scope.job_id, sample_id=name, reason=reason, message=message)
-        outcome = await self._ctx.queue.hand_over(
-            scope, work.entry, target, score_mark(name, score.rollout.teacher), payload, last=is_last, dead=payload
-        )
+        mark = score_mark(name, score.rollout.teacher, score.rollout.attempt)
+        outcome = await self._ctx.queue.hand_over(scope, work.entry, target, mark, payload, last=is_last, dead=payload)
         self._settle(work, index, outcome)
 
     def _settle(self, work: Work, index: int, outcome: Outcome) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -34,6 +35,7 @@ from stillhouse.core.queue.streams import Entry, Outcome, QueueBackend, Scope
 from stillhouse.core.rollouts import rollout_for, rollout_mark, sample_id, score_mark, scores_of
 from stillhouse.core.rpc import Peers, collect
 from stillhouse.core.tensors import from_bytes
+from stillhouse.trainer.again import RETRY_STRIDE, alone, attempted, why_not
 from stillhouse.trainer.scored import PendingGroup, ScoredGroup, ScoredSample
 from stillhouse.v1 import rollout_pb2, teacher_pb2, teacher_pb2_grpc
 
@@ -81,6 +83,10 @@ class Exchange:
         self._log = log
         self._pending: dict[str, PendingGroup] = {}
         self._by_sample: dict[str, PendingGroup] = {}
+        self._collected: dict[str, PendingGroup] = {}
+        """Sample -> its group, complete, whose step is not put together yet."""
+        self._attempts: Counter[str] = Counter()
+        """Sample -> times that a user had it tried again: each has marks of its own."""
         self._fetches = asyncio.Semaphore(FETCH_CONCURRENCY)
         self._scored = keys.scored(scope.job_id, scope.epoch)
         self._prompts = keys.prompts(scope.job_id, scope.epoch)
@@ -130,18 +136,19 @@ class Exchange:
 
     async def plan(self, group: rollout_pb2.PromptGroup) -> asyncio.Future[ScoredGroup]:
         """Put a group on the queue; the future completes when each of its samples has ended."""
-        future = self.expect(group)
+        future = self.expect(group, for_samplers=True)
         await self._add(self._prompts, f"plan:{group.group_id}:0", group)
         failpoint("trainer.planned")
         return future
 
-    def expect(self, group: rollout_pb2.PromptGroup) -> asyncio.Future[ScoredGroup]:
+    def expect(self, group: rollout_pb2.PromptGroup, *, for_samplers: bool = False) -> asyncio.Future[ScoredGroup]:
         """A group whose completions the trainer itself brings (`bring`); the future is that of `plan`."""
         is_scored = group.score.kind != rollout_pb2.SCORE_KIND_NONE
         further = list(group.further) if is_scored else []
         teachers = [group.teacher, *(other.teacher for other in further)]
         wanted = {sample_id(group, index): teachers for index in group.sample_indices}
-        return self._expect(group.group_id, group.group, wanted, further)
+        message = group if for_samplers else None
+        return self._expect(PendingGroup(group.group_id, group.group, wanted, further, _future(), message))
 
     async def bring(self, rollouts: Sequence[rollout_pb2.Rollout], failure: rollout_pb2.Failure | None = None) -> None:
         """Put completions where a sampler's would go: to their teacher, or to their end if no teacher is asked or they
@@ -161,39 +168,81 @@ class Exchange:
     async def rescore(self, group: int, scores: Sequence[rollout_pb2.Score]) -> asyncio.Future[ScoredGroup]:
         """Have journalled rollouts scored again (their payloads were not journalled): replay after a takeover."""
         wanted = {s.rollout.sample_id: [each.rollout.teacher for each in scores_of(s)] for s in scores}
-        future = self._expect(f"replay-{group}", group, wanted, ())
+        future = self._expect(PendingGroup(f"replay-{group}", group, wanted, (), _future(), is_journalled=True))
         for score in scores:
             for each in scores_of(score):
                 # attempts count anew: those of the epoch before are no fault of the sample
                 await self._put_back(rollout_for(score.rollout, each.rollout))
         return future
 
-    def _expect(
-        self,
-        name: str,
-        group: int,
-        wanted: Mapping[str, Sequence[str]],
-        further: Sequence[rollout_pb2.FurtherTeacher],
-    ) -> asyncio.Future[ScoredGroup]:
+    def _expect(self, pending: PendingGroup) -> asyncio.Future[ScoredGroup]:
         if not self._pending:
             self.last_arrival = time.monotonic()
-        pending = PendingGroup(group, wanted, further, asyncio.get_running_loop().create_future())
-        self._pending[name] = pending
-        for each in wanted:
-            self._by_sample[each] = pending
-        pending.future.add_done_callback(lambda _: self._forget(name))
+        self._wait_for(pending)
+        pending.future.add_done_callback(lambda _: self._forget(pending))
         return pending.future
 
-    def _forget(self, name: str) -> None:
-        pending = self._pending.pop(name, None)
-        for each in pending.wanted if pending else ():
+    def _wait_for(self, pending: PendingGroup) -> None:
+        self._pending[pending.name] = pending
+        for each in pending.wanted:
+            self._by_sample[each] = pending
+
+    def _forget(self, pending: PendingGroup) -> None:
+        """Nothing is in flight for a group; one that is collected for a step may still be tried again."""
+        if not (pending.complete.is_set() or pending.future.cancelled()):  # tried again in this very moment
+            return
+        self._pending.pop(pending.name, None)
+        is_kept = not pending.is_journalled and not pending.future.cancelled()
+        for each in pending.wanted:
             self._by_sample.pop(each, None)
+            if is_kept:
+                self._collected[each] = pending
+
+    async def settled(self, groups: Sequence[ScoredGroup]) -> None:
+        """Wait until none of the groups' samples is being tried again; from now on none will be."""
+        names = {sample.sample_id for group in groups for sample in group.samples}
+        found = [self._by_sample.get(name) or self._collected.get(name) for name in names]
+        while trying := [pending for pending in found if pending is not None and not pending.complete.is_set()]:
+            await trying[0].complete.wait()
+        for name in names:
+            self._collected.pop(name, None)
+
+    async def retry(self, sample_id: str) -> str:
+        """Have a sample that failed tried again as a new attempt; gives why not, for people, or ''.
+
+        What failed with its completion is scored again, what has none is written again. A sample stays failed if the
+        queue does not take it: then a later attempt has other marks, and whatever comes of this one is late.
+        """
+        pending = self._by_sample.get(sample_id) or self._collected.get(sample_id)
+        failed = None if pending is None else pending.arrived.get(sample_id)
+        reason = why_not(pending, failed)
+        if reason or pending is None or failed is None:
+            return reason
+        self._attempts[sample_id] += 1
+        attempt = failed.score.rollout.attempt + RETRY_STRIDE * self._attempts[sample_id]
+        pending.reopen(failed)
+        self._wait_for(pending)
+        self.num_ended -= 1
+        self.num_failed -= 1
+        try:
+            if failed.score.rollout.completion_ids.data:
+                await self._ask(attempted(failed.score.rollout, attempt, self._scope.epoch))
+            else:
+                group = alone(pending.message, failed.score.rollout, attempt)
+                await self._add(self._prompts, f"plan:{sample_id}:{attempt}", group)
+        except BaseException:
+            await self._settle(pending, failed)
+            raise
+        self._log.info("sample is tried again", sample_id=sample_id, attempt=attempt)
+        await self._remove(failed.entries)
+        return ""
 
     async def done(self, samples: Sequence[ScoredSample]) -> None:
         """The samples are journalled: their entries leave the queue."""
         await self._remove([entry for sample in samples for entry in sample.entries])
         for sample in samples:
             sample.entries.clear()
+            self._collected.pop(sample.sample_id, None)
 
     async def _remove(self, entries: list[Entry]) -> None:
         await self._queue.ack_delete(entries)
@@ -266,6 +315,8 @@ class Exchange:
         if sample is not None:
             self.num_ended += 1
             self.num_failed += sample.is_failed
+            if pending.future.done():
+                self._forget(pending)
 
     async def _fetch(self, sample: ScoredSample) -> None:
         """Complete a sample with the payload that the teacher holds."""
@@ -287,23 +338,19 @@ class Exchange:
     async def _retry_scoring(self, pending: PendingGroup, sample: ScoredSample, error: str) -> None:
         rollout = sample.score.rollout
         self._log.warning("score payload is gone", sample_id=rollout.sample_id, attempt=rollout.attempt, error=error)
-        if rollout.attempt + 1 >= MAX_ATTEMPTS:
+        if rollout.attempt % RETRY_STRIDE + 1 >= MAX_ATTEMPTS:
             failure = rollout_pb2.Failure(
                 reason="payload_lost", message=error, service="trainer", attempts=rollout.attempt + 1
             )
             sample.score.failed.CopyFrom(failure)
             await self._settle(pending, sample)
             return
-        await asyncio.sleep(RETRY_PAUSES_S[min(rollout.attempt, len(RETRY_PAUSES_S) - 1)])
+        await asyncio.sleep(RETRY_PAUSES_S[min(rollout.attempt % RETRY_STRIDE, len(RETRY_PAUSES_S) - 1)])
         await self._put_back(rollout)
         await self._remove(sample.entries)
 
     async def _put_back(self, rollout: rollout_pb2.Rollout) -> None:
-        again = rollout_pb2.Rollout()
-        again.CopyFrom(rollout)
-        again.attempt += 1
-        again.epoch = self._scope.epoch
-        await self._ask(again)
+        await self._ask(attempted(rollout, rollout.attempt + 1, self._scope.epoch))
 
     async def _ask(self, rollout: rollout_pb2.Rollout) -> None:
         """Put a rollout on the stream of its teacher, once in each attempt; waits while the queue server is full.
@@ -335,6 +382,10 @@ class Exchange:
                 f"{self.num_failed} of {self.num_ended} samples failed, more than max_failed_fraction "
                 f"{max_fraction:g}; the events of the job name the reasons"
             )
+
+
+def _future() -> asyncio.Future[ScoredGroup]:
+    return asyncio.get_running_loop().create_future()
 
 
 def _is_elsewhere(score: rollout_pb2.Score) -> bool:

@@ -144,6 +144,7 @@ class Run:
     # -- Journal -----------------------------------------------------------------------------------------------------
 
     async def write(self, step: int, groups: Sequence[ScoredGroup], next_group: int) -> None:
+        await self.space.interrupt.race(self.exchange.settled(groups))
         self.exchange.check_failures(self.spec.max_failed_fraction)
         await self._report_failures(groups)
         scored = [sample for group in groups for sample in group.scored]

@@ -61,22 +61,29 @@ class ScoredGroup:
 
 @dataclass(slots=True)
 class PendingGroup:
-    """A group in flight."""
+    """A group in flight. Complete when each of its samples has ended; one that failed may be tried again."""
 
+    name: str
     group: int
     wanted: Mapping[str, Sequence[str]]
     """Sample -> the teachers that judge it, in order."""
     further: Sequence[rollout_pb2.FurtherTeacher]
     """Those that are asked once the first has answered."""
     future: asyncio.Future[ScoredGroup]
+    """Done when it is complete for the first time; what is tried again after that is put into its result."""
+    message: rollout_pb2.PromptGroup | None = None
+    """As a sampler gets it; None = the completions come from elsewhere."""
+    is_journalled: bool = False
+    """Its samples are scored again for a replay."""
     answers: dict[str, dict[str, ScoredSample]] = field(default_factory=dict)
     """Sample -> teacher -> what it said."""
     arrived: dict[str, ScoredSample] = field(default_factory=dict)
     """Samples that have ended."""
+    complete: asyncio.Event = field(default_factory=asyncio.Event)
 
     def waits_for(self, answer: ScoredSample) -> bool:
         """False for what comes late or twice."""
-        if self.future.done() or answer.sample_id in self.arrived:
+        if self.future.cancelled() or answer.sample_id in self.arrived:
             return False
         return answer.teacher not in self.answers.get(answer.sample_id, {})
 
@@ -94,9 +101,25 @@ class PendingGroup:
             return None
         self.arrived[sample.sample_id] = sample
         if len(self.arrived) == len(self.wanted):
-            samples = sorted(self.arrived.values(), key=lambda sample: sample.score.rollout.index)
-            self.future.set_result(ScoredGroup(self.group, samples))
+            self._complete()
         return sample
+
+    def _complete(self) -> None:
+        samples = sorted(self.arrived.values(), key=lambda sample: sample.score.rollout.index)
+        if self.future.done():
+            self.future.result().samples[:] = samples
+        else:
+            self.future.set_result(ScoredGroup(self.group, samples))
+        self.complete.set()
+
+    def reopen(self, failed: ScoredSample) -> None:
+        """Wait for a sample that failed again; what its other teachers said stays. `failed` keeps its own entries."""
+        del self.arrived[failed.sample_id]
+        others = self.answers[failed.sample_id]
+        del others[failed.teacher]
+        kept = {entry.id for each in others.values() for entry in each.entries}
+        failed.entries = [entry for entry in failed.entries if entry.id not in kept]
+        self.complete.clear()
 
 
 def _joined(answers: Sequence[ScoredSample]) -> ScoredSample:

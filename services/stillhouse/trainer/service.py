@@ -43,6 +43,21 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
         for chunk in held.parts():
             yield trainer_pb2.FetchWeightsResponse(chunk=chunk)
 
+    async def RetrySamples(
+        self, request: trainer_pb2.RetrySamplesRequest, context: Any
+    ) -> trainer_pb2.RetrySamplesResponse:
+        lead = self._leading()
+        if (
+            lead is None
+            or (lead.scope.job_id, lead.scope.epoch) != (request.job_id, request.epoch)
+            or lead.run_ is None
+        ):
+            raise ConflictError(f"this trainer does not lead job '{request.job_id}' in epoch {request.epoch}")
+        if lead.spec.deterministic:
+            raise ConflictError("a deterministic job goes on as it would have without you: its samples are not retried")
+        refusals = {name: await lead.run_.exchange.retry(name) for name in dict.fromkeys(request.sample_ids)}
+        return trainer_pb2.RetrySamplesResponse(refusals=refusals)
+
     async def GetState(self, request: trainer_pb2.GetStateRequest, context: Any) -> trainer_pb2.GetStateResponse:
         lead = self._leading()
         if lead is None or lead.scope.job_id != request.job_id:

@@ -36,7 +36,7 @@ class Space:
 
     def __init__(self, folder: Path, interrupt: Interrupt, log: Any, *, first_pause_s: float = FIRST_PAUSE_S) -> None:
         self._folder = folder
-        self._interrupt = interrupt
+        self.interrupt = interrupt
         self._log = log
         self._first_pause_s = first_pause_s
         self._trouble: tuple[str, str] | None = None
@@ -60,7 +60,7 @@ class Space:
                 result = await work()
             except Exception as error:
                 reason = _reason(error)
-                if reason is None or self._interrupt.reason:
+                if reason is None or self.interrupt.reason:
                     raise
                 self._say(reason, what, needed)
                 self._log.error("no room", what=what, reason=reason, error=str(error), retry_in_s=pause_s)
@@ -70,7 +70,7 @@ class Space:
                 self._trouble = None
                 return result
             try:
-                await self._interrupt.race(asyncio.sleep(pause_s))
+                await self.interrupt.race(asyncio.sleep(pause_s))
             except Interrupted:
                 self._trouble = None
                 raise

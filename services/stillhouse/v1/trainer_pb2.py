@@ -26,13 +26,15 @@ from stillhouse.v1 import tensor_pb2 as stillhouse_dot_v1_dot_tensor__pb2
 from stillhouse.v1 import weights_pb2 as stillhouse_dot_v1_dot_weights__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bstillhouse/v1/trainer.proto\x12\rstillhouse.v1\x1a\x1astillhouse/v1/tensor.proto\x1a\x1bstillhouse/v1/weights.proto\"\x1e\n\x1cTrainerServiceGetInfoRequest\"a\n\x1dTrainerServiceGetInfoResponse\x12\x10\n\x08instance\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0e\n\x06job_id\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\"\x99\x01\n\x13\x46\x65tchWeightsRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12*\n\x07weights\x18\x02 \x01(\x0b\x32\x19.stillhouse.v1.WeightsRef\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12&\n\x05\x64type\x18\x04 \x01(\x0e\x32\x17.stillhouse.v1.DataType\x12\x0f\n\x07\x61verage\x18\x05 \x01(\x08\"s\n\x14\x46\x65tchWeightsResponse\x12,\n\x05index\x18\x01 \x01(\x0b\x32\x1b.stillhouse.v1.WeightsIndexH\x00\x12%\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x14.stillhouse.v1.ChunkH\x00\x42\x06\n\x04part\"!\n\x0fGetStateRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"\xe5\x01\n\x10GetStateResponse\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06status\x18\x03 \x01(\t\x12\x0c\n\x04step\x18\x04 \x01(\x04\x12\x11\n\tstop_step\x18\x05 \x01(\x04\x12*\n\x07weights\x18\x06 \x01(\x0b\x32\x19.stillhouse.v1.WeightsRef\x12\'\n\x04held\x18\x07 \x03(\x0b\x32\x19.stillhouse.v1.WeightsRef\x12\x12\n\nnext_group\x18\x08 \x01(\x04\x12\x18\n\x10groups_in_flight\x18\t \x01(\r2\x9e\x02\n\x0eTrainerService\x12\x64\n\x07GetInfo\x12+.stillhouse.v1.TrainerServiceGetInfoRequest\x1a,.stillhouse.v1.TrainerServiceGetInfoResponse\x12Y\n\x0c\x46\x65tchWeights\x12\".stillhouse.v1.FetchWeightsRequest\x1a#.stillhouse.v1.FetchWeightsResponse0\x01\x12K\n\x08GetState\x12\x1e.stillhouse.v1.GetStateRequest\x1a\x1f.stillhouse.v1.GetStateResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bstillhouse/v1/trainer.proto\x12\rstillhouse.v1\x1a\x1astillhouse/v1/tensor.proto\x1a\x1bstillhouse/v1/weights.proto\"\x1e\n\x1cTrainerServiceGetInfoRequest\"a\n\x1dTrainerServiceGetInfoResponse\x12\x10\n\x08instance\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0e\n\x06job_id\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\"\x99\x01\n\x13\x46\x65tchWeightsRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12*\n\x07weights\x18\x02 \x01(\x0b\x32\x19.stillhouse.v1.WeightsRef\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12&\n\x05\x64type\x18\x04 \x01(\x0e\x32\x17.stillhouse.v1.DataType\x12\x0f\n\x07\x61verage\x18\x05 \x01(\x08\"s\n\x14\x46\x65tchWeightsResponse\x12,\n\x05index\x18\x01 \x01(\x0b\x32\x1b.stillhouse.v1.WeightsIndexH\x00\x12%\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x14.stillhouse.v1.ChunkH\x00\x42\x06\n\x04part\"!\n\x0fGetStateRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"\xe5\x01\n\x10GetStateResponse\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06status\x18\x03 \x01(\t\x12\x0c\n\x04step\x18\x04 \x01(\x04\x12\x11\n\tstop_step\x18\x05 \x01(\x04\x12*\n\x07weights\x18\x06 \x01(\x0b\x32\x19.stillhouse.v1.WeightsRef\x12\'\n\x04held\x18\x07 \x03(\x0b\x32\x19.stillhouse.v1.WeightsRef\x12\x12\n\nnext_group\x18\x08 \x01(\x04\x12\x18\n\x10groups_in_flight\x18\t \x01(\r\"H\n\x13RetrySamplesRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x12\n\nsample_ids\x18\x03 \x03(\t\"\x8c\x01\n\x14RetrySamplesResponse\x12\x43\n\x08refusals\x18\x01 \x03(\x0b\x32\x31.stillhouse.v1.RetrySamplesResponse.RefusalsEntry\x1a/\n\rRefusalsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x32\xf7\x02\n\x0eTrainerService\x12\x64\n\x07GetInfo\x12+.stillhouse.v1.TrainerServiceGetInfoRequest\x1a,.stillhouse.v1.TrainerServiceGetInfoResponse\x12Y\n\x0c\x46\x65tchWeights\x12\".stillhouse.v1.FetchWeightsRequest\x1a#.stillhouse.v1.FetchWeightsResponse0\x01\x12K\n\x08GetState\x12\x1e.stillhouse.v1.GetStateRequest\x1a\x1f.stillhouse.v1.GetStateResponse\x12W\n\x0cRetrySamples\x12\".stillhouse.v1.RetrySamplesRequest\x1a#.stillhouse.v1.RetrySamplesResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'stillhouse.v1.trainer_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_RETRYSAMPLESRESPONSE_REFUSALSENTRY']._loaded_options = None
+  _globals['_RETRYSAMPLESRESPONSE_REFUSALSENTRY']._serialized_options = b'8\001'
   _globals['_TRAINERSERVICEGETINFOREQUEST']._serialized_start=103
   _globals['_TRAINERSERVICEGETINFOREQUEST']._serialized_end=133
   _globals['_TRAINERSERVICEGETINFORESPONSE']._serialized_start=135
@@ -45,6 +47,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETSTATEREQUEST']._serialized_end=540
   _globals['_GETSTATERESPONSE']._serialized_start=543
   _globals['_GETSTATERESPONSE']._serialized_end=772
-  _globals['_TRAINERSERVICE']._serialized_start=775
-  _globals['_TRAINERSERVICE']._serialized_end=1061
+  _globals['_RETRYSAMPLESREQUEST']._serialized_start=774
+  _globals['_RETRYSAMPLESREQUEST']._serialized_end=846
+  _globals['_RETRYSAMPLESRESPONSE']._serialized_start=849
+  _globals['_RETRYSAMPLESRESPONSE']._serialized_end=989
+  _globals['_RETRYSAMPLESRESPONSE_REFUSALSENTRY']._serialized_start=942
+  _globals['_RETRYSAMPLESRESPONSE_REFUSALSENTRY']._serialized_end=989
+  _globals['_TRAINERSERVICE']._serialized_start=992
+  _globals['_TRAINERSERVICE']._serialized_end=1367
 # @@protoc_insertion_point(module_scope)

@@ -73,3 +73,26 @@ class GetStateResponse(_message.Message):
     next_group: int
     groups_in_flight: int
     def __init__(self, job_id: _Optional[str] = ..., epoch: _Optional[int] = ..., status: _Optional[str] = ..., step: _Optional[int] = ..., stop_step: _Optional[int] = ..., weights: _Optional[_Union[_weights_pb2.WeightsRef, _Mapping]] = ..., held: _Optional[_Iterable[_Union[_weights_pb2.WeightsRef, _Mapping]]] = ..., next_group: _Optional[int] = ..., groups_in_flight: _Optional[int] = ...) -> None: ...
+
+class RetrySamplesRequest(_message.Message):
+    __slots__ = ("job_id", "epoch", "sample_ids")
+    JOB_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SAMPLE_IDS_FIELD_NUMBER: _ClassVar[int]
+    job_id: str
+    epoch: int
+    sample_ids: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, job_id: _Optional[str] = ..., epoch: _Optional[int] = ..., sample_ids: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class RetrySamplesResponse(_message.Message):
+    __slots__ = ("refusals",)
+    class RefusalsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    REFUSALS_FIELD_NUMBER: _ClassVar[int]
+    refusals: _containers.ScalarMap[str, str]
+    def __init__(self, refusals: _Optional[_Mapping[str, str]] = ...) -> None: ...

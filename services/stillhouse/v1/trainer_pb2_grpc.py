@@ -50,6 +50,11 @@ class TrainerServiceStub:
                 request_serializer=stillhouse_dot_v1_dot_trainer__pb2.GetStateRequest.SerializeToString,
                 response_deserializer=stillhouse_dot_v1_dot_trainer__pb2.GetStateResponse.FromString,
                 _registered_method=True)
+        self.RetrySamples = channel.unary_unary(
+                '/stillhouse.v1.TrainerService/RetrySamples',
+                request_serializer=stillhouse_dot_v1_dot_trainer__pb2.RetrySamplesRequest.SerializeToString,
+                response_deserializer=stillhouse_dot_v1_dot_trainer__pb2.RetrySamplesResponse.FromString,
+                _registered_method=True)
 
 
 class TrainerServiceServicer:
@@ -78,6 +83,14 @@ class TrainerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RetrySamples(self, request, context):
+        """Have samples that were given up tried again, as long as their step is not journalled. May be repeated: a sample that is
+        being tried is refused. FAILED_PRECONDITION: this trainer does not lead the job, or nothing is in flight.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TrainerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -95,6 +108,11 @@ def add_TrainerServiceServicer_to_server(servicer, server):
                     servicer.GetState,
                     request_deserializer=stillhouse_dot_v1_dot_trainer__pb2.GetStateRequest.FromString,
                     response_serializer=stillhouse_dot_v1_dot_trainer__pb2.GetStateResponse.SerializeToString,
+            ),
+            'RetrySamples': grpc.unary_unary_rpc_method_handler(
+                    servicer.RetrySamples,
+                    request_deserializer=stillhouse_dot_v1_dot_trainer__pb2.RetrySamplesRequest.FromString,
+                    response_serializer=stillhouse_dot_v1_dot_trainer__pb2.RetrySamplesResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -179,6 +197,33 @@ class TrainerService:
             '/stillhouse.v1.TrainerService/GetState',
             stillhouse_dot_v1_dot_trainer__pb2.GetStateRequest.SerializeToString,
             stillhouse_dot_v1_dot_trainer__pb2.GetStateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RetrySamples(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stillhouse.v1.TrainerService/RetrySamples',
+            stillhouse_dot_v1_dot_trainer__pb2.RetrySamplesRequest.SerializeToString,
+            stillhouse_dot_v1_dot_trainer__pb2.RetrySamplesResponse.FromString,
             options,
             channel_credentials,
             insecure,

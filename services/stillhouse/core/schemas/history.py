@@ -74,7 +74,7 @@ class DeadLetter(Answer):
     """The sample: group/index."""
     object: Literal["dead_letter"] = "dead_letter"
     step: int | None
-    """Optimizer step that goes on without it; null for samples of an evaluation."""
+    """Optimizer step that goes on without it; the first is 1. Null for samples of an evaluation."""
     epoch: int
     row: int
     """Row of the data, from 0."""

@@ -1,27 +1,31 @@
-"""/v1/jobs/{id}/dead_letters: samples that were given up."""
+"""/v1/jobs/{id}/dead_letters: samples that were given up, and another try at them."""
 
 from __future__ import annotations
 
 import asyncio
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Body, Query
 from pydantic import BaseModel, ConfigDict, Field
 
 from stillhouse.core import dead_letters
-from stillhouse.core.errors import NotFoundError
+from stillhouse.core.errors import ConflictError, NotFoundError, UnavailableError
+from stillhouse.core.pulls import leader
 from stillhouse.core.queue import keys
 from stillhouse.core.queue.jobs import JobRecord
 from stillhouse.core.queue.streams import PAYLOAD
-from stillhouse.core.schemas import DeadLetter, Page
+from stillhouse.core.schemas import DeadLetter, LetterRetries, LetterRetry, Page
 from stillhouse.core.service import Context
 from stillhouse.core.spec import ScheduleSpec
 from stillhouse.gateway.deps import Ctx, OwnJob
 from stillhouse.gateway.routes.deadline import DeadlineRoute
+from stillhouse.v1 import rollout_pb2, trainer_pb2
 
 router = APIRouter(prefix="/v1/jobs/{job_id}", tags=["history"], route_class=DeadlineRoute)
 MOST_QUEUED = 10_000
 """Letters read from the queue: a job with more in flight fails by max_failed_fraction."""
+RETRY_S = 15.0
+"""Time in which the trainer has put samples back; less than what a request may take."""
 
 
 class LettersQuery(BaseModel):
@@ -55,6 +59,45 @@ async def get_dead_letters(ctx: Ctx, record: OwnJob, query: Annotated[LettersQue
     return Page(data=[_view(letter) for letter in page], has_more=len(letters) > len(page))
 
 
+class LettersBody(BaseModel):
+    """Which dead letters to try again."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    ids: list[Annotated[str, Field(min_length=1, max_length=200)]] = Field(min_length=1, max_length=1000)
+    """Ids of dead letters (samples)."""
+
+
+@router.post("/dead_letters/retry")
+async def retry_dead_letters(ctx: Ctx, record: OwnJob, body: Annotated[LettersBody, Body()]) -> LetterRetries:
+    """Have samples that failed tried again. That works until their step is put together: then it is trained without
+    them. What was scored before stays; the answer says of each whether it is tried, and if not, why.
+
+    409: nothing of the job is in flight, or it is deterministic.
+    """
+    entries = await _dead(ctx, record)  # what fails again meanwhile stays
+    try:
+        trainer = await leader(ctx, record.id)
+    except UnavailableError as error:
+        raise ConflictError(f"no trainer leads job {record.id}, which is '{record.status}': {error.message}") from None
+    request = trainer_pb2.RetrySamplesRequest(job_id=record.id, epoch=record.epoch, sample_ids=body.ids)
+    answer = await trainer.unary("RetrySamples", request, timeout_s=RETRY_S)
+    gone = [entry_id for entry_id, sample_id in entries if answer.refusals.get(sample_id) == ""]
+    if gone:
+        await ctx.redis.xdel(keys.dead(record.id, record.epoch), *gone)
+    found = [LetterRetry(id=name, is_retried=not why, message=why) for name, why in answer.refusals.items()]
+    return LetterRetries(data=sorted(found, key=lambda letter: body.ids.index(letter.id)))
+
+
+async def _dead(ctx: Context, record: JobRecord) -> list[tuple[bytes, str]]:
+    """(entry, sample) of what the queue holds."""
+    entries: Any = await ctx.redis.xrange(keys.dead(record.id, record.epoch), count=MOST_QUEUED)
+    return [
+        (entry_id, rollout_pb2.Score.FromString(fields[PAYLOAD.encode()]).rollout.sample_id)
+        for entry_id, fields in entries
+    ]
+
+
 async def _queued(ctx: Context, record: JobRecord) -> list[dead_letters.DeadLetter]:
     if record.is_terminal:
         return []
@@ -64,5 +107,6 @@ async def _queued(ctx: Context, record: JobRecord) -> list[dead_letters.DeadLett
 
 
 def _view(letter: dead_letters.DeadLetter) -> DeadLetter:
-    names = ("step", "epoch", "row", "teacher", "reason", "message", "service", "attempts", "is_journalled")
-    return DeadLetter(id=letter.sample_id, **{name: getattr(letter, name) for name in names})
+    step = None if letter.step is None else letter.step + 1
+    names = ("epoch", "row", "teacher", "reason", "message", "service", "attempts", "is_journalled")
+    return DeadLetter(id=letter.sample_id, step=step, **{name: getattr(letter, name) for name in names})
