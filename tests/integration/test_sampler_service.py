@@ -359,3 +359,26 @@ async def test_pause_holds_work_and_resume_lets_it_go(desk: Desk) -> None:
     assert info.sampled_tokens > 0
     assert info.weights.policy_version == 0
     assert (await peer.unary("Abort", sampler_pb2.AbortRequest(), timeout_s=5)).aborted == 0
+
+
+async def test_pinned_groups_keep_their_weights_beside_others_that_go_on(desk: Desk) -> None:
+    """Version 1 is measured while version 2 comes: nothing pinned is written by another, nobody's weights go back."""
+    desk.publish(0)
+    ctx = await desk.cluster.start("sampler")
+    await desk.lease("sampler-0")
+    long = {"max_tokens": 60, "temperature": 9.0}
+    await desk.plan(0, min_policy_version=0, sampling=long)
+    desk.publish(1)
+    for group in (1, 2, 3):
+        await desk.plan(group, min_policy_version=1, pinned_policy_version_plus_one=2, sampling=long)
+    await desk.plan(4, min_policy_version=1, sampling=long)
+    desk.publish(2)
+    await desk.plan(5, min_policy_version=2, sampling=long)
+    await desk.plan(6, min_policy_version=1, pinned_policy_version_plus_one=2)
+    got = await desk.wait_for(*[f"{group}/{index}" for group in range(7) for index in (0, 1)])
+    versions = {name: [span.policy_version for span in rollout.spans] for name, rollout in got.items()}
+    for group in (1, 2, 3, 6):
+        assert versions[f"{group}/0"] == versions[f"{group}/1"] == [1]
+    assert versions["5/0"] == versions["5/1"] == [2]
+    assert all(found == sorted(found) for found in versions.values()), "weights went back under a completion"
+    assert not ctx.stop.is_set()

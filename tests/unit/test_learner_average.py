@@ -119,3 +119,26 @@ def test_a_checkpoint_without_it_is_refused(models: dict[str, Path], teacher: Te
     student = averaging(models)
     with pytest.raises(CorruptError, match=r"average\.safetensors is missing"):
         student.load(tmp_path / "ckpt")
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=KIND_NAMES)
+def test_weights_that_are_held_are_measured_later_and_training_does_not_see_it(
+    models: dict[str, Path], teacher: Teacher, kind
+) -> None:
+    samples, heads = teacher.score(rollouts()), {"t": teacher.head}
+    student, plain = averaging(models, **kind), averaging(models, **kind)
+    for one in (student, plain):
+        train(one, samples, teacher)
+    before = student.evaluate(samples, heads)
+    student.hold(True)
+    for _ in range(2):
+        for one in (student, plain):
+            train(one, samples, teacher)
+        assert student.evaluate(samples, heads) == before, "bit for bit"
+    assert plain.evaluate(samples, heads) != before
+    student.hold(False)
+    for one in (student, plain):
+        train(one, samples, teacher)
+    assert student.evaluate(samples, heads) == plain.evaluate(samples, heads)
+    for name, array in weights_of(student).items():
+        assert (array == weights_of(plain)[name]).all(), name

@@ -43,6 +43,8 @@ class FakeRun:
         self.in_flight = 0
         self.most_in_flight = 0
         self.fail_at: int | None = None
+        self.stop_step = span.stop_step
+        self.enough_at: int | None = None
 
     async def start(self, group: int, min_policy_version: int) -> asyncio.Task[Group]:
         self.events.append(("start", group))
@@ -86,6 +88,8 @@ class FakeRun:
 
     async def evaluate_if_due(self, step: int) -> None:
         self.events.append(("evaluate", step))
+        if step == self.enough_at:
+            self.stop_step = step + 1
 
     async def run(self, first_step: int = 0, interrupt: Interrupt | None = None) -> None:
         self.version = self.sampler_version = first_step
@@ -186,3 +190,14 @@ async def test_a_later_stage_counts_on_and_asks_for_no_weights_from_before_it(ma
     assert [span.min_policy_version(group) for group in (7, 9, 10)] == [10, 10, 10 if max_staleness else 11]
     assert span.min_policy_version(7 + 5 * 3) == 15 - max_staleness
     assert [span.step_of(group) for group in (7, 9, 10, 24)] == [10, 10, 11, 15]
+
+
+@pytest.mark.parametrize("max_staleness", [0, 2])
+async def test_an_early_end_comes_after_the_step_that_is_next_and_plans_no_more(max_staleness: int) -> None:
+    run = FakeRun(stage(20, 2, max_staleness))
+    run.enough_at = 7
+    await run.run()
+    assert [step for what, step in run.events if what == "train"] == list(range(8))
+    assert run.events[-1] == ("commit", 8)
+    planned = [group for what, group in run.events if what == "start"]
+    assert planned == list(range(2 * (7 + max(max_staleness, 1))))

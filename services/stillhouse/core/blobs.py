@@ -16,6 +16,8 @@ Layout below the artifacts folder:
                   pinned.json                   checkpoints that were marked as best
                   logs/{service}-{instance}.jsonl  what services logged about the job: see core/job_logs.py
                   paused.json                   the user's wish that the job rests, until it is resumed
+                  best_checkpoint.json          the best by held-out evaluation so far: core/evaluations.py
+                  stop.json                     after how many steps evaluations end the job early
                   final.json                    how the job ended
 
 Nothing here knows about models or queues.
@@ -309,6 +311,8 @@ class JobArtifacts:
         self.models = root / "models"
         self.logs = root / "logs"
         self.pinned = root / "pinned.json"
+        self.best_checkpoint = root / "best_checkpoint.json"
+        self.stop = root / "stop.json"
         self.final = root / "final.json"
         self.paused = root / "paused.json"
         self.preflight = root / "preflight.json"

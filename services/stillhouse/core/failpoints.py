@@ -39,6 +39,8 @@ POINTS: Final = {
     "trainer.mid_backward": "between the micro-batches of a step",
     "trainer.stepped": "the optimizer has stepped, nothing is published",
     "trainer.published": "the weights' reference is durable, no sampler was told",
+    "trainer.evaluated": "an evaluation is written, nothing has followed from it",
+    "trainer.stop_recorded": "it is recorded that the job ends early, nobody has acted on it",
     "trainer.committing": "a checkpoint's state files are written, its manifest is not",
     "trainer.committed": "the checkpoint is durable, the record does not say so",
     "trainer.retaining": "between the deletions of old checkpoints",

@@ -22,7 +22,7 @@ from stillhouse.core.spec_data import (
     TemplateArguments,
     TokensSpec,
 )
-from stillhouse.core.spec_evaluation import EvaluationSpec
+from stillhouse.core.spec_evaluation import BestSpec, EarlyStopSpec, EvaluationSpec
 from stillhouse.core.spec_loss import (
     CrossEntropyLoss,
     FullVocabularyLoss,
@@ -36,11 +36,13 @@ from stillhouse.core.spec_stages import OptimizerSpec, ScheduleSpec, StageSpan, 
 from stillhouse.core.spec_teacher import EmaSpec, check_followers, check_stage_references
 
 __all__ = [  # the whole format, from one module
+    "BestSpec",
     "CheckpointSpec",
     "Closed",
     "CrossEntropyLoss",
     "DataSpec",
     "Dtype",
+    "EarlyStopSpec",
     "EmaSpec",
     "EvaluationSpec",
     "FullVocabularyLoss",
@@ -250,7 +252,15 @@ class CheckpointSpec(Closed):
     keep_last: int = Field(default=2, ge=1, le=1000)
     """Older checkpoints are deleted. At least two that verify are always kept."""
     keep_best: int = Field(default=1, ge=0, le=1000)
-    """Of the checkpoints that were evaluated, so many with the lowest held-out reverse KL stay, however old."""
+    """Of the checkpoints that were evaluated, so many of the best (`evaluation.best`) stay, however old."""
+    export: Literal["last", "best"] = "last"
+    """The student that the job gives: that of its last step, or its best checkpoint by held-out evaluation."""
+
+    @model_validator(mode="after")
+    def _keeps_what_it_exports(self) -> CheckpointSpec:
+        if self.export == "best" and self.keep_best == 0:
+            raise ValueError("'export' best needs the best checkpoint: set 'keep_best' to 1 or more")
+        return self
 
 
 class SamplersSpec(Closed):
@@ -330,9 +340,21 @@ class JobSpec(Closed):
                     raise ValueError(f"{where}: unknown teacher '{unknown[0]}'; the job has {sorted(self.teachers)}")
                 if not mixture and self.teachers:
                     raise ValueError(f"{where}: name the row's 'teacher', the job has {sorted(self.teachers)}")
+        self._check_measures()
         check_followers(self)
         check_stage_references(self)
         return self
+
+    def _check_measures(self) -> None:
+        """What checkpoints are compared by is measured."""
+        if self.checkpoint.export == "best" and self.evaluation.data is None:
+            raise ValueError("'checkpoint.export' best needs held-out measurements: give 'evaluation.data'")
+        for part in (self.evaluation.best, self.evaluation.early_stop):
+            name, _, teacher = (part.metric or "").partition("/") if part is not None else ("", "", "")
+            if teacher and teacher not in self.teachers:
+                raise ValueError(f"evaluation: '{name}' of teacher '{teacher}', the job has {sorted(self.teachers)}")
+            if name in ("reverse_kl", "teacher_nll_greedy") and not self.teachers:
+                raise ValueError(f"evaluation: '{name}' is measured against a teacher, and the job has none")
 
     def ema_of_student(self) -> EmaSpec | None:
         """The average that teachers follow; None = all are frozen."""

@@ -149,3 +149,12 @@ def destination(rollout: pb.Rollout, scope: Scope) -> tuple[str, str, bytes]:
         return keys.scored(scope.job_id, scope.epoch), mark, score.SerializeToString()
     stream = keys.rollouts(scope.job_id, scope.epoch, rollout.teacher)
     return stream, rollout_mark(rollout.sample_id, rollout.teacher, rollout.attempt), rollout.SerializeToString()
+
+
+def content(completion: Completion) -> str:
+    """What makes a rollout too large, and what to do about it."""
+    size = f"it holds {len(completion.completion_ids)} tokens"
+    if completion.target_ids is None:
+        return f"{size}; lower sampling.max_tokens"
+    likeliest = completion.target_ids.shape[1]
+    return f"{size} with the ids of the {likeliest} likeliest at each; lower loss.k or sampling.max_tokens"

@@ -31,6 +31,7 @@ from stillhouse.sampler.engines.base import SampleRequest
 from stillhouse.sampler.generation import Completion, Generator
 from stillhouse.sampler.messages import (
     Source,
+    content,
     destination,
     group_requests,
     make_failure,
@@ -63,6 +64,8 @@ class Shift:
         self._stream = keys.prompts(scope.job_id, scope.epoch)
         self._works: dict[str, Work] = {}
         """Open groups by entry."""
+        self._coming: Work | None = None
+        """Claimed, and waits until the weights may become what it wants."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._error: BaseException | None = None
         self._changed = asyncio.Event()
@@ -157,6 +160,7 @@ class Shift:
             return
         if work.is_alone:
             await self._until_idle()
+        await self._make_way(work)
         if self.halted.is_set():
             return
         self._works[work.entry.id] = work
@@ -168,6 +172,23 @@ class Shift:
         """Wait until the open groups are done, or the shift is halted."""
         while self._works and not self.halted.is_set():
             await self._wait_for_change()
+
+    async def _make_way(self, work: Work) -> None:
+        """Wait until the weights may become those that `work` wants."""
+        self._coming = work
+        self._pin()
+        try:
+            if work.pinned_version is not None:
+                await self._student.settled()  # newer weights may be on their way into the engine
+            while not self.halted.is_set() and work.must_wait(self._works.values(), self._student.version(self._scope)):
+                await self._wait_for_change()
+        finally:
+            self._coming = None
+
+    def _pin(self) -> None:
+        """No newer weights while a group is open, or next, that wants those which are there."""
+        works = [*self._works.values(), *([self._coming] if self._coming else [])]
+        self._student.is_pinned = any(work.pinned_version is not None for work in works)
 
     async def _wait_for_change(self) -> None:
         await pause(self._changed, LOOK_S)
@@ -249,8 +270,8 @@ class Shift:
     async def _serve(self, work: Work) -> None:
         """Write a group until it is done or halted. One that fails is not kept: that would be progress."""
         try:
-            self._student.is_pinned = work.exact_version is not None
-            ensure = self._student.ensure(self._scope, at_least=work.min_version, exactly=work.exact_version)
+            self._pin()
+            ensure = self._student.ensure(self._scope, at_least=work.min_version, exactly=work.pinned_version)
             if await unless(work.halted, ensure):
                 work.is_writing = True
                 await self._write(work)
@@ -288,7 +309,7 @@ class Shift:
         try:
             outcome = await self._ctx.queue.hand_over(self._scope, work.entry, target, mark, payload, last=is_last)
         except TooLargeError as error:
-            await self._fail(work, index, "too_large", f"{error.message}; {_content(completion)}")
+            await self._fail(work, index, "too_large", f"{error.message}; {content(completion)}")
             return
         failpoint("sampler.handed_over")
         self._settle(work, index, outcome)
@@ -312,6 +333,7 @@ class Shift:
         if not work.completions:
             self._claims.finish(work.entry)
             self._works.pop(work.entry.id, None)
+            self._pin()
         if outcome is Outcome.CLOSED:
             self._close()
 
@@ -353,6 +375,7 @@ class Shift:
         """Another worker holds the group now."""
         if self._works.pop(work.entry.id, None) is not None:
             self._ctx.log.info("group left to who took it over", group=work.group.group_id)
+            self._pin()
         self._claims.finish(work.entry)
         work.halted.set()
 
@@ -366,12 +389,3 @@ async def _next_unless(halted: asyncio.Event, written: AsyncGenerator[Completion
 
     await unless(halted, take())
     return found[0] if found else None
-
-
-def _content(completion: Completion) -> str:
-    """What makes a rollout too large, and what to do about it."""
-    size = f"it holds {len(completion.completion_ids)} tokens"
-    if completion.target_ids is None:
-        return f"{size}; lower sampling.max_tokens"
-    likeliest = completion.target_ids.shape[1]
-    return f"{size} with the ids of the {likeliest} likeliest at each; lower loss.k or sampling.max_tokens"

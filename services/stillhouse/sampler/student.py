@@ -182,6 +182,11 @@ class Student:
             await asyncio.sleep(delay_s)
             delay_s = min(2 * delay_s, 2.0)
 
+    async def settled(self) -> None:
+        """Wait until a change of weights that has begun is over."""
+        async with self._changing:
+            return
+
     async def follow(self, scope: Scope) -> None:
         """Have the newest weights heard of, if they can be had; completions that run go on with them."""
         if not self._is_hinted(scope):

@@ -50,6 +50,13 @@ class Work:
         return self.group.exact_policy_version_plus_one - 1 if self.group.exact_policy_version_plus_one else None
 
     @property
+    def pinned_version(self) -> int | None:
+        """These weights and no others, whatever is written beside it; None = any that are new enough."""
+        if self.group.pinned_policy_version_plus_one:
+            return self.group.pinned_policy_version_plus_one - 1
+        return self.exact_version
+
+    @property
     def is_alone(self) -> bool:
         """Nothing else is written beside it: its batch must be itself, or it may be what ends its samplers."""
         return self.exact_version is not None or self.entry.is_suspect
@@ -59,6 +66,17 @@ class Work:
         """Oldest weights that may go on: what the group allows, and nothing older than what has written already."""
         spans = [span for completion in self.completions.values() for span in completion.spans]
         return max([self.group.min_policy_version, *(weights.policy_version for _, weights in spans)])
+
+    def must_wait(self, others: Iterable[Work], version: int | None) -> bool:
+        """Open groups need other weights than this one does. `version` = the weights that are there.
+
+        Weights stay while groups are open that are pinned to them, and never go back under a completion.
+        """
+        pinned, others = self.pinned_version, list(others)
+        if pinned is None:
+            return any(o.pinned_version is not None and o.pinned_version < self.min_version for o in others)
+        is_behind = version is not None and version > pinned
+        return any(is_behind or o.min_version > pinned or o.pinned_version not in (None, pinned) for o in others)
 
     def resume(self, parts: Sequence[bytes]) -> None:
         """Go on from what an earlier holder kept.

@@ -1,4 +1,4 @@
-"""How many held-out prompts the student answers right: its greedy completions, judged by the rows' verifiers.
+"""How many held-out prompts the student answers right: its completions, judged by the rows' verifiers.
 
 Processes are started for an evaluation and gone after it. Whatever goes wrong with a verifier costs its rows the
 accuracy, never the job: nothing is trained on these verdicts.
@@ -31,9 +31,9 @@ class Accuracy:
     warn: Callable[[str], Awaitable[None]]
     """Tells people what could not be judged."""
 
-    async def judge(self, greedy: Sequence[ScoredSample]) -> dict[str, Verdict]:
+    async def judge(self, samples: Sequence[ScoredSample]) -> dict[str, Verdict]:
         """Verdicts by sample id, of rows that have a verifier; without those of a verifier that does not work."""
-        items = {sample.sample_id: make_item(sample, self.prompts, self.text, self.spec.verifier) for sample in greedy}
+        items = {sample.sample_id: make_item(sample, self.prompts, self.text, self.spec.verifier) for sample in samples}
         verdicts: dict[str, Verdict] = {}
         judges = Judges(timeout_s=self.spec.verdict_timeout_s)
         try:

@@ -158,6 +158,14 @@ class Engine:
         """Compute with the moving average of the weights, if the job keeps one, or again with those that learn."""
         self.parameters.show_average(on)
 
+    def hold(self, on: bool) -> None:
+        """Keep a copy of the weights as they are now, or drop it; of an adapter its own weights alone."""
+        self.parameters.hold(on)
+
+    def show_held(self, on: bool) -> None:
+        """Compute with that copy, or again with the weights that learn."""
+        self.parameters.show_held(on)
+
     def move_followed(self) -> None:
         """Move the average that teachers follow towards the weights that learn."""
         self.parameters.move_followed()

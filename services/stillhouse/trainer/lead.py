@@ -23,6 +23,7 @@ from redis.exceptions import RedisError
 from stillhouse.core.blobs import is_no_space, sha256_file
 from stillhouse.core.checkpoints import read_references
 from stillhouse.core.errors import ConflictError, JobFailedError, LeaseLostError, StillhouseError
+from stillhouse.core.evaluations import read_best, read_stop, stop_step
 from stillhouse.core.failpoints import failpoint
 from stillhouse.core.queue.jobs import JobRecord
 from stillhouse.core.queue.streams import Scope
@@ -63,6 +64,8 @@ class Lead:
         self.progress = Progress(scope, ctx.jobs, self.spec.stop_step())
         self.status = "validating"
         self.run_: Run | None = None
+        self._is_ready = False
+        """The run has caught up with its journals."""
         self._log = ctx.log.bind(job_id=scope.job_id, epoch=scope.epoch)
         self._ends = Ends(ctx, scope, self.artifacts, self._log)
         self._background: list[asyncio.Task[None]] = []
@@ -116,6 +119,8 @@ class Lead:
             await self._ends.close_epoch("queue_lost", str(error))
         finally:
             await cancel_all(self._background)
+            if self.run_ is not None and self.run_.evaluations is not None:
+                await self.run_.evaluations.cancel()
             with suppress(RedisError, OSError):
                 await self._start.samplers.release()
             await self._start.close()
@@ -147,6 +152,7 @@ class Lead:
         failpoint("trainer.claimed")
         number, message = await asyncio.to_thread(manifests.fruitless_claims, self.artifacts)
         opening = await self._guard(self.space.insist("the new claim", lambda: asyncio.to_thread(self._open)))
+        self.progress.stop_step = await asyncio.to_thread(stop_step, self.spec, self.artifacts)
         if self._record.status == "cancelling":
             raise Interrupted("cancelled")
         if number >= MAX_FRUITLESS:
@@ -158,6 +164,8 @@ class Lead:
             self._run_beside(self._start.samplers.run(), "lease samplers")
         run = await self._guard(self._start.run(opening, self._set_status))
         self.run_ = run
+        await self._guard(self._start.catch_up(run))
+        self._is_ready = True
         await self._guard(self._train(run))
         return await self._finish(run)
 
@@ -195,7 +203,7 @@ class Lead:
             self.progress.phase = "training"
             self.progress.start_clock()
             await run_opd(span, run.step_done, Collaborators(run, run, run, run, run, run), self.interrupt)
-        await run.evaluate_if_due(self.spec.stop_step())
+        await run.evaluate_if_due(run.stop_step)
         await run.commit()
 
     async def _wait_for_samplers(self) -> None:
@@ -211,27 +219,32 @@ class Lead:
 
     async def _finish(self, run: Run) -> End:
         """Export the student, then say so: `succeeded` means that all steps are committed."""
-        if run.step_done != self.spec.stop_step():
-            raise JobFailedError(f"ended at step {run.step_done} of {self.spec.stop_step()}")
+        if run.step_done != run.stop_step:
+            raise JobFailedError(f"ended at step {run.step_done} of {run.stop_step}")
         await self.progress.show("exporting")
-        result = self._result(run)
+        exported = await self._guard(run.choose_export())
+        result = self._result(run, exported)
         student = self._ctx.models.get(self.spec.student.model)
         card = self._card(result)
         await self._guard(self.space.insist("the export", lambda: run.export(Path(student.path), card)))
         failpoint("trainer.exported")
         return End("succeeded", result=result)
 
-    def _result(self, run: Run) -> dict[str, Any]:
+    def _result(self, run: Run, exported_step: int) -> dict[str, Any]:
         export = self.artifacts.export(self.scope.epoch).relative_to(self.artifacts.root)
         result: dict[str, Any] = {
             "steps": run.step_done,
+            "exported_step": exported_step,
             "export": "ckpt_export",
             "export_path": str(export),
             "usage": self.progress.usage,
         }
-        if run.held_out is not None:
-            before, after = run.held_out.read(0), run.held_out.read(self.spec.stop_step())
-            result["evaluation"] = change(before, after)
+        if run.evaluations is not None:
+            held_out = run.evaluations.held_out
+            result["evaluation"] = change(held_out.read(0), held_out.read(exported_step))
+            result["best_checkpoint"] = read_best(self.artifacts)
+        if (stop := read_stop(self.artifacts)) is not None:
+            result["early_stop"] = stop
         return result
 
     def _card(self, result: dict[str, Any]) -> dict[str, Any]:
@@ -271,9 +284,10 @@ class Lead:
     async def _stopped(self, reason: str) -> End:
         """A clean stop between steps: what is trained is committed; a cancelled job ends, else it goes on later."""
         failpoint("trainer.stopping", reason)
-        if self.run_ is not None:
+        run = self.run_ if self._is_ready else None
+        if run is not None and (reason == "cancelled" or not run.is_evaluating):
             try:
-                await self.run_.commit()
+                await run.commit()
             except Exception as error:
                 if not is_no_space(error):
                     raise
@@ -289,7 +303,7 @@ class Lead:
                 status=status,
                 status_reason="",
                 status_message="",
-                stop_step=self.spec.stop_step(),
+                stop_step=self.progress.stop_step,
                 **fields,
             )
         except ConflictError:  # a wish of the user's came meanwhile

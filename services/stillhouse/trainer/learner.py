@@ -14,15 +14,7 @@ from typing import Any, Final, Protocol
 import numpy as np
 
 from stillhouse.core.errors import NonFiniteError, WeightsError, WireError
-from stillhouse.core.spec import (
-    LossSpec,
-    OptimizerSpec,
-    PolicyGradientLoss,
-    StageSpan,
-    StageSpec,
-    TeacherSpec,
-    TopKLoss,
-)
+from stillhouse.core.spec import OptimizerSpec, StageSpan, StageSpec, TeacherSpec
 from stillhouse.core.spec_base import NO_TEACHER
 from stillhouse.trainer.batch import RowMeasures, TeacherHead, TrainSample, Update
 from stillhouse.trainer.metrics import StepMeasures
@@ -34,6 +26,7 @@ from stillhouse.trainer.packing import (
     plan_micro_batches,
     trains,
 )
+from stillhouse.trainer.requirements import require_hidden, require_lists, require_spans
 
 MAX_NAMED: Final = 8
 """Samples that an error names, at most."""
@@ -57,6 +50,8 @@ class Computes(Protocol):
     def gradient_norm(self) -> float: ...
     def update(self, lr: float) -> Update: ...
     def show_average(self, on: bool) -> None: ...
+    def hold(self, on: bool) -> None: ...
+    def show_held(self, on: bool) -> None: ...
     def state_arrays(self) -> list[tuple[str, np.ndarray, str]]: ...
     def move_followed(self) -> None: ...
     def followed_arrays(self) -> list[tuple[str, np.ndarray, str]]: ...
@@ -79,6 +74,7 @@ class Learner:
         """Of all stages."""
         self.policy_version = 0
         """Optimizer steps behind the weights."""
+        self._is_holding = False
         self.on_progress: Callable[[], None] = lambda: None
         """Called after every micro-batch."""
 
@@ -90,6 +86,10 @@ class Learner:
         """Go on from the weights as they are under another stage, with a fresh optimizer; see `Parameters`."""
         self.engine.begin_stage(span.stage)
         self.span = span
+
+    def end_at(self, step: int) -> None:
+        """The job ends after so many steps, fewer than planned; learning rates go on as planned."""
+        self.total_steps = step
 
     @property
     def is_done(self) -> bool:
@@ -114,12 +114,12 @@ class Learner:
         """
         loss = self.stage.loss
         if loss.payload() == "hidden":
-            _require_hidden(samples, heads)
+            require_hidden(samples, heads)
         else:
             heads = {}
-        _require_lists(samples, loss)
+        require_lists(samples, loss)
         if loss.crosses_tokenizers():
-            _require_spans(samples)
+            require_spans(samples)
         weights = loss_weights(
             samples, [self._weight(sample) for sample in samples], loss.reduction, per_teacher=loss.per_teacher
         )
@@ -164,22 +164,30 @@ class Learner:
         if ema is not None and self.policy_version % ema.every == 0:
             self.engine.move_followed()
 
+    def hold(self, on: bool) -> None:
+        """Keep a copy of the weights as they are now, which `evaluate` then measures; or drop it."""
+        self.engine.hold(on)
+        self._is_holding = on
+
     def evaluate(
         self, samples: Sequence[TrainSample], heads: Mapping[str, TeacherHead], *, temperature: float | None = None
     ) -> list[dict[str, Any]]:
         """Exact KL(student || teacher) of each sample, from its hidden states; summed over its trained tokens, nats.
 
         One dict per sample: `sample_id`, `teacher`, `reverse_kl_sum`, `num_tokens`. The temperature is the stage's
-        unless given.
+        unless given. Of the weights that are held, if some are.
         """
-        _require_hidden(samples, heads)
+        require_hidden(samples, heads)
         temperature = self.stage.sampling.temperature if temperature is None else temperature
-        self.engine.show_average(self.is_done)
-        sums = np.zeros(len(samples))
-        for batches in self._batches(samples, self.plan(samples, heads), [0.0] * len(samples), heads):
-            for batch, kls in zip(batches, self.engine.exact_kl(batches, heads, temperature), strict=True):
-                np.add.at(sums, batch.sample_of_row, kls)
-            self.on_progress()
+        if not self._is_holding:
+            self.engine.show_average(self.is_done)
+            sums = self._kl_sums(samples, heads, temperature)
+        else:
+            self.engine.show_held(True)
+            try:
+                sums = self._kl_sums(samples, heads, temperature)
+            finally:
+                self.engine.show_held(False)
         return [
             {
                 "sample_id": sample.sample_id,
@@ -189,6 +197,17 @@ class Learner:
             }
             for sample, total in zip(samples, sums, strict=True)
         ]
+
+    def _kl_sums(
+        self, samples: Sequence[TrainSample], heads: Mapping[str, TeacherHead], temperature: float
+    ) -> np.ndarray:
+        """[samples] exact KL of each, summed over its trained tokens, nats."""
+        sums = np.zeros(len(samples))
+        for batches in self._batches(samples, self.plan(samples, heads), [0.0] * len(samples), heads):
+            for batch, kls in zip(batches, self.engine.exact_kl(batches, heads, temperature), strict=True):
+                np.add.at(sums, batch.sample_of_row, kls)
+            self.on_progress()
+        return sums
 
     def state_arrays(self) -> list[tuple[str, np.ndarray, str]]:
         """(name, array, element type) of all weights, a copy; see `Parameters.state_arrays`."""
@@ -214,6 +233,7 @@ class Learner:
         Raises:
             CorruptError: it does not read, or is of another student.
         """
+        self._is_holding = False
         self.policy_version = int(self.engine.load(folder)["policy_version"])
 
     def _weight(self, sample: TrainSample) -> float:
@@ -341,43 +361,6 @@ def _bad_losses(batch: MicroBatch, rows: RowMeasures, samples: Sequence[TrainSam
 def _names(sample_ids: Sequence[str]) -> str:
     shown = ", ".join(sample_ids[:MAX_NAMED])
     return shown if len(sample_ids) <= MAX_NAMED else f"{shown} and others"
-
-
-def _require_hidden(samples: Sequence[TrainSample], heads: Mapping[str, TeacherHead]) -> None:
-    """Refuse samples without what the exact divergences need."""
-    for sample in samples:
-        if sample.hidden is None:
-            raise WireError(
-                f"sample {sample.sample_id}: no hidden states of teacher '{sample.teacher}'; its distribution over the "
-                "whole vocabulary needs scores of kind hidden"
-            )
-        if sample.teacher not in heads:
-            raise WireError(
-                f"sample {sample.sample_id}: no output head of teacher '{sample.teacher}'; got those of {sorted(heads)}"
-            )
-
-
-def _require_spans(samples: Sequence[TrainSample]) -> None:
-    """Refuse samples that say nothing about spans of text."""
-    for sample in samples:
-        if sample.spans is None:
-            raise WireError(
-                f"sample {sample.sample_id}: teacher '{sample.teacher}' scored tokens; with cross_tokenizer scores of "
-                "kind spans are needed"
-            )
-
-
-def _require_lists(samples: Sequence[TrainSample], loss: LossSpec) -> None:
-    """Refuse samples without the likeliest tokens that the objective looks at: the teacher's, the student's or both."""
-    teachers = loss.k if loss.payload() == "top_k" and isinstance(loss, TopKLoss | PolicyGradientLoss) else 0
-    students = loss.record_top_k()
-    for sample in samples:
-        found = [0 if ids is None else ids.shape[1] for ids in (sample.topk_ids, sample.target_ids)]
-        if found != [teachers, students]:
-            raise WireError(
-                f"sample {sample.sample_id}: {found[0]} likeliest tokens of teacher '{sample.teacher}' and {found[1]} "
-                f"of the student per position; the objective needs {teachers} and {students}"
-            )
 
 
 def learning_rate(spec: OptimizerSpec, step: int, total_steps: int) -> float:

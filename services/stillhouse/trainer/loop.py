@@ -76,10 +76,15 @@ class Checkpoints(Protocol):
 
 
 class Evaluator(Protocol):
-    """Measures held-out quality between steps."""
+    """Measures held-out quality, and may end the job early for it."""
+
+    @property
+    def stop_step(self) -> int:
+        """Optimizer steps of the job; what is measured may lower it to the step that is next, and no further."""
+        ...
 
     async def evaluate_if_due(self, step: int) -> None:
-        """Measure the weights of `step` steps, once."""
+        """Begin to measure the weights of `step` steps, once; training may go on meanwhile."""
         ...
 
 
@@ -136,7 +141,7 @@ class Collaborators(Generic[GroupT]):
 
 
 async def run_opd(span: StageSpan, first_step: int, with_: Collaborators[GroupT], interrupt: Interrupt) -> None:
-    """Train the steps of a stage from `first_step` on. At its end nothing is in flight.
+    """Train the steps of a stage from `first_step` on. At its end nothing is in flight, unless it ends early.
 
     consumes:     scored groups, in the order they were started
     waits for:    the oldest group in flight
@@ -149,10 +154,12 @@ async def run_opd(span: StageSpan, first_step: int, with_: Collaborators[GroupT]
     in_flight: deque[Awaitable[GroupT]] = deque()
     next_group = span.first_group_of(first_step)
     for step in range(first_step, span.stop_step):
+        if step >= with_.evaluator.stop_step:
+            break
         interrupt.check()
         await with_.evaluator.evaluate_if_due(step)
 
-        last_step = min(step + span.max_staleness + 1, span.stop_step)
+        last_step = min(step + span.max_staleness + 1, span.stop_step, with_.evaluator.stop_step)
         while next_group < span.first_group_of(last_step):
             in_flight.append(await with_.rollouts.start(next_group, span.min_policy_version(next_group)))
             next_group += 1

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
-COMPARED: Final = ("reverse_kl", "accuracy", "teacher_nll_greedy", "repeated_4grams")
+COMPARED: Final = (
+    "reverse_kl",
+    "accuracy",
+    "pass_at_k",
+    "teacher_nll_greedy",
+    "repeated_4grams",
+    "mean_length",
+    "truncated",
+    "ended",
+)
 """Measures that a job's result shows before and after training."""
-TOLD: Final = ("reverse_kl", "accuracy", "num_prompts")
+TOLD: Final = ("reverse_kl", "accuracy", "pass_at_k", "mean_length", "truncated", "num_prompts")
 """Measures of each teacher that events tell."""
 
 
@@ -20,22 +30,66 @@ class Kl(NamedTuple):
     num_tokens: int
     share: float = 1.0
     """Of the completion in means over completions; those of a mixture's teachers add up to 1."""
+    row: int | None = None
+    """Row of its prompt; None = it is the only completion of one."""
 
 
-def measures(kls: Sequence[Kl], rewards: Sequence[tuple[Collection[str], float]]) -> dict[str, Any]:
+class Text(NamedTuple):
+    """What a held-out completion is like, without a look at what it says."""
+
+    teachers: Collection[str]
+    length: int
+    """Tokens."""
+    is_truncated: bool
+    """It reached max_tokens."""
+    has_ended: bool
+    """By an end token of the student; else cut, or at a stop string."""
+
+
+class Tries(NamedTuple):
+    """Completions sampled of one prompt that were judged."""
+
+    teachers: Collection[str]
+    number: int
+    right: int
+    """Those with a reward of 1 or more."""
+
+
+def pass_at_k(number: int, right: int, k: int) -> float:
+    """Chance that one of `k` completions is right, of `number` sampled ones of which `right` are; unbiased.
+
+    1 - C(n - c, k) / C(n, k). Source: Chen et al., Evaluating Large Language Models Trained on Code (2021), section
+    2.1, Eq. 1.
+    """
+    return 1 - math.comb(number - right, k) / math.comb(number, k)
+
+
+def measures(
+    kls: Sequence[Kl],
+    rewards: Sequence[tuple[Collection[str], float]],
+    texts: Sequence[Text] = (),
+    tries: Sequence[Tries] = (),
+    ks: Sequence[int] = (),
+) -> dict[str, Any]:
     """Measures of all prompts, and in `by_teacher` of each teacher's; `rewards` = (teachers, reward) of those that were
     judged."""
 
     def of(name: str) -> dict[str, Any]:
         own = [kl._replace(share=1.0) for kl in kls if kl.teacher == name]
-        return _measures(own, [value for owners, value in rewards if name in owners])
+        return {
+            **_measures(own, [value for owners, value in rewards if name in owners]),
+            **_text_measures([text for text in texts if name in text.teachers]),
+            **_pass_at_k([each for each in tries if name in each.teachers], ks),
+        }
 
     by_teacher = {name: of(name) for name in sorted({kl.teacher for kl in kls})}
-    return {**_measures(kls, [value for _, value in rewards]), "by_teacher": by_teacher}
+    found = _measures(kls, [value for _, value in rewards])
+    return {**found, **_text_measures(texts), **_pass_at_k(tries, ks), "by_teacher": by_teacher}
 
 
 def _measures(kls: Sequence[Kl], rewards: Sequence[float]) -> dict[str, Any]:
-    found: dict[str, Any] = {"num_prompts": round(sum(kl.share for kl in kls)) or len(rewards)}
+    rows = len({kl.row for kl in kls if kl.row is not None})
+    found: dict[str, Any] = {"num_prompts": rows or round(sum(kl.share for kl in kls)) or len(rewards)}
     if kls:
         num_tokens = sum(kl.share * kl.num_tokens for kl in kls)
         total = sum(kl.share * kl.total for kl in kls)
@@ -45,11 +99,33 @@ def _measures(kls: Sequence[Kl], rewards: Sequence[float]) -> dict[str, Any]:
     return found
 
 
+def _text_measures(texts: Sequence[Text]) -> dict[str, Any]:
+    if not texts:
+        return {}
+    return {
+        "mean_length": sum(text.length for text in texts) / len(texts),
+        "truncated": sum(text.is_truncated for text in texts) / len(texts),
+        "ended": sum(text.has_ended for text in texts) / len(texts),
+    }
+
+
+def _pass_at_k(tries: Sequence[Tries], ks: Sequence[int]) -> dict[str, Any]:
+    """Means over the prompts that have enough judged completions."""
+    found: dict[str, float] = {}
+    for k in ks:
+        if enough := [each for each in tries if each.number >= k]:
+            found[str(k)] = sum(pass_at_k(each.number, each.right, k) for each in enough) / len(enough)
+    return {"pass_at_k": found} if found else {}
+
+
 def change(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
     """Two evaluations side by side: {measure: {before, after}}, and the same of each teacher in `by_teacher`."""
     found: dict[str, Any] = {
         name: {"before": before[name], "after": after[name]} for name in COMPARED if name in before and name in after
     }
+    if "pass_at_k" in found:
+        earlier, later = before["pass_at_k"], after["pass_at_k"]
+        found["pass_at_k"] = {k: {"before": earlier[k], "after": later[k]} for k in earlier if k in later}
     earlier, later = before.get("by_teacher", {}), after.get("by_teacher", {})
     if common := [name for name in earlier if name in later]:
         found["by_teacher"] = {name: change(earlier[name], later[name]) for name in common}
@@ -70,6 +146,7 @@ def sentence(result: Mapping[str, Any]) -> str:
     """The same for people."""
     parts = {"reverse_kl": "reverse KL {:.4f} nats/token", "accuracy": "accuracy {:.3f}"}
     told_of = [text.format(result[name]) for name, text in parts.items() if name in result]
+    told_of += [f"pass@{k} {value:.3f}" for k, value in result.get("pass_at_k", {}).items() if k != "1"]
     text = f"step {result['step']}: held-out {', '.join(told_of) or 'measures: nothing could be judged'}"
     if len(result["by_teacher"]) > 1:
         text += f"; by teacher: {', '.join(_short(*item) for item in result['by_teacher'].items())}"

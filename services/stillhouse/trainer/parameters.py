@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from stillhouse.trainer import checkpoint
 from stillhouse.trainer.batch import Update
 from stillhouse.trainer.lora import learned, merged_weights, save_adapter
 from stillhouse.trainer.shards import Share
+
+HELD: Final = "held"
+"""Name of the copy that a held-out evaluation computes with; never on disk."""
 
 
 class Parameters:
@@ -38,8 +41,10 @@ class Parameters:
         self._decays: dict[str, float] = {}
         """Of each exponential moving average that is kept, by the name of its file."""
         self._averages: dict[str, dict[str, Tensor]] = {}
+        self._held: dict[str, Tensor] = {}
+        """The weights as they were at `hold`; empty = none are held."""
         self._shown = ""
-        """The average that the model computes with; empty = the weights that learn."""
+        """The average that the model computes with, or HELD; empty = the weights that learn."""
         self._keep_average(checkpoint.FOLLOWED, None if ema is None else ema.decay)
         self.begin_stage(spec)
 
@@ -106,6 +111,15 @@ class Parameters:
         for name, average in self._averages.get(stem, {}).items():
             average.lerp_(self._masters[name], 1 - self._decays[stem])
 
+    def hold(self, on: bool) -> None:
+        """Keep a copy of the weights as they are now, for `show_held`; or drop it."""
+        self._show("")
+        self._held = {name: master.detach().clone() for name, master in self._masters.items()} if on else {}
+
+    def show_held(self, on: bool) -> None:
+        """Let the model compute with the weights that are held, or again with those that learn; bit for bit."""
+        self._show(HELD if on else "")
+
     def show_average(self, on: bool) -> None:
         """Let the model compute with the average of its weights, or again with those that learn; bit for bit."""
         self._show(checkpoint.AVERAGE if on and checkpoint.AVERAGE in self._averages else "")
@@ -115,7 +129,7 @@ class Parameters:
         if stem == self._shown:
             return
         for swapped in (self._shown, stem):  # a second swap undoes the first
-            for name, average in self._averages.get(swapped, {}).items():
+            for name, average in (self._held if swapped == HELD else self._averages.get(swapped, {})).items():
                 master = self._masters[name]
                 hidden = master.clone()
                 master.copy_(average)
@@ -163,7 +177,7 @@ class Parameters:
         Raises:
             CorruptError: it does not read, or is of another student.
         """
-        self._shown = ""
+        self._shown, self._held = "", {}
         facts = checkpoint.load_state(folder, self._masters, self.optimizer, self.share, averages=self._averages)
         self._follow_masters()
         return facts

@@ -21,7 +21,8 @@ class Progress:
     def __init__(self, scope: Scope, jobs: JobStore, stop_step: int) -> None:
         self._scope = scope
         self._jobs = jobs
-        self._stop_step = stop_step
+        self.stop_step = stop_step
+        """Optimizer steps of the job; evaluations may lower it."""
         self._step_s: float | None = None
         self._step_started = time.monotonic()
         self._phases: dict[str, float] = {}
@@ -70,7 +71,7 @@ class Progress:
     async def show(self, phase: str) -> None:
         """Tell users which phase the job is in."""
         self.phase = phase
-        progress = {"phase": phase, "stage": self.stage, "total_steps": self._stop_step}
+        progress = {"phase": phase, "stage": self.stage, "total_steps": self.stop_step}
         await self._jobs.update(self._scope, progress=progress)
 
     async def step_done(self, step: int, metrics: dict[str, float], busy: Mapping[str, float]) -> None:
@@ -102,8 +103,8 @@ class Progress:
         progress: dict[str, Any] = {
             "phase": "training",
             "stage": self.stage,
-            "total_steps": self._stop_step,
-            "eta_s": round(self._step_s * (self._stop_step - step), 1),
+            "total_steps": self.stop_step,
+            "eta_s": round(self._step_s * (self.stop_step - step), 1),
             "bottleneck": _bottleneck(timings["time/wait_s"], train_s, speeds),
             "tokens_per_s": {stage: round(speed, 1) for stage, speed in speeds.items()},
             "last_metrics": metrics,

@@ -1,7 +1,7 @@
 """Publishing student weights: named, held for `FetchWeights`, announced to the samplers.
 
 A published version lives:  copied from the learner -> named and held -> reference durable in the job's record -> hinted
--> dropped when `max_staleness + 1` newer ones are held. Samplers pull; nothing is pushed.
+-> dropped when `max_staleness + 1` newer ones are held and no evaluation pins it. Samplers pull; nothing is pushed.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ class Shelf:
         self._scope = scope
         self._hold = hold
         self._held: dict[int, Held] = {}
+        self._pinned: set[int] = set()
 
     @property
     def refs(self) -> list[weights_pb2.WeightsRef]:
@@ -93,10 +94,18 @@ class Shelf:
         self._keep(policy_version, Held(index, newest.arrays))
         return index.ref
 
+    def pin(self, policy_version: int) -> None:
+        """Keep a version that is held until it is unpinned, however many newer ones come."""
+        self._pinned.add(policy_version)
+
+    def unpin(self, policy_version: int) -> None:
+        self._pinned.discard(policy_version)
+
     def _keep(self, policy_version: int, held: Held) -> None:
         self._held[policy_version] = held
         for version in sorted(self._held)[: -self._hold]:
-            del self._held[version]
+            if version not in self._pinned:
+                del self._held[version]
 
     def find(self, request: trainer_pb2.FetchWeightsRequest) -> Held:
         """The version a sampler or teacher asks for.

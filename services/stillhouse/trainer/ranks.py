@@ -195,6 +195,12 @@ class Part:
     def _show_average(self, values: dict[str, Any]) -> None:
         self.opened().show_average(values["on"])
 
+    def _hold(self, values: dict[str, Any]) -> None:
+        self.opened().hold(values["on"])
+
+    def _show_held(self, values: dict[str, Any]) -> None:
+        self.opened().show_held(values["on"])
+
     def _update(self, values: dict[str, Any]) -> Message:
         return Message.of(self.opened().update(values["lr"]))
 
@@ -272,6 +278,12 @@ class RankedEngine:
 
     def show_average(self, on: bool) -> None:
         self._say("show_average", on=on)
+
+    def hold(self, on: bool) -> None:
+        self._say("hold", on=on)
+
+    def show_held(self, on: bool) -> None:
+        self._say("show_held", on=on)
 
     def update(self, lr: float) -> Update:
         answers = [Update(**facts) for facts in self._say("update", lr=lr)]

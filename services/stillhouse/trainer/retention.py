@@ -1,7 +1,7 @@
 """Which checkpoints stay: the newest, the best, and whatever a claim may need to start from.
 
     committed -> kept: one of the newest `keep_last` (at least two) that verify, or newer than those; one of the best
-                 `keep_best` by held-out reverse KL; the end of a stage; the base of the newest epoch; for a
+                 `keep_best` by held-out evaluation; the end of a stage; the base of the newest epoch; for a
                  deterministic job the newest that lies `lag` steps back, whose replay gives the old versions again
               -> gone: renamed to tmp.gone.*, then deleted. So no reader finds half of one
 
@@ -21,12 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from stillhouse.core.blobs import Artifacts, JobArtifacts, read_json
+from stillhouse.core.blobs import Artifacts, JobArtifacts
 from stillhouse.core.checkpoints import named, registration
-from stillhouse.core.errors import CorruptError, NotFoundError
+from stillhouse.core.errors import CorruptError
+from stillhouse.core.evaluations import best_metric, read_evaluations, value_of
 from stillhouse.core.pins import pinned
 from stillhouse.core.removal import GONE, put_aside, remove
 from stillhouse.core.spec import JobSpec
+from stillhouse.core.spec_evaluation import Mode
 from stillhouse.trainer.manifests import ManifestRef, lineage, list_manifests, verify
 
 KEEP_AT_LEAST: Final = 2
@@ -41,6 +43,8 @@ class Policy:
 
     keep_last: int
     keep_best: int = 0
+    best: tuple[str, Mode] = ("reverse_kl", "min")
+    """By which measure of the evaluations, and which way."""
     ends: frozenset[int] = frozenset()
     """Steps with which stages end: other jobs and later stages may name their checkpoints."""
     lag: Callable[[int], int] = lambda _: 0
@@ -50,7 +54,7 @@ class Policy:
     def of(cls, spec: JobSpec) -> Policy:
         """The policy of a job."""
         ends = frozenset(span.stop_step for span in spec.spans())
-        return cls(spec.checkpoint.keep_last, spec.checkpoint.keep_best, ends, spec.lag)
+        return cls(spec.checkpoint.keep_last, spec.checkpoint.keep_best, best_metric(spec), ends, spec.lag)
 
 
 def retain(
@@ -88,7 +92,7 @@ def superfluous(
         return []
     if sum(_is_good(artifacts, ref, lambda _: None) for ref in kept) < KEEP_AT_LEAST:
         return []  # a claim may have to go back further, even off the lineage
-    kept |= _best(artifacts, known, policy.keep_best, on_damage)
+    kept |= _best(artifacts, known, policy, on_damage)
     kept |= {ref for ref in known if ref.step in policy.ends}
     if known and (lag := policy.lag(known[-1].step)):
         start = known[-1].step - lag
@@ -114,24 +118,20 @@ def _newest(
 
 
 def _best(
-    artifacts: JobArtifacts, refs: list[ManifestRef], number: int, on_damage: Callable[[str], None]
+    artifacts: JobArtifacts, refs: list[ManifestRef], policy: Policy, on_damage: Callable[[str], None]
 ) -> set[ManifestRef]:
-    """Those with the lowest held-out reverse KL that verify."""
-    measured = [(value, ref) for ref in refs if (value := _reverse_kl(artifacts, ref.step)) is not None]
+    """The best `keep_best` by held-out evaluation that verify."""
+    metric, mode = policy.best
+    sign = 1 if mode == "min" else -1
+    values = {int(each["step"]): value_of(each, metric) for each in read_evaluations(artifacts)}
+    measured = [(sign * value, ref) for ref in refs if (value := values.get(ref.step)) is not None]
     best: set[ManifestRef] = set()
     for _, ref in sorted(measured, key=lambda pair: (pair[0], -pair[1].step)):
-        if len(best) == number:
+        if len(best) == policy.keep_best:
             break
         if _is_good(artifacts, ref, on_damage):
             best.add(ref)
     return best
-
-
-def _reverse_kl(artifacts: JobArtifacts, step: int) -> float | None:
-    try:
-        return float(read_json(artifacts.evaluations / f"{step:08d}.json")["reverse_kl"])
-    except (NotFoundError, CorruptError, KeyError, TypeError):
-        return None
 
 
 def _is_good(artifacts: JobArtifacts, ref: ManifestRef, on_damage: Callable[[str], None]) -> bool:

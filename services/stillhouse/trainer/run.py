@@ -11,28 +11,27 @@ from typing import Any, Final
 
 from stillhouse.core.blobs import JobArtifacts
 from stillhouse.core.errors import NonFiniteError
+from stillhouse.core.evaluations import folder_of, read_best
 from stillhouse.core.failpoints import failpoint
 from stillhouse.core.queue.jobs import JobStore
 from stillhouse.core.queue.streams import Scope
-from stillhouse.core.rollouts import scores_of
 from stillhouse.core.spec import JobSpec, StageSpan
 from stillhouse.trainer import manifests
 from stillhouse.trainer.asks import train_score
 from stillhouse.trainer.batch import TeacherHead, TrainSample
-from stillhouse.trainer.evaluate import HeldOut
+from stillhouse.trainer.evaluations import Evaluations
 from stillhouse.trainer.exchange import Exchange
 from stillhouse.trainer.followed import Followed
 from stillhouse.trainer.journal import JournalledStep, StepJournal, read_step
 from stillhouse.trainer.ledger import Ledger
 from stillhouse.trainer.manifests import ManifestRef, Opening
-from stillhouse.trainer.measures import sentence, told
 from stillhouse.trainer.progress import Progress
 from stillhouse.trainer.prompts import Prompt, is_on_policy, make_group, sample_seed
 from stillhouse.trainer.publish import Publisher
 from stillhouse.trainer.retention import Policy, retain
 from stillhouse.trainer.rewards import reward_metrics
 from stillhouse.trainer.samplers import SamplerPool
-from stillhouse.trainer.scored import ScoredGroup, ScoredSample
+from stillhouse.trainer.scored import ScoredGroup, ScoredSample, busy_seconds
 from stillhouse.trainer.space import Space
 from stillhouse.trainer.stage import Stage
 from stillhouse.trainer.texts import Texts
@@ -76,7 +75,7 @@ class Run:
     """Told about files that do not verify."""
     followed: Followed | None = None
     """Publishes the average that teachers follow; None = none does."""
-    held_out: HeldOut | None = None
+    evaluations: Evaluations | None = None
     step_done: int = 0
     """Optimizer steps in the learner."""
     _batch: tuple[list[TrainSample], list[list[int]]] = field(default_factory=lambda: ([], []))
@@ -85,6 +84,8 @@ class Run:
     _busy: dict[str, float] = field(default_factory=dict)
     _non_finite: int = 0
     """Steps in a row whose gradient was not finite."""
+    _is_commit_due: bool = False
+    """A checkpoint was due while an evaluation was under way."""
     _last_commit: ManifestRef | None = None
     _last_commit_at: float = field(default_factory=time.monotonic)
 
@@ -94,6 +95,7 @@ class Run:
         """End the stage that trains, with a checkpoint, and begin `span`; nothing if that is the one."""
         if span.index == self.stage.span.index:
             return
+        await self._finish_evaluation()
         await self.commit()
         failpoint("trainer.stage_ended")
         stage = await self.make_stage(span)
@@ -129,12 +131,16 @@ class Run:
     async def _plan(self, message: rollout_pb2.PromptGroup) -> asyncio.Future[ScoredGroup]:
         return await self.space.insist("more prompts", lambda: self.exchange.plan(message))
 
-    def _group(self, prompt: Prompt, *, seed_id: str, size: int, **fields: Any) -> rollout_pb2.PromptGroup:
-        """A group of `size` samples whose seeds follow from `seed_id`."""
+    def _group(
+        self, prompt: Prompt, *, seed_id: str, size: int, pinned: bool = False, **fields: Any
+    ) -> rollout_pb2.PromptGroup:
+        """A group of `size` samples whose seeds follow from `seed_id`; `pinned` to its version."""
         seeds = [sample_seed(self.spec.seed, seed_id, index) for index in range(size)]
         message = make_group(prompt, job_id=self.scope.job_id, epoch=self.scope.epoch, seeds=seeds, **fields)
         if self.spec.deterministic:  # the oldest version allowed, and no other: chosen by schedule, not by time
             message.exact_policy_version_plus_one = message.min_policy_version + 1
+        elif pinned:
+            message.pinned_policy_version_plus_one = message.min_policy_version + 1
         return message
 
     async def done(self, groups: Sequence[ScoredGroup]) -> None:
@@ -161,7 +167,7 @@ class Run:
             )
         failpoint("trainer.journalled")
         self._batch = (samples, plan)
-        self._busy = self._busy_seconds(scored)
+        self._busy = busy_seconds(scored)
 
     async def _judge(self, step: int, scored: Sequence[ScoredSample]) -> dict[str, float]:
         """Have completions judged, where the stage has an outcome reward; gives its metrics."""
@@ -198,27 +204,6 @@ class Run:
                 service=failed.service,
                 attempts=failed.attempts,
             )
-
-    def _busy_seconds(self, scored: Sequence[ScoredSample]) -> dict[str, float]:
-        """Tokens, seconds and processes of samplers and teachers; texts of the data and missing scores cost none."""
-        sampled = [sample.score.rollout for sample in scored if sample.score.rollout.origin != rollout_pb2.ORIGIN_DATA]
-        judged = [
-            (sample.score.rollout.completion_ids.shape[0], score)
-            for sample in scored
-            for score in scores_of(sample.score)
-            if score.WhichOneof("result") != "none"
-        ]
-        return {
-            "sampled_tokens": float(sum(rollout.completion_ids.shape[0] for rollout in sampled)),
-            "scored_tokens": float(sum(num_tokens for num_tokens, _ in judged)),
-            "sample_s": sum(rollout.sample_s for rollout in sampled),
-            "score_s": sum(score.score_s for _, score in judged),
-            "samplers": float(len({rollout.sampler for rollout in sampled})),
-            "teachers": float(len({score.teacher_instance for _, score in judged})),
-            "cached_tokens": float(sum(num_tokens for num_tokens, score in judged if score.is_cached)),
-            "model_loads": float(sum(score.model_loads for _, score in judged)),
-            "score_bytes": float(sum(sample.score_bytes() for sample in scored)),
-        }
 
     # -- Learner -----------------------------------------------------------------------------------------------------
 
@@ -257,6 +242,7 @@ class Run:
         """Train the journalled steps that no manifest covers again: the same samples, none sampled anew."""
         for ref in self.opening.replay:
             await self.enter(self.spec.span_at(ref.step))
+            await self._evaluate_again(ref.step)
             journalled = await asyncio.to_thread(read_step, self.artifacts.journal(ref.epoch, ref.step))
             scored = await self._scored_again(journalled)
             samples = self.stage.samples(scored, ref.step)
@@ -265,7 +251,7 @@ class Run:
             metrics = await self._train(ref.step, samples, plan_from_journal(samples, journalled.header.micro_batches))
             metrics |= reward_metrics(scored, self.spec.teachers) if self.stage.rewards is not None else {}
             failpoint("trainer.replayed")
-            await self.progress.step_done(self.step_done, metrics, self._busy_seconds(scored))
+            await self.progress.step_done(self.step_done, metrics, busy_seconds(scored))
 
     async def _scored_again(self, journalled: JournalledStep) -> list[ScoredSample]:
         """The samples of a journal. Hidden states are not in it, so those are scored again.
@@ -308,8 +294,12 @@ class Run:
 
     async def commit_if_due(self, step: int) -> None:
         policy = self.spec.checkpoint
+        is_end = step in (self.stage.span.stop_step, self.progress.stop_step)
         is_overdue = time.monotonic() - self._last_commit_at > policy.max_redo_s
-        if step == self.stage.span.stop_step or step % policy.every_steps == 0 or is_overdue:
+        self._is_commit_due |= is_end or step % policy.every_steps == 0 or is_overdue
+        if is_end:
+            await self._finish_evaluation()
+        if self._is_commit_due and not self.is_evaluating:
             with self.progress.timed("commit"):
                 await self.commit()
 
@@ -323,6 +313,7 @@ class Run:
         """Commit the learner's present state, once per step."""
         step = self.step_done
         base = self._last_commit or self.opening.base
+        self._is_commit_due = False
         if step == 0 or step == self.committed_step:
             return
         facts = {
@@ -354,17 +345,51 @@ class Run:
 
     # -- Evaluator ---------------------------------------------------------------------------------------------------
 
+    @property
+    def stop_step(self) -> int:
+        return self.progress.stop_step
+
     async def evaluate_if_due(self, step: int) -> None:
-        if self.held_out is None or not self.held_out.is_due(step):
+        if self.evaluations is None:
             return
-        with self.progress.timed("evaluate"):
-            await self.progress.show("evaluating")
-            is_averaged = step == self.spec.stop_step() and self.stage.spec.optimizer.ema_decay is not None
-            result = await self.held_out.evaluate(step, is_averaged=is_averaged)
-        await self.progress.show("training")
-        await self.jobs.event(self.scope.job_id, "evaluation", sentence(result), **told(result))
+        if self.evaluations.is_due(step):
+            await self._finish_evaluation()
+            await self.commit()  # what is measured can be had, and a takeover begins no later
+            await self.evaluations.begin(step)
+        await self.evaluations.conclude(step)
+
+    async def _evaluate_again(self, step: int) -> None:
+        """In a replay: the claim before ended while `step` was measured beside later steps."""
+        if self.evaluations is None or self.is_evaluating or self.spec.deterministic:
+            return
+        if self.evaluations.is_due(step):
+            await self.publisher.hold(step, await self.learner.state_arrays())
+            await self.evaluations.begin(step)
+
+    @property
+    def is_evaluating(self) -> bool:
+        """Held-out prompts are measured beside training: nothing later is committed until that is written."""
+        return self.evaluations is not None and self.evaluations.is_under_way
+
+    async def _finish_evaluation(self) -> None:
+        if self.is_evaluating:
+            assert self.evaluations is not None
+            with self.progress.timed("evaluate"):
+                await self.evaluations.finish()
 
     # -- details -----------------------------------------------------------------------------------------------------
+
+    async def choose_export(self) -> int:
+        """Have in the learner what the job exports: its last weights, or its best checkpoint's; gives their step."""
+        best = read_best(self.artifacts) if self.spec.checkpoint.export == "best" else None
+        if best is None or best["step"] == self.step_done:
+            return self.step_done
+        folder = folder_of(self.artifacts, best["checkpoint"])
+        span = self.spec.span_at(best["step"] - 1)
+        if span.index != self.learner.stage_index:
+            await self.learner.begin_stage(span)
+        await self.learner.restore(folder)
+        return int(best["step"])
 
     async def export(self, source_dir: Path, card: dict[str, Any]) -> None:
         """Write the finished student beside the artifacts, in place of an older export."""

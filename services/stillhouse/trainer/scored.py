@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from stillhouse.core.queue.streams import Entry
-from stillhouse.core.rollouts import add_further, scores_apart
+from stillhouse.core.rollouts import add_further, scores_apart, scores_of
 from stillhouse.v1 import rollout_pb2
 
 
@@ -130,3 +130,25 @@ def _joined(answers: Sequence[ScoredSample]) -> ScoredSample:
         sample.entries += answer.entries
         sample.hidden |= answer.hidden
     return sample
+
+
+def busy_seconds(scored: Sequence[ScoredSample]) -> dict[str, float]:
+    """Tokens, seconds and processes of samplers and teachers; texts of the data and missing scores cost none."""
+    sampled = [sample.score.rollout for sample in scored if sample.score.rollout.origin != rollout_pb2.ORIGIN_DATA]
+    judged = [
+        (sample.score.rollout.completion_ids.shape[0], score)
+        for sample in scored
+        for score in scores_of(sample.score)
+        if score.WhichOneof("result") != "none"
+    ]
+    return {
+        "sampled_tokens": float(sum(rollout.completion_ids.shape[0] for rollout in sampled)),
+        "scored_tokens": float(sum(num_tokens for num_tokens, _ in judged)),
+        "sample_s": sum(rollout.sample_s for rollout in sampled),
+        "score_s": sum(score.score_s for _, score in judged),
+        "samplers": float(len({rollout.sampler for rollout in sampled})),
+        "teachers": float(len({score.teacher_instance for _, score in judged})),
+        "cached_tokens": float(sum(num_tokens for num_tokens, score in judged if score.is_cached)),
+        "model_loads": float(sum(score.model_loads for _, score in judged)),
+        "score_bytes": float(sum(sample.score_bytes() for sample in scored)),
+    }

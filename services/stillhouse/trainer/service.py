@@ -69,7 +69,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
             epoch=lead.scope.epoch,
             status=lead.status,
             step=run.step_done if run else 0,
-            stop_step=lead.spec.stop_step(),
+            stop_step=lead.progress.stop_step,
             weights=refs[-1] if refs else None,
             held=refs,
             next_group=run.stage.span.first_group_of(run.step_done) if run else 0,

@@ -20,6 +20,7 @@ from stillhouse.core.spec import JobSpec
 from stillhouse.trainer import manifests
 from stillhouse.trainer.accuracy import Accuracy
 from stillhouse.trainer.evaluate import HeldOut
+from stillhouse.trainer.evaluations import Evaluations
 from stillhouse.trainer.exchange import Exchange
 from stillhouse.trainer.followed import Followed
 from stillhouse.trainer.ledger import Ledger
@@ -72,7 +73,7 @@ class Start:
         )
 
     async def run(self, opening: Opening, set_status: Callable[[str], Awaitable[None]]) -> Run:
-        """Validate the job and bring everything to the state that `opening` names."""
+        """Validate the job and bring everything to the checkpoint that `opening` names."""
         await set_status("validating")
         self._check_ranks()
         if self.spec.deterministic:
@@ -112,14 +113,17 @@ class Start:
             step_done=step,
             ledger=ledger,
         )
-        run.held_out = self._held_out(run, student)
-        if opening.replay:
-            await self.progress.show(f"replaying {len(opening.replay)} steps")
+        run.evaluations = self._evaluations(run, student)
+        return run
+
+    async def catch_up(self, run: Run) -> None:
+        """Train what is journalled and not in that checkpoint."""
+        if steps := run.opening.replay:
+            await self.progress.show(f"replaying {len(steps)} steps")
             await self.interrupt.race(run.replay())
         await self._tell_rewound(run.step_done)
         # the claim before may have died between a step or checkpoint and its record, or the record was rebuilt
         await self.ctx.jobs.update(self.scope, step=run.step_done, committed_step=run.committed_step)
-        return run
 
     async def _open_models(self) -> JobModels:
         """The models of the job, checkpoints among them made models."""
@@ -219,9 +223,23 @@ class Start:
         await self.stages.close()
         await asyncio.to_thread(self.learner.close)
 
-    def _held_out(self, run: Run, student: ModelEntry) -> HeldOut | None:
+    def _evaluations(self, run: Run, student: ModelEntry) -> Evaluations | None:
         if not self.stages.held_out:
             return None
+        return Evaluations(
+            self._held_out(run, student),
+            scope=self.scope,
+            spec=self.spec,
+            jobs=self.ctx.jobs,
+            artifacts=self.artifacts,
+            space=self.space,
+            publisher=run.publisher,
+            learner=self.learner,
+            progress=self.progress,
+            step_done=lambda: run.step_done,
+        )
+
+    def _held_out(self, run: Run, student: ModelEntry) -> HeldOut:
         last = self.spec.stages[-1]
         return HeldOut(
             self.spec.evaluation,
@@ -265,6 +283,8 @@ class Start:
         span = self.spec.spans()[manifest["stage"] if manifest else 0]
         load = self.learner.load(model_dir, self.spec, self.ctx.settings.threads, span)
         await self._tell_loaded(await self.interrupt.race(load))
+        if self.progress.stop_step < self.spec.stop_step():
+            await self.learner.end_at(self.progress.stop_step)
         if base is None or manifest is None:
             return 0, Ledger()
         await self.learner.restore(base.folder(self.artifacts))

@@ -220,6 +220,14 @@ class LearnerThread:
         """Exact reverse KL per sample at temperature 1, in float32."""
         return await self.call(lambda: self._learner.evaluate(samples, heads, temperature=1.0))
 
+    async def hold(self, on: bool) -> None:
+        """Keep a copy of the weights as they are now, which `evaluate` then measures; or drop it."""
+        await self.call(lambda: self._learner.hold(on))
+
+    async def end_at(self, step: int) -> None:
+        """The job ends after so many steps, fewer than planned."""
+        await self.call(lambda: self._learner.end_at(step))
+
     async def state_arrays(self) -> list[tuple[str, np.ndarray, str]]:
         """A copy of the weights: (name, array, element type)."""
         return await self.call(lambda: self._learner.state_arrays())

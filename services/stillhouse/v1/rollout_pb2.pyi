@@ -101,7 +101,7 @@ class Span(_message.Message):
     def __init__(self, first_token: _Optional[int] = ..., policy_version: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class PromptGroup(_message.Message):
-    __slots__ = ("schema_version", "job_id", "epoch", "purpose", "group", "group_id", "sample_indices", "prompt_ids", "teacher_prompt_ids", "teacher", "sampling", "score", "seeds", "min_policy_version", "exact_policy_version_plus_one", "row", "traceparent", "further", "attempt")
+    __slots__ = ("schema_version", "job_id", "epoch", "purpose", "group", "group_id", "sample_indices", "prompt_ids", "teacher_prompt_ids", "teacher", "sampling", "score", "seeds", "min_policy_version", "exact_policy_version_plus_one", "row", "traceparent", "further", "pinned_policy_version_plus_one", "attempt")
     SCHEMA_VERSION_FIELD_NUMBER: _ClassVar[int]
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -120,6 +120,7 @@ class PromptGroup(_message.Message):
     ROW_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     FURTHER_FIELD_NUMBER: _ClassVar[int]
+    PINNED_POLICY_VERSION_PLUS_ONE_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     schema_version: int
     job_id: str
@@ -139,8 +140,9 @@ class PromptGroup(_message.Message):
     row: int
     traceparent: str
     further: _containers.RepeatedCompositeFieldContainer[FurtherTeacher]
+    pinned_policy_version_plus_one: int
     attempt: int
-    def __init__(self, schema_version: _Optional[int] = ..., job_id: _Optional[str] = ..., epoch: _Optional[int] = ..., purpose: _Optional[_Union[Purpose, str]] = ..., group: _Optional[int] = ..., group_id: _Optional[str] = ..., sample_indices: _Optional[_Iterable[int]] = ..., prompt_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., teacher_prompt_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., teacher: _Optional[str] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., score: _Optional[_Union[ScoreSpec, _Mapping]] = ..., seeds: _Optional[_Iterable[int]] = ..., min_policy_version: _Optional[int] = ..., exact_policy_version_plus_one: _Optional[int] = ..., row: _Optional[int] = ..., traceparent: _Optional[str] = ..., further: _Optional[_Iterable[_Union[FurtherTeacher, _Mapping]]] = ..., attempt: _Optional[int] = ...) -> None: ...
+    def __init__(self, schema_version: _Optional[int] = ..., job_id: _Optional[str] = ..., epoch: _Optional[int] = ..., purpose: _Optional[_Union[Purpose, str]] = ..., group: _Optional[int] = ..., group_id: _Optional[str] = ..., sample_indices: _Optional[_Iterable[int]] = ..., prompt_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., teacher_prompt_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., teacher: _Optional[str] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., score: _Optional[_Union[ScoreSpec, _Mapping]] = ..., seeds: _Optional[_Iterable[int]] = ..., min_policy_version: _Optional[int] = ..., exact_policy_version_plus_one: _Optional[int] = ..., row: _Optional[int] = ..., traceparent: _Optional[str] = ..., further: _Optional[_Iterable[_Union[FurtherTeacher, _Mapping]]] = ..., pinned_policy_version_plus_one: _Optional[int] = ..., attempt: _Optional[int] = ...) -> None: ...
 
 class FurtherTeacher(_message.Message):
     __slots__ = ("teacher", "teacher_prompt_ids")

@@ -262,14 +262,16 @@ def committed_parts(folder: Path, stem: str) -> list[Path]:
 
 
 def check_export(
-    artifacts: JobArtifacts, spec: JobSpec, lineage: Lineage, stop_step: int, report: Report, *, deep: bool
+    artifacts: JobArtifacts, spec: JobSpec, lineage: Lineage, steps: tuple[int, int], report: Report, *, deep: bool
 ) -> None:
-    """The export of a job that succeeded: there, readable, finite, and equal to the last checkpoint.
+    """The export of a job that succeeded: there, readable, finite, and equal to the checkpoint of its step; `steps` =
+    that one, and the job's last.
 
     A job that averages its weights exports the average. An adapter is compared, weights that it is merged into are not.
     """
     folder = artifacts.export(lineage.head)
-    where: dict[str, Any] = {"epoch": lineage.head, "step": stop_step}
+    exported, stop_step = steps
+    where: dict[str, Any] = {"epoch": lineage.head, "step": exported}
     weights = [path for part in (folder, folder / "adapter") for path in sorted(part.glob("*.safetensors"))]
     if not weights:
         report.violate("success", f"the job succeeded, and {folder} holds no exported student", **where)
@@ -278,8 +280,9 @@ def check_export(
         return
     for part in (folder, folder / "adapter"):
         check_finite(part, report, report.violate, where)
-    last = next((c for c in lineage.checkpoints if c.step == stop_step), None)
-    stem = WEIGHTS if spec.stages[-1].optimizer.ema_decay is None else AVERAGE
+    last = next((c for c in lineage.checkpoints if c.step == exported), None)
+    is_averaged = exported == stop_step and spec.stages[-1].optimizer.ema_decay is not None
+    stem = AVERAGE if is_averaged else WEIGHTS
     committed = committed_parts(last.folder, stem) if last is not None else []
     if not committed:
         return

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from stillhouse.core.blobs import JobArtifacts, read_jsonl, unsealed
 from stillhouse.core.errors import CorruptError, NotFoundError
+from stillhouse.core.evaluations import read_evaluations, read_stop, stopping
 from stillhouse.core.oracle.checkpoints import check_export
 from stillhouse.core.oracle.lineage import Lineage, lineage_of, working_epochs
 from stillhouse.core.oracle.read import Epoch, read_document, read_journal
@@ -95,7 +96,7 @@ class EndChecks:
                 self._report.violate("final", f"{name}: final.json says {mine!r}, the record {theirs!r}")
 
     def _check_success(self, committed_step: int, *, deep: bool) -> None:
-        stop_step = self._spec.stop_step()
+        stop_step = self._stop_step()
         facts = {
             "steps journalled": self._lineage.num_steps,
             "newest checkpoint": committed_step,
@@ -106,14 +107,44 @@ class EndChecks:
             if value != stop_step:
                 self._report.violate("success", f"the job succeeded with {name} = {value}, its end is step {stop_step}")
         if self._spec.evaluation.data is not None:
-            self._check_measured()
+            self._check_measured(stop_step)
         if self.end.get("error"):
             self._report.violate("success", f"the job succeeded, and carries the error {self.end['error']!r}")
-        check_export(self._artifacts, self._spec, self._lineage, stop_step, self._report, deep=deep)
+        exported = (self.end.get("result") or {}).get("exported_step", stop_step)
+        if exported != stop_step and self._spec.checkpoint.export == "last":
+            self._report.violate("export", f"step {exported} was exported, the job ended at {stop_step}", step=exported)
+        check_export(self._artifacts, self._spec, self._lineage, (exported, stop_step), self._report, deep=deep)
 
-    def _check_measured(self) -> None:
-        """The held-out prompts were measured before the first step and after the last of each stage."""
-        for step in (0, *accumulate(stage.schedule.steps for stage in self._spec.stages)):
+    def _stop_step(self) -> int:
+        """Steps of the job: as planned, or fewer if its evaluations said so, and that was recorded."""
+        planned = self._spec.stop_step()
+        try:
+            stop = read_stop(self._artifacts)
+        except CorruptError as error:
+            self._report.violate("final", error.message)
+            return planned
+        if stop is None:
+            return planned
+        before = [each for each in read_evaluations(self._artifacts) if each["step"] <= stop["step"]]
+        if stopping(self._spec, before) is None:
+            message = (
+                f"the job was ended at step {stop['stop_step']}, and the evaluations up to {stop['step']} do not say so"
+            )
+            self._report.violate("final", message, step=stop["step"])
+        if not stop["step"] < stop["stop_step"] < planned:
+            message = (
+                f"stop.json ends the job at step {stop['stop_step']} of {planned} by step {stop['step']}'s evaluation"
+            )
+            self._report.violate("final", message, step=stop["step"])
+        return min(planned, stop["stop_step"])
+
+    def _check_measured(self, stop_step: int) -> None:
+        """The held-out prompts were measured before the first step, after the last of each stage, and when due between:
+        each step once, also if its trainer died meanwhile."""
+        every = self._spec.evaluation.every_steps
+        due = {0, stop_step, *accumulate(stage.schedule.steps for stage in self._spec.stages)}
+        due |= set(range(0, stop_step, every) if every else ())
+        for step in sorted(step for step in due if step <= stop_step):
             if not (path := self._artifacts.evaluations / f"{step:08d}.json").is_file():
                 self._report.violate("success", f"the job succeeded, and {path} is missing", step=step)
 

@@ -78,6 +78,8 @@ class JobRecord:
     error: dict[str, Any] | None = None
     result: dict[str, Any] | None = None
     owner: str = ""
+    best_checkpoint: str = ""
+    """Id of the best by held-out evaluation; empty = none was measured."""
     kind: str = "distillation"
     """Or "preflight": it looks at the job of its spec, reports and trains nothing."""
     priority: int = 0
