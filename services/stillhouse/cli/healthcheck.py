@@ -1,7 +1,9 @@
-"""`stillhouse healthcheck`: asks a gRPC service for its health, for containers without other tools."""
+"""`stillhouse healthcheck`: asks a service for its health, gRPC or REST, for containers without other tools."""
 
 from __future__ import annotations
 
+import urllib.error
+import urllib.request
 from typing import Final
 
 import grpc
@@ -21,6 +23,8 @@ def check(address: str, service: str, timeout_s: float) -> str:
     Raises:
         CliError: it does not answer or does not serve.
     """
+    if address.startswith(("http://", "https://")):
+        return _ask_gateway(address, timeout_s)
     with _channel(address) as channel:
         ask = channel.unary_unary(
             "/grpc.health.v1.Health/Check",
@@ -41,6 +45,18 @@ def check(address: str, service: str, timeout_s: float) -> str:
     if status != "SERVING":
         raise CliError(f"{service or address} is {status}")
     return status
+
+
+def _ask_gateway(url: str, timeout_s: float) -> str:
+    """A gateway that can serve requests is SERVING."""
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with direct.open(f"{url.rstrip('/')}/readyz", timeout=timeout_s):
+            return "SERVING"
+    except urllib.error.HTTPError as error:
+        raise CliError(f"{url} is not ready: {error.read(500).decode(errors='replace')}") from None
+    except (OSError, ValueError) as error:
+        raise CliError(f"{url} does not answer: {error}") from None
 
 
 def _channel(address: str) -> grpc.Channel:

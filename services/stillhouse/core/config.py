@@ -34,7 +34,7 @@ class Settings(BaseModel):
     models_file: Path | None = None
     """Registry of models; default: `home`/models.yaml."""
     redis_url: str = "redis://127.0.0.1:6379/0"
-    """The Redis or Valkey server, `redis://[:password@]host:port/db`."""
+    """The Redis or Valkey server, `redis://[[user]:password@]host:port/db`."""
     redis_password_file: Path | None = None
     """File with the password, where it should not stand in `redis_url`."""
     internal_token: str = ""
@@ -210,5 +210,9 @@ def _read_secret(path: Path) -> str:
 
 
 def _with_password(url: str, password: str) -> str:
+    """The url with a password, unless it has one; `redis://name@host` is a user without one."""
     scheme, _, rest = url.partition("://")
-    return url if "@" in rest else f"{scheme}://:{quote(password, safe='')}@{rest}"
+    user, at, host = rest.rpartition("@")
+    if at and ":" in user:
+        return url
+    return f"{scheme}://{user}:{quote(password, safe='')}@{host}"
