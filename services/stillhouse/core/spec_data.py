@@ -82,6 +82,18 @@ class Row(Closed):
     chat_template_kwargs: TemplateArguments = Field(default_factory=dict)
     """Arguments of the chat template for this row; they win over those of the data."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _answer_is_completion(cls, value: Any) -> Any:
+        """OpenAI's chat format: a last turn of the assistant is the row's `completion`."""
+        messages = value.get("messages") if isinstance(value, dict) and "completion" not in value else None
+        if not isinstance(messages, (list, tuple)) or len(messages) < 2 or not isinstance(messages[-1], dict):
+            return value
+        last = messages[-1]
+        if last.get("role") != "assistant" or set(last) != {"role", "content"}:
+            return value
+        return {**value, "messages": messages[:-1], "completion": last["content"]}
+
     @model_validator(mode="after")
     def _one_prompt(self) -> Row:
         if (self.prompt is None) == (self.messages is None):

@@ -26,6 +26,7 @@ from stillhouse.gateway.routes import (
     checkpoints,
     dead_letters,
     files,
+    fine_tuning,
     generate,
     history,
     jobs,
@@ -48,6 +49,7 @@ ROUTES = (
     score,
     generate,
     keys,
+    fine_tuning,
     system,
 )
 """Modules whose routes need a key, in the order in which the document lists them."""

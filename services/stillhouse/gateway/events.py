@@ -14,6 +14,8 @@ from stillhouse.core.service import Context
 
 DISORDER_LINES: Final = 64
 """Gateway, trainer and sweeper append by themselves: so many lines may stand before one of an older event, at most."""
+MOST_ON_DISK: Final = 1_000_000
+"""Events of a file that is read backwards: that is rare, so it is read from the start."""
 DISORDER_BYTES: Final = 64 << 10
 """And so many bytes."""
 
@@ -30,6 +32,18 @@ async def read_events(ctx: Context, job_id: str, after: str, limit: int) -> list
         path = ctx.artifacts.job(job_id).events
         older = await asyncio.to_thread(events_on_disk, path, after, first_id, limit)
     return [*older, *(parse(entry_id, fields) for entry_id, fields in entries[: limit - len(older)])]
+
+
+async def newest_events(ctx: Context, job_id: str, before: str, limit: int) -> list[dict[str, Any]]:
+    """Up to `limit` events before the one with id `before` ('' = the newest), newest first."""
+    entries: Any = await ctx.redis.xrevrange(keys.events(job_id), max=f"({before}" if before else "+", count=limit)
+    found = [parse(entry_id, fields) for entry_id, fields in entries]
+    if len(found) < limit:
+        path = ctx.artifacts.job(job_id).events
+        bound = found[-1]["id"] if found else before
+        older = await asyncio.to_thread(events_on_disk, path, "", bound, MOST_ON_DISK)
+        found += older[::-1][: limit - len(found)]
+    return found
 
 
 def parse(entry_id: bytes, fields: dict[bytes, bytes]) -> dict[str, Any]:

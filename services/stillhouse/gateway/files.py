@@ -73,7 +73,7 @@ class Upload:
             self._line += 1
             self._refuse(f"longer than {MAX_LINE_BYTES} bytes", "write one JSON object per line", is_last=True)
 
-    def finish(self, owner: str) -> File:
+    def finish(self, owner: str, filename: str = "") -> File:
         """Make it durable under its name; blocks while the disk writes.
 
         Raises:
@@ -93,7 +93,7 @@ class Upload:
         file_id = f"file_{digest[:20]}"
         target = self._artifacts.file(file_id)
         facts = {"num_rows": self.num_rows, "sha256": digest, "size_bytes": self.size, "created_at": time.time()}
-        facts["owners"] = [owner]
+        facts |= {"owners": [owner], "filename": filename}
         if target.is_file():
             facts = _facts(target)
             facts["owners"] = sorted({*facts["owners"], owner}) if facts.get("owners") else []
@@ -128,9 +128,9 @@ class Upload:
             raise InvalidError(self._findings)
 
 
-async def finish(upload: Upload, owner: str) -> File:
+async def finish(upload: Upload, owner: str, filename: str = "") -> File:
     """`Upload.finish` off the event loop: a disk may take long to write."""
-    return await asyncio.to_thread(upload.finish, owner)
+    return await asyncio.to_thread(upload.finish, owner, filename)
 
 
 # -- what is there -----------------------------------------------------------------------------------------------------
@@ -226,7 +226,14 @@ def _facts_path(target: Path) -> Path:
 
 def _view(file_id: str, facts: dict[str, Any]) -> File:
     fields = {name: facts[name] for name in ("num_rows", "sha256", "size_bytes")}
-    return File(id=file_id, created_at=timestamp(facts["created_at"]), **fields)
+    return File(
+        id=file_id,
+        uploaded_at=timestamp(facts["created_at"]),
+        created_at=int(facts["created_at"]),
+        bytes=facts["size_bytes"],
+        filename=facts.get("filename") or f"{file_id}.jsonl",
+        **fields,
+    )
 
 
 def _reason(error: ValidationError) -> tuple[str, str]:

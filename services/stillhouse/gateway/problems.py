@@ -30,6 +30,8 @@ RETRY_AFTER_S: Final = 2
 """Told to callers on 429 and 503: a restart of the queue server or of a replica takes about as long."""
 BODIES: Final[dict[str, type[BaseModel]]] = {"/v1/score": ScoreRequest, "/v1/generate": GenerateRequest}
 """Formats of bodies that are no job, by path: whose keys are proposed for an unknown one."""
+OPENAI_PATHS: Final = ("/v1/fine_tuning/", "/v1/files")
+"""Routes of OpenAI's clients."""
 _PASSING: Final = {
     "MISCONF": "the queue server cannot write to its disk: free space there; nothing is lost",
     "NOREPLICAS": "the queue server has fewer replicas than its min-replicas-to-write asks for; try again",
@@ -38,6 +40,15 @@ _PASSING: Final = {
 }
 """Answers of a queue server that refuse a right command for now."""
 _CODES: Final = {400: "malformed", 404: "not_found", 405: "method_not_allowed", 408: "deadline", 503: "unavailable"}
+
+
+class OpenAIError(BaseModel):
+    """An error as OpenAI's clients read it."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
 
 
 class Problem(BaseModel):
@@ -58,6 +69,8 @@ class Problem(BaseModel):
     request_id: str
     errors: list[dict[str, str]] = []
     """Every finding, where there can be several."""
+    error: OpenAIError | None = None
+    """The same for clients of OpenAI, on the routes that those use."""
 
 
 class ProblemResponse(JSONResponse):
@@ -139,12 +152,16 @@ def _render(
         request_id=request_id,
         errors=[finding.as_json() for finding in findings],
     )
+    if path.startswith(OPENAI_PATHS):
+        problem.error = OpenAIError(message=detail, type=problem.type, param=param, code=code)
     extra = dict(headers)
     if status == 401:
         extra["WWW-Authenticate"] = 'Bearer realm="stillhouse"'
     if status in (429, 503):
         extra["Retry-After"] = str(RETRY_AFTER_S)
-    return ProblemResponse(problem.model_dump(), status_code=status, headers=extra)
+    return ProblemResponse(
+        problem.model_dump(exclude=None if problem.error else {"error"}), status_code=status, headers=extra
+    )
 
 
 def _from_pydantic(error: RequestValidationError, body_model: type[BaseModel]) -> StillhouseError:

@@ -10,14 +10,23 @@ from stillhouse.core.schemas.base import Answer
 
 
 class File(Answer):
-    """An uploaded file of prompts."""
+    """An uploaded file of prompts. It is what OpenAI's client reads, too."""
 
     id: str
     object: Literal["file"] = "file"
     num_rows: int
     sha256: str
     size_bytes: int
-    created_at: str
+    uploaded_at: str
+    created_at: int
+    """The same as Unix time: the one integer among our times, because OpenAI's client reads this object."""
+    bytes: int
+    """`size_bytes` in OpenAI's words."""
+    filename: str
+    """As it was called when it was uploaded first."""
+    purpose: Literal["fine-tune"] = "fine-tune"
+    status: Literal["processed"] = "processed"
+    """Every row was checked: what is wrong is not stored."""
 
 
 class FileDeleted(Answer):
