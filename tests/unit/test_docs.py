@@ -146,7 +146,8 @@ def test_every_service_and_every_kind_of_test_is_in_the_tree() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_pages_name_no_machine(page: Path) -> None:
-    found = re.findall(r"(?<![\w.~])/(?:home|root|work|Users|tmp|mnt|opt|var)/\S*", page.read_text())
+    text = page.read_text().replace("/var/lib/stillhouse", "")  # inside our images
+    found = re.findall(r"(?<![\w.~])/(?:home|root|work|Users|tmp|mnt|opt|var)/\S*", text)
     assert found == []
 
 
