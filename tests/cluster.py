@@ -73,7 +73,7 @@ class Cluster:
         await cancel_all([task])
         await ctx.close()
 
-    async def submit(self, spec: dict[str, Any]) -> str:
+    async def submit(self, spec: dict[str, Any], kind: str = "distillation") -> str:
         """Store a job as the gateway does."""
         parsed = JobSpec.model_validate(spec)
         record = JobRecord(
@@ -82,8 +82,10 @@ class Cluster:
             spec=parsed.model_dump(mode="json"),
             created_at=time.time(),
             stop_step=parsed.stop_step(),
+            kind=kind,
         )
         document = {"id": record.id, "created_at": record.created_at, "owner": "", "spec": record.spec}
+        document["kind"] = kind
         document |= {"stop_step": record.stop_step, "idempotency": ["", ""]}
         write_json(self.ctx.artifacts.job(record.id).job_json, sealed(document))
         await self.ctx.jobs.create(record)

@@ -40,7 +40,7 @@ def make_model(
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"vocab_size": len(vocabulary), "hidden_size": size, "num_hidden_layers": 1}
+    config: dict[str, Any] = {"vocab_size": len(vocabulary), "hidden_size": size, "num_hidden_layers": 1}
     config |= {"max_position_embeddings": max_length, "architectures": [architecture]}
     config |= {"eos_token_id": eos_token_id} if eos_token_id is not None else {}
     config["vocab_size"] += vocab_pad

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from stillhouse.core.spec import StageSpec
+from stillhouse.core.suspicions import filtered
 from stillhouse.trainer.losses import make_objective, packed_loss
 from stillhouse.trainer.objectives.base import Head, Signals
-from stillhouse.trainer.preflight import filtered_warning
 from tests.unit.loss_cases import loss
 
 V, S = 6, 4
@@ -100,7 +100,7 @@ def test_what_is_learned_at_sampled_tokens_only_is_said(
 ) -> None:
     """Divergences over all tokens of a position only see other prefixes."""
     stage = {**STAGE, "loss": {"objective": objective, **fields}}
-    warning = filtered_warning(StageSpec.model_validate({**stage, "sampling": filters}))
+    warning = filtered(StageSpec.model_validate({**stage, "sampling": filters}))
     assert bool(warning) == warns
     assert not warns or next(iter(filters)) in warning
-    assert not filtered_warning(StageSpec.model_validate(stage))
+    assert not filtered(StageSpec.model_validate(stage))

@@ -11,7 +11,7 @@ from stillhouse.core.blobs import Artifacts
 from stillhouse.core.errors import PreflightError
 from stillhouse.core.models import ModelEntry, inspect_model
 from stillhouse.core.spec import JobSpec, Row, TeacherSpec
-from stillhouse.trainer.preflight import Readers, load_held_out, load_prompts, open_readers
+from stillhouse.trainer.preflight import Readers, check_all_ends, load_held_out, load_prompts, open_readers
 from stillhouse.trainer.prompts import Prompt, prepare
 from tests.cluster import job_spec
 from tests.gateway_kit import make_model
@@ -45,6 +45,7 @@ def spec_of(rows: list[dict[str, Any]], teacher: dict[str, Any] | None = None, *
 
 def read(spec: JobSpec, student: ModelEntry, teacher: ModelEntry) -> tuple[Readers, list[Prompt]]:
     readers = open_readers(spec, student, {"main": teacher})
+    check_all_ends(spec, readers)
     return readers, load_prompts(spec.stages[0], spec, readers, Artifacts(Path("/nowhere")))
 
 

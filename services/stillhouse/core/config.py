@@ -93,6 +93,16 @@ class Settings(BaseModel):
     sampler_keep_s: float = Field(default=1.0, ge=0.01, le=3600)
     """How often a sampler keeps what its running completions have so far, on the queue server. Another sampler goes on
     from there if this one dies."""
+    trainer_memory_gib: float = Field(default=0.0, ge=0, le=100_000)
+    """Most memory that a trainer may take for a job, by the estimate of its pre-flight; 0 = what is free when the job
+    begins."""
+    preflight_prompts: int = Field(default=8, ge=1, le=256)
+    """Prompts that a live pre-flight has answered and judged."""
+    preflight_tokens: int = Field(default=64, ge=1, le=32_768)
+    """Longest of these answers, tokens."""
+    preflight_wait_s: float = Field(default=60.0, ge=0.1, le=3600)
+    """So long a live pre-flight waits for a free sampler with the student, and for each answer; what it cannot have by
+    then is skipped, with the reason."""
     teacher_memory_gib: float = Field(default=8.0, gt=0, le=100_000)
     """Budget for the weights of teachers, in a teacher and in a sampler where they write; least recently used models
     leave first."""

@@ -26,6 +26,20 @@ AROUND: Final = 24
 """Characters shown on both sides of the first difference of two texts."""
 
 
+def tokenizers(student: ModelEntry, teachers: Mapping[str, ModelEntry], *, compares_texts: bool) -> Iterator[Finding]:
+    """Student and teachers speak the same tokens, or the loss compares texts: else every score would be nonsense."""
+    for name, teacher in teachers.items():
+        if not (problem := difference(student, teacher)):
+            continue
+        param, facts = f"teachers.{name}.model", {"first_difference": problem}
+        if not compares_texts:
+            fix = "pick models with the same tokenizer, or take objective policy_gradient with cross_tokenizer: true"
+            yield Finding(param, f"its tokenizer differs from the student's: {problem}", fix, evidence=facts)
+        elif not teacher.has_chat_template:
+            message = f"'{teacher.name}' has no chat template, and the student's would be other tokens to it"
+            yield Finding(param, message, "add chat_template.jinja to its folder and register it again")
+
+
 def heads(student: ModelEntry, teachers: Mapping[str, ModelEntry]) -> Iterator[Finding]:
     """Rows of the output heads that no token of the tokenizer has: padding, which is left out of all distributions."""
     for name, teacher in teachers.items():

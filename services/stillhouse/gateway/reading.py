@@ -11,25 +11,16 @@ from typing import TYPE_CHECKING, Any
 from stillhouse.core import suspicions
 from stillhouse.core.explain import Finding
 from stillhouse.core.models import ModelEntry, end_ids, read_chat_template
-from stillhouse.core.vocabulary import difference
 
 if TYPE_CHECKING:
     from stillhouse.gateway.validation import Case
 
 
 def check_tokenizers(case: Case) -> Iterator[Finding]:
-    """Student and teachers speak the same tokens, or the loss compares texts: else every score would be nonsense."""
-    crosses = case.spec.crosses_tokenizers()
-    for name, teacher in case.teachers.items():
-        if not (case.student and teacher and (problem := difference(case.student, teacher))):
-            continue
-        param = f"teachers.{name}.model"
-        if not crosses:
-            fix = "pick models with the same tokenizer, or take objective policy_gradient with cross_tokenizer: true"
-            yield Finding(param, f"its tokenizer differs from the student's: {problem}", fix)
-        elif not teacher.has_chat_template:
-            message = f"'{teacher.name}' has no chat template, and the student's would be other tokens to it"
-            yield Finding(param, message, "add chat_template.jinja to its folder and register it again")
+    """Student and teachers speak the same tokens, or the loss compares texts."""
+    if case.student is not None:
+        compares_texts = case.spec.crosses_tokenizers()
+        yield from suspicions.tokenizers(case.student, case.known_teachers(), compares_texts=compares_texts)
 
 
 def check_chat_template(case: Case) -> Iterator[Finding]:

@@ -31,6 +31,7 @@ from stillhouse.trainer.objectives.base import Head, Signals
 from stillhouse.trainer.objectives.liger import faster_on
 from stillhouse.trainer.packing import MicroBatch
 from stillhouse.trainer.parameters import Parameters
+from stillhouse.trainer.probe_rows import probe_rows
 from stillhouse.trainer.student import (
     Packing,
     checkpoint_activations,
@@ -138,6 +139,11 @@ class Engine:
         """Each micro-batch's [R] float64 KL(student || teacher) over the whole vocabulary, nats."""
         return [self._exact_kl(batch, heads[batch.teacher], temperature) for batch in batches]
 
+    @torch.no_grad()
+    def probe(self, batches: Sequence[MicroBatch], temperatures: Sequence[float], top_k: int) -> list[dict[str, Any]]:
+        """What a pre-flight wants to know of each micro-batch's rows, by name; see probe_rows.py."""
+        return [self._probe(batch, temperatures, top_k) for batch in batches]
+
     def clear_gradients(self) -> None:
         """Forget the gradients of the step."""
         self.parameters.clear_gradients()
@@ -232,6 +238,14 @@ class Engine:
             return exact_reverse_kl(hidden_RD, self._student_head(model, signals), signals, temperature)
 
         return self._passes(work).double().cpu().numpy()
+
+    def _probe(self, batch: MicroBatch, temperatures: Sequence[float], top_k: int) -> dict[str, Any]:
+        def work(model: PreTrainedModel) -> dict[str, Tensor]:
+            hidden_RD, head = self._hidden_rows(model, batch), student_head(model).first(self.vocab_size)
+            named = None if batch.topk_ids is None else self._tensor(batch.topk_ids)
+            return probe_rows(hidden_RD, head, self._tensor(batch.ids), named, temperatures, top_k)
+
+        return {name: rows.cpu().numpy() for name, rows in self._passes(work).items()}
 
     def _hidden_rows(self, model: PreTrainedModel, batch: MicroBatch) -> Tensor:
         """[R, D] the student's hidden states that predict the rows' tokens."""

@@ -29,7 +29,7 @@ from stillhouse.core.queue.jobs import JobRecord
 from stillhouse.core.queue.streams import Scope
 from stillhouse.core.queue.turns import CLAIMABLE
 from stillhouse.core.service import Context
-from stillhouse.core.spec import JobSpec, StageSpan, StageSpec
+from stillhouse.core.spec import JobSpec, SamplersSpec, StageSpan, StageSpec
 from stillhouse.core.tasks import cancel_all
 from stillhouse.trainer import manifests
 from stillhouse.trainer.ends import CRASHED, HANDED_ON, End, Ends
@@ -38,6 +38,7 @@ from stillhouse.trainer.manifests import Opening
 from stillhouse.trainer.measures import card_facts, change
 from stillhouse.trainer.models import model_names
 from stillhouse.trainer.progress import Progress
+from stillhouse.trainer.publish import Publisher
 from stillhouse.trainer.run import Run
 from stillhouse.trainer.samplers import SamplerPool
 from stillhouse.trainer.space import Space
@@ -47,6 +48,8 @@ from stillhouse.trainer.watch import Watch
 
 MAX_FRUITLESS: Final = 5
 """Claims in a row that end by a crash without a single step: then it is the job that crashes its trainers."""
+ANY_SAMPLER: Final = SamplersSpec(min=1)
+"""A live pre-flight takes what is free."""
 
 
 class Lead:
@@ -63,6 +66,8 @@ class Lead:
         self.interrupt = Interrupt()
         self.progress = Progress(scope, ctx.jobs, self.spec.stop_step())
         self.status = "validating"
+        self._waits = record.kind == "distillation"
+        """A job waits for services that are not there; a live pre-flight says so and ends."""
         self.run_: Run | None = None
         self._is_ready = False
         """The run has caught up with its journals."""
@@ -81,7 +86,7 @@ class Lead:
             progress=self.progress,
             samplers=SamplerPool(
                 scope,
-                self.spec.samplers,
+                self.spec.samplers if record.kind == "distillation" else ANY_SAMPLER,
                 registry=ctx.registry,
                 peers=ctx.peers,
                 lease_s=ctx.settings.lease_s,
@@ -92,6 +97,11 @@ class Lead:
             run_beside=self._run_beside,
         )
 
+    @property
+    def publisher(self) -> Publisher | None:
+        """Whose weights the samplers fetch; None = none are published yet."""
+        return self.run_.publisher if self.run_ else self._start.publisher
+
     # -- the claim ---------------------------------------------------------------------------------------------------
 
     async def lead(self) -> None:
@@ -101,11 +111,11 @@ class Lead:
             self.scope,
             interrupt=self.interrupt,
             samplers=self._start.samplers,
-            min_samplers=lambda: self.spec.samplers.min if self._start.stages.needs_samplers else 0,
+            min_samplers=lambda: self.spec.samplers.min if self._waits and self._start.stages.needs_samplers else 0,
             status=lambda: self.status,
             idle_s=lambda: self._start.exchange.idle_s() if self._start.exchange else 0.0,
             trouble=self.space.trouble,
-            needs_teachers=lambda: self._start.stages.needs_teachers,
+            needs_teachers=lambda: self._waits and self._start.stages.needs_teachers,
         )
         self._run_beside(watch.run(), "renew lease")
         end: End | None = None
@@ -162,6 +172,9 @@ class Lead:
             )
         if self.spec.asks_samplers():
             self._run_beside(self._start.samplers.run(), "lease samplers")
+        if not self._waits:
+            await self._guard(self.interrupt.race(self._start.look(opening, self._set_status)))
+            return End("succeeded", result={"preflight": self._start.report.answer().model_dump(mode="json")})
         run = await self._guard(self._start.run(opening, self._set_status))
         self.run_ = run
         await self._guard(self._start.catch_up(run))

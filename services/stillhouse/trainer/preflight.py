@@ -11,15 +11,16 @@ A completion then is, id by id, a continuation of the student's prompt and of th
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from stillhouse.core.blobs import Artifacts
 from stillhouse.core.errors import PreflightError, SpecError
+from stillhouse.core.explain import Finding
 from stillhouse.core.models import ModelEntry
-from stillhouse.core.spec import DataSpec, FullVocabularyLoss, JobSpec, PolicyGradientLoss, StageSpec
+from stillhouse.core.spec import DataSpec, JobSpec, StageSpec
 from stillhouse.core.spelling import spelling_of
 from stillhouse.core.vocabulary import difference
 from stillhouse.trainer.prompts import Prompt, check_lengths, load_rows, prepare, with_completions
@@ -61,13 +62,45 @@ def open_readers(spec: JobSpec, student: ModelEntry, teachers: Mapping[str, Mode
             crossing[name] = stop_token_ids(entry)
     renderer = Renderer(Path(student.path))
     for_teachers = teacher_renderers(student, teachers, renderer, Renderer)
-    readers = Readers(student, teachers, renderer, for_teachers, crossing)
-    if spec.asks_teachers():
-        same = {name: entry for name, entry in teachers.items() if name not in crossing}
-        judged = [stage for stage in spec.stages if stage.asks_teachers()]
-        for stage in judged + [spec.stages[-1]] * (spec.evaluation.data is not None):
-            check_ends(student, same, readers.for_teachers, all_stop_ids(stage, student))
-    return readers
+    return Readers(student, teachers, renderer, for_teachers, crossing)
+
+
+def check_all_ends(spec: JobSpec, readers: Readers) -> None:
+    """The student ends its completions, and teachers end theirs with the same tokens.
+
+    Raises:
+        PreflightError: names the token and the fix.
+    """
+    same = {name: entry for name, entry in readers.teachers.items() if name not in readers.crossing}
+    judged = [stage for stage in spec.stages if stage.asks_teachers()]
+    for stage in [*judged, spec.stages[-1]]:
+        stop_ids = all_stop_ids(stage, readers.student)
+        if stage.asks_teachers() or (spec.evaluation.data is not None and spec.asks_teachers()):
+            check_ends(readers.student, same, readers.for_teachers, stop_ids)
+
+
+def other_readings(prompts: Sequence[Prompt], spec: JobSpec, readers: Readers) -> Iterator[Finding]:
+    """Teachers that read the job's prompts as other tokens than the student: by another chat template."""
+    for name in readers.for_teachers if spec.teachers else ():
+        if name in readers.crossing or spec.teachers[name].system_prompt is not None:
+            continue
+        plain = (prompt for prompt in prompts if prompt.teacher == name and prompt.source.teacher_prompt is None)
+        for prompt in plain:
+            if (theirs := prompt.teacher_prompt_ids) is not None and theirs != prompt.prompt_ids:
+                yield _other_reading(name, prompt, theirs, readers)
+                break
+
+
+def _other_reading(name: str, prompt: Prompt, theirs: Sequence[int], readers: Readers) -> Finding:
+    ours = prompt.prompt_ids
+    place = next(i for i in range(len(ours) + 1) if tuple(ours[: i + 1]) != tuple(theirs[: i + 1]))
+    shown = slice(max(0, place - 4), place + 8)
+    left, right = readers.renderer.spelt(ours[shown]), readers.for_teachers[name].spelt(theirs[shown])
+    message = f"row {prompt.row} is read in other words by teacher '{name}' ({readers.teachers[name].name}) from token "
+    message += f"{place} on: {left!r} for the student, {right!r} for the teacher: their chat templates differ"
+    fix = "right if each was trained with its own; else make chat_template.jinja (or chat_template_kwargs) the same"
+    facts = {"row": prompt.row, "token": place, "student": left, "teacher": right}
+    return Finding(f"teachers.{name}.model", message, fix, is_warning=True, evidence=facts)
 
 
 def check_texts(student: ModelEntry, teacher: ModelEntry) -> None:
@@ -161,21 +194,6 @@ def _load(
     limits["student"] = readers.student.max_sequence_length
     check_lengths(prompts, max_tokens, limits, readers.crossing)
     return prompts
-
-
-def filtered_warning(stage: StageSpec) -> str:
-    """What truncated sampling means for a loss that is taken at the sampled token; "" = nothing."""
-    filters, loss = stage.sampling.filters(), stage.loss
-    at_sampled = isinstance(loss, PolicyGradientLoss) or (
-        isinstance(loss, FullVocabularyLoss) and loss.divergence == "k2"
-    )
-    if not filters or not at_sampled:
-        return ""
-    return (
-        f"the loss is taken at sampled tokens, and {filters} keeps unlikely ones from being sampled: the student "
-        "learns the teacher's probabilities of the others, and of the rest only how much it is together; "
-        "loss/reverse_kl is measured on those tokens, too"
-    )
 
 
 def short_warning(prompts: Sequence[Prompt], max_tokens: int, samplers: Mapping[str, int]) -> str:

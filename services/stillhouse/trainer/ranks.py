@@ -182,6 +182,11 @@ class Part:
         heads, temperature = self._heads_of(values), values.pop("temperature")
         return Message({}, {"kl": self.opened().exact_kl([MicroBatch(**values)], heads, temperature)[0]})
 
+    def _probe(self, values: dict[str, Any]) -> Message:
+        values.pop("head")
+        temperatures, top_k = values.pop("temperatures"), values.pop("top_k")
+        return Message({}, self.opened().probe([MicroBatch(**values)], temperatures, top_k)[0])
+
     def _heads_of(self, values: dict[str, Any]) -> dict[str, TeacherHead]:
         sha256 = values.pop("head")
         return {} if sha256 is None else {values["teacher"]: self._heads[sha256]}
@@ -268,6 +273,10 @@ class RankedEngine:
         self, batches: Sequence[MicroBatch], heads: Mapping[str, TeacherHead], temperature: float
     ) -> list[np.ndarray]:
         return [answer.arrays["kl"] for answer in self._distribute("exact_kl", batches, heads, temperature=temperature)]
+
+    def probe(self, batches: Sequence[MicroBatch], temperatures: Sequence[float], top_k: int) -> list[dict[str, Any]]:
+        asked = self._distribute("probe", batches, {}, temperatures=list(temperatures), top_k=top_k)
+        return [answer.arrays for answer in asked]
 
     def clear_gradients(self) -> None:
         if not self._ranks.is_broken:  # else there is nothing left to save, and the first error to be told

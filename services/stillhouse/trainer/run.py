@@ -71,6 +71,8 @@ class Run:
     space: Space
     ledger: Ledger
     """What the learner consumed."""
+    look_at_first: Callable[[Sequence[TrainSample], Mapping[str, float]], Awaitable[None]]
+    """Takes the first step's samples and metrics before anything of it is published; raises what they refuse."""
     on_damage: Callable[[str], None]
     """Told about files that do not verify."""
     followed: Followed | None = None
@@ -210,6 +212,8 @@ class Run:
     async def step(self, step: int, groups: Sequence[ScoredGroup]) -> None:
         samples, plan = self._batch
         self._metrics = {**await self._train(step, samples, plan), **self._reward_metrics}
+        if step == 0:
+            await self.look_at_first(samples, self._metrics)
         failpoint("trainer.stepped")
 
     async def _train(self, step: int, samples: list[TrainSample], plan: list[list[int]]) -> dict[str, float]:

@@ -84,6 +84,10 @@ class SamplerPool:
         """Whether this sampler is leased, be it that it does not serve the job yet."""
         return instance in self._leased
 
+    def leased(self) -> list[ServiceInfo]:
+        """Those that serve the job now, by name."""
+        return [self._leased[instance] for instance in sorted(self._leased)]
+
     async def use(self, is_needed: bool) -> None:
         """Lease samplers from now on, or give back what is leased: not every stage has something written."""
         self._is_needed = is_needed
@@ -171,7 +175,7 @@ class SamplerPool:
             info = sorted(self._leased.values(), key=lambda info: info.instance)[next(self._turns) % self.size]
             started = time.monotonic()
             try:
-                return Written(await self._generate(info, request), info.instance, time.monotonic() - started)
+                return Written(await self.write(info, request), info.instance, time.monotonic() - started)
             except StillhouseError as error:
                 self._log.warning("text not written", sampler=info.instance, error=error.message, tries=number)
                 if number == GENERATE_TRIES or not _may_pass(error):
@@ -179,9 +183,10 @@ class SamplerPool:
                 await asyncio.sleep(GENERATE_PAUSE_LEASES * self._lease_s)
         raise AssertionError("the last try returns or raises")
 
-    async def _generate(
+    async def write(
         self, info: ServiceInfo, request: sampler_pb2.GenerateRequest
     ) -> list[sampler_pb2.GenerateResponse]:
+        """Completions by one of the samplers that are leased; once."""
         call = asyncio.ensure_future(self._answers(info, request))
         try:
             while not (await asyncio.wait({call}, timeout=GENERATE_LOOK_S))[0]:

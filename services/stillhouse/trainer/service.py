@@ -33,9 +33,10 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
         lead = self._leading()
         if lead is None or lead.scope.job_id != request.job_id:
             raise ConflictError(f"this trainer does not lead job '{request.job_id}'")
-        if lead.run_ is None:
+        if lead.publisher is None:
             raise NotFoundError("no weights are published yet")
-        shelf = lead.run_.followed if request.average else lead.run_.publisher
+        followed = lead.run_.followed if lead.run_ else None
+        shelf = followed if request.average else lead.publisher
         if shelf is None:
             raise ConflictError(f"job '{request.job_id}' has no teacher that follows its student")
         held = shelf.find(request)

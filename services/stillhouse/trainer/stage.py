@@ -5,16 +5,17 @@ What it has throughout (queue, learner, ledger, checkpoints) is in run.py.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from stillhouse.core.errors import JobFailedError, PreflightError
 from stillhouse.core.models import ModelEntry
 from stillhouse.core.queue.streams import Scope
+from stillhouse.core.schemas import Check
 from stillhouse.core.service import Context
 from stillhouse.core.spec import JobSpec, PolicyGradientLoss, StageSpan, StageSpec, TeacherSpec
+from stillhouse.core.suspicions import filtered
 from stillhouse.trainer.asks import asks
 from stillhouse.trainer.batch import TeacherHead, TrainSample
 from stillhouse.trainer.exchange import Exchange
@@ -26,13 +27,13 @@ from stillhouse.trainer.preflight import (
     Readers,
     all_stop_ids,
     check_writers,
-    filtered_warning,
     load_held_out,
     load_prompts,
     short_warning,
 )
 from stillhouse.trainer.progress import Progress
 from stillhouse.trainer.prompts import Prompt, PromptOrder
+from stillhouse.trainer.report import Report
 from stillhouse.trainer.rewards import Rewards, outcomes
 from stillhouse.trainer.samplers import SamplerPool
 from stillhouse.trainer.scored import ScoredSample
@@ -42,6 +43,10 @@ from stillhouse.trainer.train import to_sample
 from stillhouse.trainer.verify.judges import Judges, VerifierError
 from stillhouse.v1 import rollout_pb2
 from stillhouse.v1.rollout_pb2 import Retokenize, TeacherTask
+
+ENDS: Final = "what ends a teacher's turns and texts ends the student's completions"
+PROMPTS: Final = "every row renders by the chat templates, and fits with its completion"
+VERIFIERS: Final = "every verifier loads"
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,8 @@ class Stages:
     samplers: SamplerPool
     space: Space
     log: Any
+    report: Report
+    """What is found out about the job."""
     heads: dict[str, TeacherHead] = field(default_factory=dict)
     """Of the teachers that judge now by hidden states, by name."""
     speakers: dict[str, TeacherSpec] = field(default_factory=dict)
@@ -138,14 +145,21 @@ class Stages:
             PreflightError: names the stage, the row or verifier, and the fix.
         """
         self.readers = readers
+        look, artifacts = self.report.look, self.ctx.artifacts
         for span in spans:
-            check_writers(span.stage, readers.student, readers.teachers)
-            prompts = await asyncio.to_thread(load_prompts, span.stage, self.spec, readers, self.ctx.artifacts)
+            await look("ends", ENDS, check_writers, span.stage, readers.student, readers.teachers)
+            prompts = await look("prompts", PROMPTS, load_prompts, span.stage, self.spec, readers, artifacts)
+            if prompts is None:
+                continue
             self._prompts[span.index] = prompts
             await self._warn(span.stage, prompts)
-            await self._load_verifiers(span, prompts)
-        self.held_out = await asyncio.to_thread(load_held_out, self.spec, readers, self.ctx.artifacts)
+            await look("verifiers", VERIFIERS, self._load_verifiers, span, prompts)
+        self.held_out = await look("prompts", PROMPTS, load_held_out, self.spec, readers, artifacts) or []
         await self._warn_short(self.held_out, self.spec.evaluation.max_tokens)
+
+    def prompts(self) -> list[list[Prompt]]:
+        """Of each stage that is to come, as far as they can be read."""
+        return [self._prompts[index] for index in sorted(self._prompts)]
 
     async def make(self, span: StageSpan) -> Stage:
         """Everything that a stage needs. May wait for a teacher; nothing is changed if it is interrupted."""
@@ -188,7 +202,7 @@ class Stages:
         for name, entry in entries.items():
             self.speakers[name] = self.spec.teachers[name].model_copy(update={"model": entry.name})
         judging = (trained if stage.asks_teachers() else set()) | measured
-        tasks = {name: self._task(name, entry) for name, entry in entries.items() if name in judging}
+        tasks = {name: self.task(name, entry) for name, entry in entries.items() if name in judging}
         await self.space.insist("the streams of teachers", lambda: self.exchange.open_teachers(tasks))
         with_heads = trained if stage.loss.payload() == "hidden" else set()
         with_heads = with_heads | (set() if self.spec.crosses_tokenizers() else measured)
@@ -207,7 +221,7 @@ class Stages:
                 of_models[model] = await fetch_head(self.ctx.registry, self.ctx.peers, task, self._tell_waiting)
             self.heads[name] = of_models[model]
 
-    def _task(self, name: str, entry: ModelEntry) -> TeacherTask:
+    def task(self, name: str, entry: ModelEntry) -> TeacherTask:
         """How a teacher scores."""
         threads = self.ctx.settings.threads if self.spec.deterministic else 0
         task = make_task(self.scope, name, self.spec.teachers[name], entry, asks(self.spec), threads=threads)
@@ -257,7 +271,7 @@ class Stages:
                 f"{cut} of {len(prompts)} completions are longer than sampling.max_tokens {most} and are cut, without "
                 "their end; raise it to train on all of them",
             )
-        if warning := filtered_warning(stage):
+        if warning := filtered(stage):
             await self._event("sampling.filtered", warning)
         if self.spec.evaluation.data is not None or stage.asks_samplers():
             await self._warn_short(prompts, most)
@@ -270,7 +284,7 @@ class Stages:
             await self._event("sampling.short", warning)
 
     async def _event(self, kind: str, message: str) -> None:
-        await self.ctx.jobs.event(self.scope.job_id, kind, message, level="warning")
+        await self.report.add(Check(name=kind, verdict="warning", message=message), event=kind)
 
 
 def _teachers(prompts: Sequence[Prompt]) -> set[str]:

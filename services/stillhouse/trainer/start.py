@@ -15,6 +15,7 @@ from stillhouse.core.models import ModelEntry, verify_files
 from stillhouse.core.pulse import BULK
 from stillhouse.core.queue.jobs import JobRecord
 from stillhouse.core.queue.streams import Scope
+from stillhouse.core.schemas import Check
 from stillhouse.core.service import Context
 from stillhouse.core.spec import JobSpec
 from stillhouse.trainer import manifests
@@ -27,15 +28,17 @@ from stillhouse.trainer.ledger import Ledger
 from stillhouse.trainer.loop import Interrupt
 from stillhouse.trainer.manifests import Opening
 from stillhouse.trainer.models import JobModels
-from stillhouse.trainer.preflight import all_stop_ids, open_readers
+from stillhouse.trainer.preflight import all_stop_ids
 from stillhouse.trainer.progress import Progress
 from stillhouse.trainer.publish import Publisher
+from stillhouse.trainer.report import REFUSALS, Report
 from stillhouse.trainer.run import Run
 from stillhouse.trainer.samplers import SamplerPool
 from stillhouse.trainer.space import Space
 from stillhouse.trainer.stage import Stages
 from stillhouse.trainer.texts import Texts
 from stillhouse.trainer.train import LearnerThread
+from stillhouse.trainer.validate import look_at_first, validate
 
 
 @dataclass
@@ -59,8 +62,14 @@ class Start:
     exchange: Exchange | None = None
     models: JobModels = field(init=False)
     stages: Stages = field(init=False)
+    report: Report = field(init=False)
+    """What is found out about the job."""
+    publisher: Publisher | None = None
+    """Of a live pre-flight; a job's is in its run."""
 
     def __post_init__(self) -> None:
+        tell = partial(self.ctx.jobs.event, self.scope.job_id)
+        self.report = Report(self.artifacts.preflight, tell, is_live=self.record.kind == "preflight")
         self.stages = Stages(
             ctx=self.ctx,
             scope=self.scope,
@@ -70,20 +79,20 @@ class Start:
             samplers=self.samplers,
             space=self.space,
             log=self.log,
+            report=self.report,
         )
 
     async def run(self, opening: Opening, set_status: Callable[[str], Awaitable[None]]) -> Run:
         """Validate the job and bring everything to the checkpoint that `opening` names."""
         await set_status("validating")
-        self._check_ranks()
-        if self.spec.deterministic:
-            await self._check_services()
-        spans = self.spec.spans()[self.spec.span_at(opening.base.step if opening.base else 0).index :]
-        await self.stages.announce(spans[0].stage)
-        self.models = self.stages.models = await self._open_models()
+        await asyncio.to_thread(self.report.load)
+        try:
+            await validate(self, opening)
+        except REFUSALS:
+            await self.keep_report()
+            raise
+        await self.keep_report()
         student = self.models.student
-        teachers = {name: self.models.entry(name) for name in self.spec.teachers}
-        await self.stages.check(await asyncio.to_thread(open_readers, self.spec, student, teachers), spans)
         self.exchange = self.stages.exchange = await self._open_exchange()
         texts = self._texts(self.exchange, student)
 
@@ -109,6 +118,7 @@ class Start:
             make_stage=self.stages.make,
             threads=self.ctx.settings.threads,
             space=self.space,
+            look_at_first=partial(look_at_first, self),
             on_damage=lambda message: self.log.error("a checkpoint does not verify", error=message),
             step_done=step,
             ledger=ledger,
@@ -125,7 +135,37 @@ class Start:
         # the claim before may have died between a step or checkpoint and its record, or the record was rebuilt
         await self.ctx.jobs.update(self.scope, step=run.step_done, committed_step=run.committed_step)
 
-    async def _open_models(self) -> JobModels:
+    async def look(self, opening: Opening, set_status: Callable[[str], Awaitable[None]]) -> None:
+        """A live pre-flight: validate the job, then probe what it would run on; the report has what was found."""
+        from stillhouse.trainer.look import OF_SAMPLERS, OF_TEACHERS, Look
+
+        await set_status("validating")
+        await validate(self, opening)
+        if self.report.has_errors:
+            for name in (*OF_SAMPLERS, *OF_TEACHERS):
+                reason = "not probed: a check that the probes rest on has failed"
+                await self.report.add(Check(name=name, verdict="skipped", message=reason))
+        else:
+            await set_status("starting")
+            await Look(self).probe()
+        await self.keep_report()
+
+    async def keep_report(self, *, anew: bool = False) -> None:
+        """Write the report beside the artifacts, unless an earlier claim did."""
+        if self.report.is_known and not anew:
+            return
+        await self.ctx.jobs.update(self.scope)  # what a zombie finds is not for others
+        await self.space.insist("the pre-flight report", lambda: asyncio.to_thread(self.report.write))
+
+    async def publish_first(self) -> None:
+        """Load the student as the job would begin with it, and publish its weights to the samplers."""
+        span = self.spec.spans()[0]
+        load = self.learner.load(Path(self.models.start.path), self.spec, self.ctx.settings.threads, span)
+        await self._tell_loaded(await self.interrupt.race(load))
+        self.publisher = Publisher(self.scope, self.ctx.jobs, self.samplers, 1)
+        await self.publisher.publish(0, await self.learner.state_arrays())
+
+    async def open_models(self) -> JobModels:
         """The models of the job, checkpoints among them made models."""
 
         async def make(name: str) -> ModelEntry:
@@ -149,40 +189,6 @@ class Start:
         for entry in (models.student, models.start):
             await asyncio.to_thread(verify_files, entry)
         return models
-
-    def _check_ranks(self) -> None:
-        """Refuse what several ranks do not do."""
-        number = self.learner.num_ranks
-        if number == 1:
-            return
-        instead = "run the job on a trainer with trainer_ranks 1 (`stillhouse up --trainer-ranks 1`), or"
-        if self.spec.student.lora is not None:
-            raise PreflightError(
-                f"the job trains a low-rank adapter, and this trainer has trainer_ranks {number}, which splits whole "
-                f"weights only: {instead} remove student.lora"
-            )
-        if self.spec.deterministic:
-            raise PreflightError(
-                f"the job is deterministic, and this trainer has trainer_ranks {number}: sums over ranks differ in "
-                f"their last bits from those of another number of ranks: {instead} remove deterministic"
-            )
-
-    async def _check_services(self) -> None:
-        """The last bits of every sum depend on engine and threads: all samplers must agree before the first sample.
-        Teachers see for themselves, those that come later, too: `TeacherTask.threads`."""
-        threads = self.ctx.settings.threads
-        if threads == 0:
-            raise PreflightError(
-                "a deterministic job needs a fixed number of threads; set STILLHOUSE_THREADS "
-                "(`stillhouse up --threads`) to the same number in sampler, teacher and trainer"
-            )
-        for info in await self.ctx.registry.services("sampler"):
-            found = (info.extra.get("engine", ""), info.extra.get("threads", ""))
-            if found != ("transformers", str(threads)):
-                raise PreflightError(
-                    f"a deterministic job needs the engine transformers with {threads} threads everywhere, as in this "
-                    f"trainer; {info.role} '{info.instance}' has engine {found[0]} with {found[1]} threads"
-                )
 
     async def _open_exchange(self) -> Exchange:
         ctx = self.ctx

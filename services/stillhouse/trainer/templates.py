@@ -65,6 +65,10 @@ class Renderer:
         """Completion ids as text, special tokens left out."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
+    def spelt(self, ids: Sequence[int]) -> str:
+        """Tokens as text, special ones included."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
     def check(self, arguments: Arguments) -> None:
         """Prove that prompts end where the assistant speaks: what the template writes before its words is there.
 

@@ -22,6 +22,7 @@ from stillhouse.core.rollouts import scores_of
 from stillhouse.core.spec import JobSpec, StageSpan, StageSpec
 from stillhouse.core.tensors import from_tensor
 from stillhouse.trainer.batch import STUDENT_ORIGINS, TeacherHead, TrainSample
+from stillhouse.trainer.probes import ask_student
 from stillhouse.trainer.scored import ScoredSample
 from stillhouse.trainer.spans import span_arrays
 from stillhouse.v1 import journal_pb2, rollout_pb2
@@ -227,6 +228,12 @@ class LearnerThread:
     async def end_at(self, step: int) -> None:
         """The job ends after so many steps, fewer than planned."""
         await self.call(lambda: self._learner.end_at(step))
+
+    async def probe(
+        self, samples: Sequence[TrainSample], temperatures: Sequence[float], top_k: int
+    ) -> list[dict[str, np.ndarray]]:
+        """What the student says of the samples; see `ask_student`."""
+        return await self.call(lambda: ask_student(self._learner.engine, samples, temperatures, top_k))
 
     async def state_arrays(self) -> list[tuple[str, np.ndarray, str]]:
         """A copy of the weights: (name, array, element type)."""

@@ -19,6 +19,7 @@ from unittest import mock
 from stillhouse.core import blobs, failpoints, service, telemetry
 from stillhouse.gateway import jobs as gateway_jobs
 from stillhouse.trainer import app as trainer_app
+from stillhouse.trainer import memory as trainer_memory
 from stillhouse.trainer import preflight as trainer_preflight
 from stillhouse.trainer import publish as trainer_publish
 from stillhouse.trainer import retention
@@ -124,6 +125,7 @@ def _in_place_of_heavy_parts(world: World) -> Iterator[None]:
         mock.patch.object(trainer_app.gc, "collect", _nothing),
         mock.patch.object(gateway_jobs, "preflight", _no_references),
         mock.patch.object(trainer_publish.Publisher, "hold", hold),
+        mock.patch.object(trainer_memory, "available", return_value=(1 << 40, "the simulation")),
     ):
         failpoints.install(world.on_failpoint)
         try:

@@ -1,0 +1,108 @@
+"""What a trainer needs in memory for a job, and what it has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from stillhouse.core.estimate import WORDS, learning_parameters, score_bytes, tokens_in_flight
+from stillhouse.core.models import ModelEntry
+from stillhouse.core.schemas import Check
+from stillhouse.core.spec import JobSpec, StageSpec
+
+ACTIVATIONS: Final = 17
+"""Numbers of the model's width that a decoder layer keeps per token for the backward pass (arXiv:2205.05198, without
+the attention's own matrix)."""
+CHECKPOINTED: Final = 2
+"""And with activation checkpointing: what goes in, and what is computed again, shared by all layers."""
+ROLLOUT_BYTES: Final = 16
+"""A completion token on its way, without its score."""
+GIB: Final = 1 << 30
+
+
+def needed(spec: JobSpec, student: ModelEntry, teachers: Mapping[str, ModelEntry]) -> dict[str, int]:
+    """Bytes by what they are for; of several stages the most. One that counts too little is better than one that
+    refuses what fits: work space of kernels is left out."""
+    word = WORDS[spec.student.dtype]
+    weights, learning = word * student.num_parameters, 4 * learning_parameters(spec, student)
+    stages = spec.stages
+    most: dict[str, int] = {
+        "weights": weights,
+        "float32 master weights": learning if word < 4 or spec.student.lora else 0,
+        "gradients": learning,
+        "optimizer": 2 * learning,
+        "averages": learning * any(stage.optimizer.ema_decay for stage in stages)
+        + 4 * student.num_parameters * (spec.ema_of_student() is not None),
+        "published weights": weights * max(stage.schedule.max_staleness + 1 for stage in stages),
+        "teachers' heads": max(_heads(stage, teachers) for stage in stages),
+        "samples in flight": max(
+            tokens_in_flight(stage) * (ROLLOUT_BYTES + score_bytes(stage, teachers)) for stage in stages
+        ),
+        "activations": max(_activations(spec, stage, student) for stage in stages),
+    }
+    return {name: number for name, number in most.items() if number}
+
+
+def _heads(stage: StageSpec, teachers: Mapping[str, ModelEntry]) -> int:
+    if stage.loss.payload() != "hidden":
+        return 0
+    return max((4 * entry.vocab_size * entry.hidden_size for entry in teachers.values()), default=0)
+
+
+def _activations(spec: JobSpec, stage: StageSpec, student: ModelEntry) -> int:
+    per_layer = CHECKPOINTED if spec.student.activation_checkpointing else ACTIVATIONS
+    numbers = (per_layer * student.num_layers + ACTIVATIONS) * student.hidden_size
+    return WORDS[spec.student.dtype] * numbers * stage.schedule.micro_batch_tokens
+
+
+def available(limit_gib: float) -> tuple[int, str]:
+    """(bytes that a process here can still take, what says so). `limit_gib` = the setting, 0 = none."""
+    found = [(number, what) for number, what in (_device(), _machine(), _container()) if number is not None]
+    if limit_gib:
+        found.append((int(limit_gib * GIB), "the setting trainer_memory_gib"))
+    return min(found)
+
+
+def _device() -> tuple[int | None, str]:
+    if not Path("/dev/nvidia0").exists():
+        return None, ""
+    import torch
+
+    free, _ = torch.cuda.mem_get_info() if torch.cuda.is_available() else (None, None)
+    return free, "the GPU's free memory"
+
+
+def _machine() -> tuple[int | None, str]:
+    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
+    kib = next((int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
+    return None if kib is None else kib << 10, "the machine's available memory"
+
+
+def _container() -> tuple[int | None, str]:
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if not limit.is_file() or limit.read_text().strip() == "max":
+        return None, ""
+    stat = Path("/sys/fs/cgroup/memory.stat").read_text().splitlines()
+    cached = next((int(line.split()[1]) for line in stat if line.startswith("inactive_file ")), 0)
+    return int(limit.read_text()) - int(used.read_text()) + cached, "the container's limit"
+
+
+def memory(parts: Mapping[str, int], has: int, source: str, num_ranks: int = 1) -> Check:
+    """The trainer has room for the job: for its weights surely, for everything probably."""
+    split = ("weights", "float32 master weights", "gradients", "optimizer", "averages")
+    parts = {name: number // num_ranks if name in split else number for name, number in parts.items()}
+    total = sum(parts.values())
+    least = total - parts.get("activations", 0) - parts.get("samples in flight", 0)
+    evidence = {"needed_bytes": total, "available_bytes": has, "available_by": source, "parts": dict(parts)}
+    message = (
+        f"the trainer needs about {total / GIB:.2f} GiB for the student, its optimizer, activations and samples in "
+    )
+    message += f"flight, and has {has / GIB:.2f} GiB ({source})"
+    if total <= has:
+        return Check(name="memory", verdict="ok", message=message, evidence=evidence)
+    biggest = max(parts, key=lambda name: parts[name])
+    fix = f"most is {biggest}, {parts[biggest] / GIB:.2f} GiB: student.lora, student.dtype: bfloat16, "
+    fix += "student.activation_checkpointing, a smaller micro_batch_tokens, max_staleness or max_tokens, or more memory"
+    verdict = "error" if least > has else "warning"
+    return Check(name="memory", verdict=verdict, message=f"too little memory: {message}", evidence=evidence, fix=fix)
