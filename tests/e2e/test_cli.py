@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from tests.cluster import job_spec
-from tests.e2e.deployment import Stillhouse
+from tests.e2e.deployment import Stillhouse, wait_until
 from tests.tiny import make_tiny_model
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(400)]
@@ -51,7 +51,11 @@ def test_a_user_distils_looks_compares_talks_and_takes_the_student_home(stillhou
     watched = stillhouse("submit", job_file, "--watch")
     assert "step 4/4" in watched
     (job,) = set(re.findall(r"job_[a-z0-9]+", watched))
-    other = json.loads(stillhouse("submit", write_job(tmp_path, stages__0__optimizer__lr=5e-4), "--json"))["id"]
+    slower = write_job(tmp_path, stages__0__optimizer__lr=5e-4, stages__0__schedule__steps=40)
+    other = json.loads(stillhouse("submit", slower, "--json"))["id"]
+    stillhouse("pause", other)
+    wait_until(lambda: stillhouse.get(f"/v1/jobs/{other}")["status"] == "paused", "the pause")
+    stillhouse("resume", other)
     stillhouse("watch", other)
     assert "nats/token" in stillhouse("samples", job, "--step", "4")
     assert "stages.0.optimizer.lr" in stillhouse("compare", job, other)

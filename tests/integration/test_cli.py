@@ -13,6 +13,7 @@ import yaml
 from tests.cli_kit import Deployment, Shell, deployment
 from tests.cluster import Cluster, job_spec
 from tests.conftest import start_valkey, stop_valkey
+from tests.waiting import wait_until
 
 WORDS = {"prompts": ("one", "two", "three"), "heldout": ("four", "five")}
 
@@ -106,7 +107,7 @@ def test_samples_are_readable_without_colours_and_coloured_on_a_terminal(stillho
     plain = stillhouse("samples", job, "--step", "2", "--limit", "1", "--top", "2").out
     assert f"sample {first['id']}  step 2" in plain
     assert "\x1b" not in plain
-    assert "nats:" in plain.splitlines()[0]
+    assert "in nats" in plain.splitlines()[0]
     kls = [token["kl"] for token in first["tokens"]]
     marked = sum(abs(kl) >= 1 for kl in kls)
     largest = max(kls, key=abs)
@@ -233,9 +234,19 @@ def test_two_jobs_compared_and_on_one_figure(stillhouse: Shell, job: str, tmp_pa
     assert "--names all" in stillhouse("plot", job, "--names", "odd", "-o", str(tmp_path / "no.svg"), code=2).err
 
 
+async def has_status(deployed: Deployment, job_id: str, status: str) -> bool:
+    return (await deployed.cluster.ctx.jobs.get(job_id)).status == status
+
+
 def test_a_job_is_steered(stillhouse: Shell, deployed: Deployment, job: str, tmp_path: Path) -> None:
     running = stillhouse("submit", str(write_job(tmp_path, stages__0__schedule__steps=5000)), "--json").json()["id"]
     deployed.run(deployed.cluster.at_step(running, 1))
+    assert f"stillhouse resume {running}" in stillhouse("pause", running).out
+    deployed.run(wait_until(lambda: has_status(deployed, running, "paused"), timeout_s=50, what="the pause"))
+    assert running in stillhouse("jobs", "--status", "paused").out
+    step = stillhouse("job", running, "--json").json()["progress"]["step"]
+    assert stillhouse("resume", running, "--json").json()["id"] == running
+    deployed.run(deployed.cluster.at_step(running, step + 1))
     assert stillhouse("cancel", running, "--json").json()["id"] == running
     stillhouse("watch", running, code=2)
     assert "error" in stillhouse("cancel", job, code=1).err

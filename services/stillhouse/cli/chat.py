@@ -61,9 +61,8 @@ def generate(
         say(printable(text.text))
         if n > 1:
             say("")
-    tokens = ", ".join(f"{text.num_tokens} ({text.finish_reason})" for text in found.data)
-    logprobs = ", ".join(number(text.logprob) for text in found.data)
-    print(f"{found.model}: {tokens} tokens, log-probability {logprobs}, --seed {found.seed}", file=sys.stderr)
+    facts = [f"{text.num_tokens} tokens ({text.finish_reason}), {number(text.logprob)} nats" for text in found.data]
+    print(f"{found.model}: {'; '.join(facts)}; again with --seed {found.seed}", file=sys.stderr)
 
 
 def chat(model: str, message: str, teacher: str, system: str, options: Mapping[str, Any], *, as_json: bool) -> None:

@@ -179,7 +179,7 @@ def keys_create(
         list[str] | None, typer.Option(help="read, write or admin; may be given several times.  [default: read, write]")
     ] = None,
     limit: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=NUMBER", help="A limit, for example jobs=2; several times.")
+        list[str] | None, typer.Option(metavar="NAME=NUMBER", help="A limit, for example active_jobs=2; several times.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -72,12 +72,12 @@ def _limit(text: str) -> tuple[str, float]:
     try:
         number = float(value)
     except ValueError:
-        raise CliError(f"--limit {text} is no NAME=NUMBER", fix="--limit jobs=2", exit_code=EXIT_USAGE) from None
+        raise CliError(f"--limit {text} is no NAME=NUMBER", fix="--limit active_jobs=2", exit_code=EXIT_USAGE) from None
     return name, int(number) if number.is_integer() else number
 
 
 def _limits(limits: Any) -> str:
-    """`jobs 2, bytes 1073741824`; what is unlimited is left out."""
+    """`active_jobs 2, file_mib 1024`; what is unlimited is left out."""
     if not limits:
         return "-"
     return ", ".join(f"{name} {value}" for name, value in dict(limits).items() if value is not None) or "-"

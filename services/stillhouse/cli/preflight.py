@@ -63,7 +63,7 @@ def show(report: Preflight, *, shows_all: bool) -> None:
         for verdict, words in (("skipped", "not looked at"), ("ok", "in order")):
             names = list(dict.fromkeys(check.name for check in by_verdict[verdict]))
             if names:
-                _print_head(verdict, f"{words}: {', '.join(names)}")
+                _print_head(verdict, textwrap.fill(f"{words}: {', '.join(names)}", WIDTH, subsequent_indent="  "))
     if report.estimate is not None:
         say("")
         for line in _cost(report.estimate):

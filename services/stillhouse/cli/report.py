@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from stillhouse.cli.console import EXIT_USAGE, CliError, print_facts, print_json, say, size
+from stillhouse.cli.console import (
+    EXIT_USAGE,
+    CliError,
+    count,
+    number,
+    print_facts,
+    print_json,
+    print_table,
+    printable,
+    say,
+    size,
+)
 from stillhouse.client.client import Client
+
+SAMPLES: Final = 3
+"""Held-out texts shown; the page has more."""
 
 
 def report(job_id: str, output: Path | None, *, as_json: bool) -> None:
@@ -25,7 +38,7 @@ def report(job_id: str, output: Path | None, *, as_json: bool) -> None:
     elif as_json:
         print_json(found)
     else:
-        print_facts(_facts(found))
+        _show(found)
         say(f"\nas a page: stillhouse report {job_id} -o report.html")
 
 
@@ -37,6 +50,25 @@ def _write(path: Path, text: str) -> None:
     say(f"{path}: {size(path.stat().st_size)}")
 
 
-def _facts(document: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for name, value in document.items():
-        yield name, str(value)
+def _show(found: Any) -> None:
+    """The sentence, what was asked, before and after, what looks odd, and what was written."""
+    say(printable(found["summary"]))
+    say("")
+    print_facts((label, str(text)) for label, text in found["asked"].items())
+    if found["comparisons"]:
+        say("\nheld out")
+        rows = [
+            (one["measure"], one["domain"] or "all", number(one["before"]), number(one["after"]))
+            for one in found["comparisons"]
+        ]
+        print_table(("measure", "of", ">before", ">after"), rows)
+    for check in found["preflight"]:
+        say(printable(f"! {check['name']}: {check['message']}"))
+    for warning in found["warnings"]:
+        say(printable(f"! {warning}"))
+    for shown in found["samples"][:SAMPLES]:
+        say("")
+        print_facts((name, shown[name].strip()) for name in ("prompt", "before", "after", "teacher"))
+    if found["usage"]:
+        say("")
+        print_facts([("cost", ", ".join(f"{name} {count(value)}" for name, value in found["usage"].items() if value))])

@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 SCALE: Final = (
-    (3.0, "white on #b2182b", "above 3"),
-    (1.0, "black on #ef8a62", "1 to 3"),
-    (0.3, "black on #fddbc7", "0.3 to 1"),
-    (-0.3, "", "-0.3 to 0.3"),
-    (-1.0, "black on #d1e5f0", "-1 to -0.3"),
-    (-3.0, "black on #67a9cf", "-3 to -1"),
-    (-math.inf, "white on #2166ac", "below -3"),
+    (3.0, "white on #b2182b", "> 3"),
+    (1.0, "black on #ef8a62", "> 1"),
+    (0.3, "black on #fddbc7", "> 0.3"),
+    (-0.3, "", "0"),
+    (-1.0, "black on #d1e5f0", "< -0.3"),
+    (-3.0, "black on #67a9cf", "< -1"),
+    (-math.inf, "white on #2166ac", "< -3"),
 )
 """(lowest difference in nats, style, words): ColorBrewer's red-blue, which people with weak red-green vision tell apart
 too. A factor of e in probability is 1 nat."""
@@ -64,12 +64,12 @@ def legend(has_colours: bool) -> Text:
     """What the colours mean."""
     from rich.text import Text
 
-    line = Text("log p(student) - log q(teacher), nats:  ")
     if not has_colours:
-        return line.append(f"[token +2.1] marks {MARKED_NATS:g} and more; + = the student liked it better")
+        return Text(f"[token +2.1] = log p(student) - log q(teacher) in nats, where it is {MARKED_NATS:g} and more")
+    line = Text("the student likes it more ")
     for _, style, words in SCALE:
-        line.append(f" {words} ", style).append(" ")
-    return line.append(" red = the student liked it better")
+        line.append(f" {words} ", style)
+    return line.append(" the teacher does;  log p - log q, nats")
 
 
 def _head(sample: Sample) -> Text:

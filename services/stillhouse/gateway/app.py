@@ -32,7 +32,6 @@ from stillhouse.gateway.routes import (
     jobs,
     keys,
     logs,
-    report,
     samples,
     score,
     system,
@@ -42,7 +41,6 @@ from stillhouse.gateway.scoring import Slots
 ROUTES = (
     jobs,
     history,
-    report,
     samples,
     logs,
     checkpoints,
