@@ -11,6 +11,7 @@ import pytest
 from stillhouse.core.blobs import JobArtifacts
 from stillhouse.core.checkpoints import Settled, settle
 from stillhouse.core.pins import pinned
+from stillhouse.core.queue.streams import Scope
 from stillhouse.gateway import checkpoints as gateway_checkpoints
 from stillhouse.trainer import manifests, retention
 from stillhouse.trainer.manifests import ManifestRef
@@ -147,6 +148,22 @@ async def test_a_mark_keeps_a_checkpoint_until_it_is_taken_back(gateway: Gateway
         taken = (await gateway.http.delete(f"{job.url}/{first}/best")).json()
         assert (taken["is_best"], taken["is_pinned"]) == (False, False)
     assert (await job.delete(first)).status_code == 204
+
+
+async def test_without_marks_the_best_is_what_evaluation_found(gateway: Gateway) -> None:
+    job = await make_job(gateway)
+    first, second = job.commit(1, 2)
+    scope = Scope(job.id, await gateway.ctx.jobs.claim(job.id, "trainer-a", 60.0, 1))
+    await gateway.ctx.jobs.update(scope, best_checkpoint=first)
+
+    async def best() -> list[str]:
+        return [item["id"] for item in (await gateway.http.get(job.url)).json()["data"] if item["is_best"]]
+
+    assert await best() == [first]
+    await gateway.http.put(f"{job.url}/{second}/best")
+    assert await best() == [second]
+    await gateway.http.delete(f"{job.url}/{second}/best")
+    assert await best() == [first]
 
 
 async def test_the_export_goes_with_its_job(gateway: Gateway) -> None:

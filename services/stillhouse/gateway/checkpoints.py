@@ -23,7 +23,7 @@ EXPORT_ID: Final = "ckpt_export"
 def list_checkpoints(job_id: str, artifacts: JobArtifacts, record: JobRecord) -> list[Checkpoint]:
     """Committed checkpoints, oldest first, the export last."""
     marks = pinned(artifacts)
-    best = marks[-1] if marks else best_of(record)
+    best = marks[-1] if marks else record.best_checkpoint
     found = []
     for manifest in artifacts.epochs.glob("*/manifests/*/manifest.json"):
         epoch, name = manifest.parent.parent.parent.name, manifest.parent.name
@@ -52,11 +52,6 @@ def list_checkpoints(job_id: str, artifacts: JobArtifacts, record: JobRecord) ->
         )
     found.sort(key=lambda checkpoint: (checkpoint.epoch, checkpoint.step))
     return found + _export(job_id, artifacts, record)
-
-
-def best_of(record: JobRecord) -> str:
-    """Id of the checkpoint that held-out evaluation found best; '' = none."""
-    return str(getattr(record, "best_checkpoint", None) or "")
 
 
 def get_checkpoint(artifacts: JobArtifacts, record: JobRecord, checkpoint: str) -> Checkpoint:
