@@ -80,7 +80,7 @@ async def test_samples_say_what_the_metrics_say(deployment: Cluster, kind: str) 
         telemetry.flush_logs()
         lines = await read(http, f"{job_id}/logs")
         said = [line["message"] for line in lines]
-        assert {"job claimed", "serving", "student loaded", "job ended"} <= set(said)
+        assert {"job claimed", "serving", "student loaded", "model loaded", "job ended"} <= set(said)
         assert said.index("job claimed") < said.index("student loaded") < said.index("job ended")
         assert all("say " not in str(line) for line in lines), "no prompts"
 

@@ -57,6 +57,7 @@ class Shift:
 
     def __init__(self, ctx: Context, student: Student, generator: Generator, scope: Scope, claims: Claims) -> None:
         self._ctx = ctx
+        self._log = ctx.log.bind(job_id=scope.job_id, epoch=scope.epoch)
         self._student = student
         self._generator = generator
         self._scope = scope
@@ -120,7 +121,7 @@ class Shift:
             for work in list(self._works.values()):
                 await self._keep(work)
         except QUEUE_ERRORS as error:
-            self._ctx.log.warning("partial completions not kept", error=str(error))
+            self._log.warning("partial completions not kept", error=str(error))
 
     def _spawn(self, coro: Coroutine[Any, Any, None], name: str) -> None:
         task = asyncio.create_task(coro, name=name)
@@ -216,7 +217,7 @@ class Shift:
         try:
             group = pb.PromptGroup.FromString(entry.payload)
         except DecodeError as error:
-            self._ctx.log.error("unreadable prompt group dropped", entry=entry.id, error=str(error))
+            self._log.error("unreadable prompt group dropped", entry=entry.id, error=str(error))
             DROPPED.labels("sampler", "unreadable").inc()
             await self._drop(entry)
             return None
@@ -254,12 +255,10 @@ class Shift:
             work.resume(parts)
         except (WireError, DecodeError) as error:
             work.is_kept = False
-            self._ctx.log.error(
-                "unreadable parts of a group: it is written anew", entry=work.entry.id, error=str(error)
-            )
+            self._log.error("unreadable parts of a group: it is written anew", entry=work.entry.id, error=str(error))
             return
         if num_tokens := sum(len(completion.completion_ids) for completion in work.completions.values()):
-            self._ctx.log.info("group continued", group=work.group.group_id, tokens=num_tokens)
+            self._log.info("group continued", group=work.group.group_id, tokens=num_tokens)
 
     async def _drop(self, entry: Entry) -> None:
         await self._ctx.queue.ack_delete([entry])
@@ -321,7 +320,7 @@ class Shift:
         score = make_failure(work.group, index, self._ctx.instance, reason, message, attempts)
         payload = score.SerializeToString()
         target, is_last = keys.scored(scope.job_id, scope.epoch), len(work.completions) == 1
-        self._ctx.log.warning("sample failed", job_id=scope.job_id, sample_id=name, reason=reason, message=message)
+        self._log.warning("sample failed", sample_id=name, reason=reason, message=message)
         mark = score_mark(name, score.rollout.teacher, score.rollout.attempt)
         outcome = await self._ctx.queue.hand_over(scope, work.entry, target, mark, payload, last=is_last, dead=payload)
         self._settle(work, index, outcome)
@@ -338,7 +337,7 @@ class Shift:
             self._close()
 
     def _close(self) -> None:
-        self._ctx.log.info("epoch closed, work dropped", job_id=self._scope.job_id, epoch=self._scope.epoch)
+        self._log.info("epoch closed, work dropped")
         self._claims.drop()
         self.is_closed = True
         self.halt()
@@ -350,7 +349,7 @@ class Shift:
             try:
                 await unless(self.halted, self._student.follow(self._scope))
             except QUEUE_ERRORS as error:
-                self._ctx.log.warning("newer weights not pulled", error=str(error))
+                self._log.warning("newer weights not pulled", error=str(error))
 
     async def _keep_parts(self) -> None:
         while not await pause(self.halted, self._ctx.settings.sampler_keep_s):
@@ -358,7 +357,7 @@ class Shift:
                 for work in list(self._works.values()):
                     await self._keep(work)
             except QUEUE_ERRORS as error:
-                self._ctx.log.warning("partial completions not kept", error=str(error))
+                self._log.warning("partial completions not kept", error=str(error))
 
     async def _keep(self, work: Work) -> None:
         """Put what its samples gained beside the group; whoever claims it next goes on from there."""
@@ -374,7 +373,7 @@ class Shift:
     def _leave(self, work: Work) -> None:
         """Another worker holds the group now."""
         if self._works.pop(work.entry.id, None) is not None:
-            self._ctx.log.info("group left to who took it over", group=work.group.group_id)
+            self._log.info("group left to who took it over", group=work.group.group_id)
             self._pin()
         self._claims.finish(work.entry)
         work.halted.set()

@@ -90,7 +90,8 @@ class SamplerWorker:
     async def _serve(self, scope: Scope) -> None:
         """Work for a job until the process stops or the job is no longer ours."""
         settings = self._ctx.settings
-        async with Claims(self._ctx.queue, self._ctx.instance, settings.lease_s, self._ctx.log) as claims:
+        log = self._ctx.log.bind(job_id=scope.job_id, epoch=scope.epoch)
+        async with Claims(self._ctx.queue, self._ctx.instance, settings.lease_s, log) as claims:
             shift = self._shift = Shift(self._ctx, self._student, self._generator, scope, claims)
             watch = asyncio.create_task(self._watch(scope, shift), name="watch assignment")
             try:

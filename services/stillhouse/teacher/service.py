@@ -61,7 +61,9 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
         task = request.task if request.HasField("task") else _task(request)
         self._check_abilities(task)
         async with self._scorer.turn():
-            resident, _ = await self._scorer.model(task)
+            resident, load_s = await self._scorer.model(task)
+        if load_s:
+            self._ctx.log.info("model loaded", job_id=task.job_id, model=task.model, seconds=round(load_s, 1))
         return pb.EnsureModelResponse(model=resident.message())
 
     def _check_abilities(self, task: rollout_pb2.TeacherTask) -> None:

@@ -192,6 +192,7 @@ class TeacherWorker:
             self._set_aside(stream.name, task, error)
             return
         if load_s:
+            self._ctx.log.info("model loaded", job_id=task.job_id, model=task.model, seconds=round(load_s, 1))
             self._schedule.loaded(stream.model, load_s)
             self._ahead.loaded(stream.model)
         await self._score(claims, task, works, model, num_loads=int(load_s > 0))
