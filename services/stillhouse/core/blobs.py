@@ -19,6 +19,7 @@ Layout below the artifacts folder:
                   best_checkpoint.json          the best by held-out evaluation so far: core/evaluations.py
                   stop.json                     after how many steps evaluations end the job early
                   final.json                    how the job ended
+                  report.json report.html       the same and all that led there, for people
 
 Nothing here knows about models or queues.
 """

@@ -32,6 +32,7 @@ from stillhouse.gateway.routes import (
     jobs,
     keys,
     logs,
+    report,
     samples,
     score,
     system,
@@ -41,6 +42,7 @@ from stillhouse.gateway.scoring import Slots
 ROUTES = (
     jobs,
     history,
+    report,
     samples,
     logs,
     checkpoints,

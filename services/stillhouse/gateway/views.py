@@ -11,6 +11,7 @@ from typing import Any, Final, Literal
 from stillhouse.core.models import ModelEntry
 from stillhouse.core.queue.jobs import JobRecord
 from stillhouse.core.queue.registry import HEARTBEAT_S, ServiceInfo
+from stillhouse.core.report.facts import without_rows
 from stillhouse.core.schemas import Event, Job, MetricPoint, Model, Progress, Queue, Service, Verifier
 from stillhouse.core.verifiers import VerifierInfo
 
@@ -40,7 +41,7 @@ def job_view(record: JobRecord, *, with_rows: bool = True) -> Job:
         is_terminal=record.is_terminal,
         status_reason=record.status_reason,
         status_message=record.status_message,
-        spec=record.spec if with_rows else _without_rows(record.spec),
+        spec=record.spec if with_rows else without_rows(record.spec),
         created_at=timestamp(record.created_at),
         started_at=timestamp(record.started_at) if record.started_at else None,
         finished_at=timestamp(record.finished_at) if record.finished_at else None,
@@ -128,15 +129,6 @@ _SERVICE_FIELDS: Final = (
     "job_id",
     "extra",
 )
-
-
-def _without_rows(spec: Mapping[str, Any]) -> dict[str, Any]:
-    short = dict(spec)
-    short["stages"] = [{**stage, "data": {**stage["data"], "rows": None}} for stage in spec.get("stages", [])]
-    evaluation = dict(spec.get("evaluation") or {})
-    if evaluation.get("data"):
-        evaluation["data"] = {**evaluation["data"], "rows": None}
-    return {**short, "evaluation": evaluation}
 
 
 def _finite(value: Any) -> Any:

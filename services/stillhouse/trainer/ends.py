@@ -20,6 +20,7 @@ from stillhouse.core.queue.epochs import close_epochs
 from stillhouse.core.queue.jobs import final_document
 from stillhouse.core.queue.streams import Scope
 from stillhouse.core.queue.turns import CLAIMABLE
+from stillhouse.core.report.files import write_report
 from stillhouse.core.service import Context
 from stillhouse.trainer import manifests
 from stillhouse.trainer.exchange import Exchange
@@ -131,6 +132,10 @@ class Ends:
         # after the fenced update, so that a zombie never ends a job that goes on
         record = await self._ctx.jobs.get(self._scope.job_id)
         await asyncio.to_thread(write_json, self._artifacts.root / "final.json", sealed(final_document(record)))
+        try:
+            await asyncio.to_thread(write_report, record, self._artifacts)
+        except (OSError, ValueError, KeyError, TypeError) as error:  # people read it: nothing else depends on it
+            self._log.error("the report is not written", error=str(error))
         level = "warning" if end.status == "failed" else "info"
         message = f"job {end.status}" + (f": {end.error['message']}" if end.error else "")
         await self._ctx.jobs.event(self._scope.job_id, "job.status", message, level=level, status=end.status)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stillhouse.core.blobs import JobArtifacts, sealed, write_json
+from stillhouse.core.blobs import JobArtifacts, read_jsonl, sealed, write_json
 from stillhouse.core.evaluations import best_of, read_evaluations, read_stop, stopping
 from stillhouse.core.failpoints import failpoint
 from stillhouse.core.queue.jobs import JobStore
@@ -134,25 +134,35 @@ class Evaluations:
 
     async def _end_early(self, step: int) -> None:
         """Record the end before anything follows from it. It is one step ahead: that step is the job's last."""
-        evaluations = await asyncio.to_thread(read_evaluations, self.artifacts)
-        found = stopping(self.spec, evaluations)
-        if found is None or step + 1 >= self.progress.stop_step or read_stop(self.artifacts) is not None:
+        stop = await asyncio.to_thread(read_stop, self.artifacts)
+        if stop is None and step + 1 < self.progress.stop_step:
+            found = stopping(self.spec, evaluations := await asyncio.to_thread(read_evaluations, self.artifacts))
+            if found is None:
+                return
+            metric, values = found
+            early = self.spec.evaluation.early_stop
+            stop = {"stop_step": step + 1, "step": evaluations[-1]["step"], "reason": early.on if early else ""}
+            stop |= {"metric": metric, "values": values}
+            await self.jobs.update(self.scope, stop_step=step + 1)  # fenced: a zombie ends no job
+            await self._write("the early end", self.artifacts.stop, stop)
+            failpoint("trainer.stop_recorded")
+            self.progress.stop_step = step + 1
+            await self.learner.end_at(step + 1)
+        if stop is not None:
+            await self._tell_end(stop)
+
+    async def _tell_end(self, stop: dict[str, Any]) -> None:
+        """Once: a claim may have recorded the end and died before it told."""
+        told = await asyncio.to_thread(read_jsonl, self.artifacts.events)
+        if any(event.get("type") == "job.early_stop" for event in told):
             return
-        metric, values = found
-        early = self.spec.evaluation.early_stop
-        assert early is not None
-        last = ", ".join(f"{value:.4g}" for value in values[-early.patience :])
+        last = ", ".join(f"{value:.4g}" for value in stop["values"][-5:])
         message = (
-            f"{early.on} of {metric} (patience {early.patience}, min_delta {early.min_delta:g}; last values {last}): "
-            f"the job ends after {step + 1} of {self.spec.stop_step()} steps"
+            f"{stop['reason']} of {stop['metric']} (last values {last}): the job ends after {stop['stop_step']} of "
+            f"{self.spec.stop_step()} steps"
         )
-        document = {"stop_step": step + 1, "step": evaluations[-1]["step"], "reason": early.on, "metric": metric}
-        await self.jobs.update(self.scope, stop_step=step + 1)  # fenced: a zombie ends no job
-        await self._write("the early end", self.artifacts.stop, {**document, "values": values})
-        failpoint("trainer.stop_recorded")
-        self.progress.stop_step = step + 1
-        await self.learner.end_at(step + 1)
-        await self.jobs.event(self.scope.job_id, "job.early_stop", message, **document)
+        facts = {name: stop[name] for name in ("stop_step", "step", "reason", "metric")}
+        await self.jobs.event(self.scope.job_id, "job.early_stop", message, **facts)
 
     async def _write(self, what: str, path: Path, document: dict[str, Any]) -> None:
         await self.space.insist(what, lambda: asyncio.to_thread(write_json, path, sealed(document)))

@@ -12,6 +12,7 @@ from stillhouse.core.schemas.history import Checkpoint, DeadLetter, Event, Metri
 from stillhouse.core.schemas.jobs import Job, Kind, Progress, Status
 from stillhouse.core.schemas.keys import Key, KeyInfo, KeyLimits, KeyScope, NewKey
 from stillhouse.core.schemas.preflight import Check, Estimate, Preflight, Tokens, Verdict
+from stillhouse.core.schemas.report import Comparison, Curve, Report, Shown
 from stillhouse.core.schemas.samples import (
     LetterRetries,
     LetterRetry,
@@ -29,6 +30,8 @@ __all__ = [
     "Answer",
     "Check",
     "Checkpoint",
+    "Comparison",
+    "Curve",
     "DeadLetter",
     "Estimate",
     "Event",
@@ -57,6 +60,7 @@ __all__ = [
     "Queue",
     "Recipe",
     "RecipePreset",
+    "Report",
     "Sample",
     "SampleFailure",
     "SampleSpan",
@@ -66,6 +70,7 @@ __all__ = [
     "Scores",
     "Service",
     "Services",
+    "Shown",
     "Status",
     "TextScore",
     "TokenChoice",
