@@ -34,6 +34,7 @@ from stillhouse.core.spec_loss import (
 )
 from stillhouse.core.spec_stages import OptimizerSpec, ScheduleSpec, StageSpan, check_names, spans_of
 from stillhouse.core.spec_teacher import EmaSpec, check_followers, check_stage_references
+from stillhouse.core.spec_trackers import Tracked
 
 __all__ = [  # the whole format, from one module
     "BestSpec",
@@ -292,6 +293,9 @@ class JobSpec(Closed):
     """When training is made durable."""
     evaluation: EvaluationSpec = EvaluationSpec()
     """Held-out measurements."""
+    trackers: tuple[Tracked, ...] = Field(default=(), max_length=8)
+    """Experiment trackers that get the metrics, too: tensorboard, wandb, trackio, mlflow, or with options
+    `{kind: wandb, project: mine}`. metrics.jsonl is always written."""
     samplers: SamplersSpec = SamplersSpec()
     """How many samplers may serve."""
     priority: int = Field(default=0, ge=-100, le=100)

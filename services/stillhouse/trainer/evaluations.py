@@ -27,7 +27,7 @@ from stillhouse.core.spec import JobSpec
 from stillhouse.core.tasks import cancel_all
 from stillhouse.trainer.evaluate import HeldOut
 from stillhouse.trainer.manifests import ManifestRef, lineage, list_manifests
-from stillhouse.trainer.measures import sentence, told
+from stillhouse.trainer.measures import held_out_metrics, sentence, told
 from stillhouse.trainer.progress import Progress
 from stillhouse.trainer.publish import Publisher
 from stillhouse.trainer.space import Space
@@ -102,6 +102,7 @@ class Evaluations:
             await self.learner.hold(False)
         failpoint("trainer.evaluated")
         self._is_news = True
+        self.progress.on_metrics(step, held_out_metrics(result))
         await self.jobs.event(self.scope.job_id, "evaluation", sentence(result), **told(result))
 
     # -- what follows ------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from stillhouse.core.failpoints import failpoint
 from stillhouse.core.queue.jobs import JobRecord
 from stillhouse.core.queue.streams import Scope
 from stillhouse.core.queue.turns import CLAIMABLE
+from stillhouse.core.report.facts import without_rows
 from stillhouse.core.service import Context
 from stillhouse.core.spec import JobSpec, SamplersSpec, StageSpan, StageSpec
 from stillhouse.core.tasks import cancel_all
@@ -43,6 +44,8 @@ from stillhouse.trainer.run import Run
 from stillhouse.trainer.samplers import SamplerPool
 from stillhouse.trainer.space import Space
 from stillhouse.trainer.start import Start
+from stillhouse.trainer.trackers.base import TrackedRun, Trackers
+from stillhouse.trainer.trackers.kinds import open_tracker
 from stillhouse.trainer.train import LearnerThread
 from stillhouse.trainer.watch import Watch
 
@@ -69,6 +72,7 @@ class Lead:
         self._waits = record.kind == "distillation"
         """A job waits for services that are not there; a live pre-flight says so and ends."""
         self.run_: Run | None = None
+        self._trackers: Trackers | None = None
         self._is_ready = False
         """The run has caught up with its journals."""
         self._log = ctx.log.bind(job_id=scope.job_id, epoch=scope.epoch)
@@ -134,6 +138,8 @@ class Lead:
             with suppress(RedisError, OSError):
                 await self._start.samplers.release()
             await self._start.close()
+            if self._trackers is not None:
+                await asyncio.to_thread(self._trackers.close)
         if end is not None:
             await self._ends.write(
                 end, self._start.exchange, step=self.run_.step_done if self.run_ is not None else self._record.step
@@ -175,6 +181,7 @@ class Lead:
         if not self._waits:
             await self._guard(self.interrupt.race(self._start.look(opening, self._set_status)))
             return End("succeeded", result={"preflight": self._start.report.answer().model_dump(mode="json")})
+        self._trackers = self._open_trackers()
         run = await self._guard(self._start.run(opening, self._set_status))
         self.run_ = run
         await self._guard(self._start.catch_up(run))
@@ -200,6 +207,24 @@ class Lead:
             return task.result()
         finally:
             await cancel_all([task])
+
+    def _open_trackers(self) -> Trackers | None:
+        if not self.spec.trackers:
+            return None
+        loop, events = asyncio.get_running_loop(), self._ctx.jobs.event
+
+        def tell(message: str) -> None:
+            self._log.warning("tracker", problem=message)
+            with suppress(RuntimeError):  # the process ends: nobody is left to tell
+                asyncio.run_coroutine_threadsafe(
+                    events(self.scope.job_id, "tracker.failed", message, level="warning"), loop
+                )
+
+        config = without_rows(self.spec.model_dump(mode="json"))
+        run = TrackedRun(self.scope.job_id, self.spec.name or self.scope.job_id, config, self.artifacts.root)
+        trackers = Trackers(self.spec.trackers, run, open_tracker, tell)
+        self.progress.on_metrics = trackers.log
+        return trackers
 
     # -- running -----------------------------------------------------------------------------------------------------
 

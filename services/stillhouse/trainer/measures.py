@@ -142,6 +142,18 @@ def told(result: Mapping[str, Any]) -> dict[str, Any]:
     return {**named, "by_teacher": of_each}
 
 
+def held_out_metrics(result: Mapping[str, Any]) -> dict[str, float]:
+    """The measures of an evaluation as metrics: held_out/reverse_kl, and with several teachers .../NAME."""
+    parts = {"": result, **(result["by_teacher"] if len(result["by_teacher"]) > 1 else {})}
+    found: dict[str, float] = {}
+    for teacher, measured in parts.items():
+        suffix = f"/{teacher}" if teacher else ""
+        found |= {f"held_out/{name}{suffix}": measured[name] for name in COMPARED if name in measured}
+        found.pop(f"held_out/pass_at_k{suffix}", None)
+        found |= {f"held_out/pass@{k}{suffix}": value for k, value in measured.get("pass_at_k", {}).items()}
+    return found
+
+
 def sentence(result: Mapping[str, Any]) -> str:
     """The same for people."""
     parts = {"reverse_kl": "reverse KL {:.4f} nats/token", "accuracy": "accuracy {:.3f}"}

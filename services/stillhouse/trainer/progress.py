@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -26,6 +26,8 @@ class Progress:
         self._step_s: float | None = None
         self._step_started = time.monotonic()
         self._phases: dict[str, float] = {}
+        self.on_metrics: Callable[[int, Mapping[str, Any]], None] = lambda step, values: None
+        """Takes the metrics of a step, and the measures of an evaluation; never waits."""
         self.phase = "starting"
         self.stage = ""
         """Name of the stage that is on."""
@@ -110,6 +112,7 @@ class Progress:
             "last_metrics": metrics,
         }
         await self._jobs.metric(self._scope, step, metrics, stage=self.stage)
+        self.on_metrics(step, metrics)
         await self._jobs.update(self._scope, step=step, progress=progress, usage=self._rounded_usage())
         self._gauges(metrics)
 
