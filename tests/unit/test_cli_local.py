@@ -128,6 +128,25 @@ def test_plot_draws_jobs_of_any_length(tmp_path: Path, steps: int) -> None:
     assert target.stat().st_size > 20_000
 
 
+def test_plot_draws_jobs_over_each_other_each_in_its_colour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.axes import Axes
+
+    lines: list[tuple[str, str]] = []
+    draw = Axes.plot
+
+    def note(axes: Axes, *data: Any, **look: Any) -> Any:
+        lines.append((axes.get_title(), look["color"]))
+        return draw(axes, *data, **look)
+
+    monkeypatch.setattr(Axes, "plot", note)
+    runs = [plot.make_run({"id": f"job_{n}", "status": "succeeded"}, points(5 + n), []) for n in range(2)]
+    plot.plot(runs, tmp_path / "both.png", ["lr", "time/train_s"])
+    assert len(lines) == 4
+    assert len({colour for _, colour in lines}) == 2
+    with pytest.raises(CliError, match="no step has the metric 'odd'"):
+        plot.plot(runs, tmp_path / "none.png", ["odd"])
+
+
 def test_plot_draws_every_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: dict[str, tuple[str, ...]] = {}
     draw = plot._draw

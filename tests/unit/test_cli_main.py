@@ -116,6 +116,7 @@ def test_debug_shows_the_traceback_at_any_position(tmp_path: Path) -> None:
 def test_a_refusal_of_the_gateway_is_printed_whole(capsys: pytest.CaptureFixture[str]) -> None:
     from stillhouse.cli.main import _explain
     from stillhouse.client.errors import ApiError
+    from stillhouse.core.errors import UnavailableError
 
     findings = [
         {"param": "student.model", "message": "unknown model 'x'", "fix": ""},
@@ -129,6 +130,8 @@ def test_a_refusal_of_the_gateway_is_printed_whole(capsys: pytest.CaptureFixture
         assert f"{finding['param']}: {finding['message']}" in shown
     assert _explain(ApiError(401, "unauthorized", "no key", request_id="req_8")) == 1
     assert "fix: set STILLHOUSE_API_KEY" in capsys.readouterr().err
+    assert _explain(UnavailableError("no answer")) == 1
+    assert "`stillhouse up --detach` starts it" in capsys.readouterr().err
     assert _explain(RuntimeError("boom")) == 1
     assert "--debug" in capsys.readouterr().err
 
