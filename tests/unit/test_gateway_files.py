@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from stillhouse.core.blobs import write_json
-from stillhouse.core.errors import NotFoundError
+from stillhouse.core.blobs import read_json, write_json
+from stillhouse.core.errors import ConflictError, NotFoundError
 from stillhouse.gateway import files
 from stillhouse.gateway.deps import Caller
 from stillhouse.gateway.tar import READ_BYTES, TarStream
@@ -215,3 +215,19 @@ async def test_owners_of_one_content_share_it_and_see_no_others(gateway: Gateway
     assert files.find(gateway.ctx.artifacts, made[0].id, ours).is_file(), "it is still somebody's"
     await files.delete_file(gateway.ctx, made[0].id, Caller("root"))
     assert [file.id for file in files.list_files(gateway.ctx.artifacts, ours)] == [secret.id]
+
+
+async def test_a_job_of_somebody_else_keeps_a_file_and_is_not_named(gateway: Gateway) -> None:
+    file = await upload(gateway, rows(2))
+    spec = make_spec()
+    spec["stages"][0]["data"] = {"file": file["id"]}
+    job = (await gateway.submit(spec)).json()["id"]
+    facts = gateway.ctx.artifacts.file(file["id"]).with_suffix(".json")
+    write_json(facts, {**read_json(facts), "owners": ["us"]})  # the job is an administrator's
+    us = Caller("us", ("write",))
+    with pytest.raises(ConflictError) as refused:
+        await files.delete_file(gateway.ctx, file["id"], us)
+    assert job not in str(refused.value)
+    await gateway.http.post(f"/v1/jobs/{job}/cancel")
+    await files.delete_file(gateway.ctx, file["id"], us)
+    assert not gateway.ctx.artifacts.file(file["id"]).exists()

@@ -14,6 +14,7 @@ from stillhouse.core.queue.registry import ServiceInfo
 from stillhouse.core.queue.streams import Scope
 from stillhouse.gateway.deps import Caller
 from stillhouse.gateway.queues import models
+from stillhouse.gateway.queues import services as services_for
 from stillhouse.v1 import rollout_pb2
 from tests.gateway_kit import Gateway, open_gateway, problem
 
@@ -92,6 +93,16 @@ async def test_a_service_says_how_it_is(gateway: Gateway) -> None:
     assert (late["health"], late["heartbeat_age_s"] >= 6) == ("late", True)
 
 
+async def test_jobs_of_others_are_not_named(gateway: Gateway) -> None:
+    job = (await gateway.submit()).json()["id"]
+    await gateway.ctx.registry.beat(ServiceInfo("trainer", "trainer-0", "h:1", 1, time.time(), 0.0, job_id=job))
+    owner = (await gateway.ctx.jobs.get(job)).owner
+    for name, seen in ((owner, job), ("them", "")):
+        found = await services_for(gateway.ctx, Caller(name, ("read",)))
+        assert [service.job_id for service in found.data] == [seen]
+        assert found.queues[0].waiting == 1, "how much there is to do is no secret"
+
+
 async def test_a_model_says_where_it_is_and_for_whom(gateway: Gateway) -> None:
     job = (await gateway.submit()).json()["id"]
     await beat(gateway, "teacher", models="big small")
@@ -101,7 +112,7 @@ async def test_a_model_says_where_it_is_and_for_whom(gateway: Gateway) -> None:
     assert listed["small"]["loaded_by"] == ["sampler/sampler-0", "teacher/teacher-0"]
     assert [listed[name]["used_by"] for name in ("big", "small")] == [[job], [job]]
     assert (await gateway.http.get("/v1/models/small")).json() == listed["small"]
-    (theirs,) = await models(gateway.ctx, Caller("them", frozenset({"read"})), [gateway.ctx.models.get("small")])
+    (theirs,) = await models(gateway.ctx, Caller("them", ("read",)), [gateway.ctx.models.get("small")])
     assert theirs.used_by == [], "jobs of others are none of their business"
     await gateway.http.post(f"/v1/jobs/{job}/cancel")
     assert (await gateway.http.get("/v1/models/small")).json()["used_by"] == []

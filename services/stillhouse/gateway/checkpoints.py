@@ -22,7 +22,7 @@ EXPORT_ID: Final = "ckpt_export"
 
 def list_checkpoints(job_id: str, artifacts: JobArtifacts, record: JobRecord) -> list[Checkpoint]:
     """Committed checkpoints, oldest first, the export last."""
-    marks = pinned(artifacts)
+    marks = _marks(artifacts)
     best = marks[-1] if marks else record.best_checkpoint
     found = []
     for manifest in artifacts.epochs.glob("*/manifests/*/manifest.json"):
@@ -52,6 +52,13 @@ def list_checkpoints(job_id: str, artifacts: JobArtifacts, record: JobRecord) ->
         )
     found.sort(key=lambda checkpoint: (checkpoint.epoch, checkpoint.step))
     return found + _export(job_id, artifacts, record)
+
+
+def _marks(artifacts: JobArtifacts) -> list[str]:
+    try:
+        return pinned(artifacts)
+    except CorruptError:  # a list without marks is better than none; clean-up then leaves everything
+        return []
 
 
 def get_checkpoint(artifacts: JobArtifacts, record: JobRecord, checkpoint: str) -> Checkpoint:

@@ -178,17 +178,24 @@ async def delete_file(ctx: Context, file_id: str, caller: Caller) -> None:
         ConflictError: a job that has not ended reads it; says which.
     """
     path = find(ctx.artifacts, file_id, caller)
-    if users := [record.id for record in await active_jobs(ctx) if file_id in files_of(record)]:
-        raise ConflictError(f"file {file_id} is read by {', '.join(users[:5])}; wait for the end, or cancel first")
-    await asyncio.to_thread(_delete, path, caller)
+    users = [record for record in await active_jobs(ctx) if file_id in files_of(record)]
+    if own := [record.id for record in users if caller.may_see(record.owner)]:
+        raise ConflictError(f"file {file_id} is read by {', '.join(own[:5])}; wait for the end, or cancel first")
+    others = _other_owners(_facts(path), caller)
+    if users and not others:
+        raise ConflictError(f"file {file_id} is read by a job of another owner; try again when it has ended")
+    await asyncio.to_thread(_delete, path, others)
 
 
-def _delete(path: Path, caller: Caller) -> None:
-    facts = _facts(path)
-    owners = facts.get("owners", [])
-    others = [owner for owner in owners if owner != caller.owner]
-    if others and caller.owner in owners:
-        write_json(_facts_path(path), {**facts, "owners": others})
+def _other_owners(facts: dict[str, Any], caller: Caller) -> list[str]:
+    """Those who keep a file that its caller deletes; an administrator who does not own it deletes it for all."""
+    owners = facts.get("owners") or []
+    return [owner for owner in owners if owner != caller.owner] if caller.owner in owners else []
+
+
+def _delete(path: Path, others: list[str]) -> None:
+    if others:
+        write_json(_facts_path(path), {**_facts(path), "owners": others})
         return
     path.unlink(missing_ok=True)  # first the data: facts alone are no file
     _facts_path(path).unlink(missing_ok=True)

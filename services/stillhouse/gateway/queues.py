@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 from redis.exceptions import ResponseError
@@ -11,20 +12,31 @@ from redis.exceptions import ResponseError
 from stillhouse.core.models import ModelEntry
 from stillhouse.core.queue import keys
 from stillhouse.core.queue.jobs import JobRecord
-from stillhouse.core.schemas import Model, Queue
+from stillhouse.core.schemas import Model, Queue, Services
 from stillhouse.core.service import Context
 from stillhouse.gateway.deps import Caller
 from stillhouse.gateway.files import active_jobs
-from stillhouse.gateway.views import model_view
+from stillhouse.gateway.views import model_view, service_view
 from stillhouse.v1 import rollout_pb2
 
 ROLES: Final = ("trainer", "sampler", "teacher")
 """Those that take work from queues."""
 
 
-async def read_queues(ctx: Context) -> list[Queue]:
-    """Jobs for trainers, groups for samplers, samples for teachers by model; a role without work has one with 0."""
+async def services(ctx: Context, caller: Caller) -> Services:
+    """Live processes and all queues; jobs that the caller may not see are not named."""
     records = await active_jobs(ctx)
+    hidden = {record.id for record in records if not caller.may_see(record.owner)}
+    queues = await read_queues(ctx, records)
+    of_role = {queue.role: queue for queue in by_role(queues)}
+    infos = [
+        replace(each, job_id="" if each.job_id in hidden else each.job_id) for each in await ctx.registry.services()
+    ]
+    return Services(data=[service_view(info, of_role.get(info.role)) for info in infos], queues=queues)
+
+
+async def read_queues(ctx: Context, records: Sequence[JobRecord]) -> list[Queue]:
+    """Of the jobs that have not ended: jobs for trainers, groups for samplers, samples for teachers by model."""
     prompts = [keys.prompts(record.id, record.epoch) for record in records if record.epoch]
     found = [
         _jobs(records),

@@ -23,8 +23,8 @@ from stillhouse.core.vocabulary import tokenizer_of
 from stillhouse.gateway.samples import sample_view, teachers_of
 from stillhouse.v1 import rollout_pb2
 
-MAX_CELLS: Final = 200_000
-"""Tokens, alternatives included, after which a page ends early: about 20 MB of JSON."""
+MAX_CELLS: Final = 100_000
+"""Tokens, alternatives included, after which a page ends early: about 10 MB of JSON."""
 SEARCH_S: Final = 10.0
 """Time to look for samples of one teacher: half of what a request may take."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Query, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from stillhouse.core.schemas import Page, Sample
@@ -35,7 +35,10 @@ class SamplesQuery(BaseModel):
     """Alternatives to each token, at most, where the job stored any."""
 
 
-@router.get("/samples")
-async def get_samples(ctx: Ctx, record: OwnJob, query: Annotated[SamplesQuery, Query()]) -> Page[Sample]:
+@router.get("/samples", response_model=Page[Sample])
+async def get_samples(ctx: Ctx, record: OwnJob, query: Annotated[SamplesQuery, Query()]) -> Response:
     """What the steps trained on, with log-probabilities of the student as it wrote and of its teacher."""
-    return await asyncio.to_thread(read_samples, ctx, record, Wanted(**query.model_dump()))
+    wanted = Wanted(**query.model_dump())
+    # megabytes of JSON are written beside the event loop, too
+    body = await asyncio.to_thread(lambda: read_samples(ctx, record, wanted).model_dump_json())
+    return Response(body, media_type="application/json")

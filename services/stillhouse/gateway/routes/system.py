@@ -19,7 +19,7 @@ from stillhouse.core.verifiers import verifiers
 from stillhouse.gateway import queues
 from stillhouse.gateway.deps import ByCaller, Ctx
 from stillhouse.gateway.routes.deadline import DeadlineRoute
-from stillhouse.gateway.views import service_view, verifier_view
+from stillhouse.gateway.views import verifier_view
 
 router = APIRouter(prefix="/v1", tags=["system"], route_class=DeadlineRoute)
 open_router = APIRouter(tags=["health"])
@@ -59,12 +59,9 @@ async def get_recipe(name: str) -> Recipe:
 
 
 @router.get("/services")
-async def list_services(ctx: Ctx) -> Services:
-    """Live processes of the deployment, and the work that waits for them."""
-    infos = await ctx.registry.services()
-    waiting = await queues.read_queues(ctx)
-    of_role = {queue.role: queue for queue in queues.by_role(waiting)}
-    return Services(data=[service_view(info, of_role.get(info.role)) for info in infos], queues=waiting)
+async def list_services(ctx: Ctx, caller: ByCaller) -> Services:
+    """Live processes of the deployment, and the work that waits for them. Jobs of others are not named."""
+    return await queues.services(ctx, caller)
 
 
 @open_router.get("/healthz")
