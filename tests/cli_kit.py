@@ -128,7 +128,7 @@ class Deployment:
             server = Server(uvicorn.Config(app, log_config=None, lifespan="off", timeout_graceful_shutdown=2))
             serving = asyncio.create_task(server.serve(sockets=[listener]))
             await wait_until(lambda: _is(server.started), timeout_s=10, what="the gateway")
-            key = create_key(settings.keys_path(), "tester")
+            key = create_key(settings.keys_path(), "tester", scopes=["admin"])
             self.shell = Shell(self._home, f"http://127.0.0.1:{listener.getsockname()[1]}", key)
             ready.set_result(None)
             await self._done.wait()

@@ -179,6 +179,24 @@ def test_the_deployment(stillhouse: Shell, deployed: Deployment) -> None:
     assert {one["id"] for one in elsewhere} == {"student", "teacher"}
 
 
+def test_keys_are_made_shown_once_and_revoked(stillhouse: Shell, job: str) -> None:
+    assert "admin" in stillhouse("keys", "me").out
+    made = stillhouse("keys", "create", "reader", "--limit", "active_jobs=2", "--json").json()
+    assert made["limits"]["active_jobs"] == 2
+    listed = stillhouse("keys").out
+    assert "reader" in listed
+    assert made["key"] not in listed
+    theirs = stillhouse.from_elsewhere() | {"STILLHOUSE_API_KEY": made["key"]}
+    assert stillhouse("keys", "me", "--json", env=theirs).json()["owner"] == "reader"
+    assert job not in stillhouse("jobs", env=theirs).out, "others' jobs do not exist"
+    assert "no job" in stillhouse("job", job, code=1, env=theirs).err
+    assert "no job" in stillhouse("chat", job, "-m", "hello", code=1, env=theirs).err
+    assert "admin" in stillhouse("keys", code=1, env=theirs).err
+    assert "--limit active_jobs=2" in stillhouse("keys", "create", "x", "--limit", "2", code=2).err
+    stillhouse("keys", "delete", "reader", "--yes")
+    assert "unauthorized" in stillhouse("jobs", code=1, env=theirs).err
+
+
 def test_a_model_writes_and_a_checkpoint_answers_beside_its_teacher(stillhouse: Shell, job: str) -> None:
     greedy = ("--temperature", "0", "--max-tokens", "6")
     first = stillhouse("generate", "teacher", "-m", "hello", *greedy, "--json").json()

@@ -176,7 +176,7 @@ def keys_create(
     name: Annotated[str, typer.Argument(help="Name of the key.")],
     owner: Annotated[str, typer.Option(help="Whose jobs it makes and sees.  [default: the name]")] = "",
     scope: Annotated[
-        list[str] | None, typer.Option(help="read, write or admin; may be given several times.  [default: read, write]")
+        list[str] | None, typer.Option(help="read, write or admin; each brings those before it.  [default: write]")
     ] = None,
     limit: Annotated[
         list[str] | None, typer.Option(metavar="NAME=NUMBER", help="A limit, for example active_jobs=2; several times.")
@@ -185,11 +185,11 @@ def keys_create(
 ) -> None:
     """Make a key. It is shown once and stored as a hash. Needs the scope admin.
 
-    Example:  stillhouse keys create alice --scope read --scope write
+    Example:  stillhouse keys create alice --limit active_jobs=2
     """
     from stillhouse.cli import keys
 
-    keys.create(name, owner, scope or ["read", "write"], limit or [], as_json=as_json)
+    keys.create(name, owner, scope or ["write"], limit or [], as_json=as_json)
 
 
 @keys_app.command("delete")

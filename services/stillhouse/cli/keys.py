@@ -16,42 +16,39 @@ from stillhouse.cli.console import (
     say,
 )
 from stillhouse.client.client import Client
+from stillhouse.core.schemas import Key
 
 
 def show(*, as_json: bool) -> None:
     """A table of keys."""
     with Client() as client:
-        found = _keys(client).list()
+        found = client.keys.list()
     if as_json:
         print_json(found)
     else:
         print_table(("name", "owner", "scopes", "limits", "created"), [_row(key) for key in found])
 
 
-def _keys(client: Any) -> Any:
-    return client.keys
-
-
-def _row(key: Any) -> tuple[str, ...]:
-    return key.name, key.owner, ", ".join(key.scopes), _limits(key.get("limits")), local_time(key.created_at)
+def _row(key: Key) -> tuple[str, ...]:
+    return key.name, key.owner, ", ".join(key.scopes), _limits(key.limits), local_time(key.created_at)
 
 
 def me(*, as_json: bool) -> None:
     """Who the gateway thinks we are."""
     with Client() as client:
-        found = _keys(client).me()
+        found = client.keys.me()
     if as_json:
         print_json(found)
         return
-    facts = [("key", found.get("name") or "-"), ("owner", found.owner or "-"), ("scopes", ", ".join(found.scopes))]
-    print_facts([*facts, ("limits", _limits(found.get("limits"))), ("used", _limits(found.get("usage")))])
+    facts = [("key", found.name or "-"), ("owner", found.owner or "-"), ("scopes", ", ".join(found.scopes))]
+    print_facts([*facts, ("limits", _limits(found.limits)), ("used", _limits(found.usage))])
 
 
 def create(name: str, owner: str, scopes: Sequence[str], limits: Sequence[str], *, as_json: bool) -> None:
     """Make a key and show it, once."""
     numbers = dict(_limit(text) for text in limits)
     with Client() as client:
-        made = _keys(client).create(name, owner=owner or None, scopes=list(scopes), limits=numbers or None)
+        made = client.keys.create(name, owner=owner or None, scopes=list(scopes), limits=numbers or None)
     if as_json:
         print_json(made)
         return
@@ -63,7 +60,7 @@ def delete(name: str, *, is_sure: bool) -> None:
     """Revoke a key."""
     confirm(f"Revoke the key {name}? Whoever uses it is refused from then on.", is_sure=is_sure)
     with Client() as client:
-        _keys(client).delete(name)
+        client.keys.delete(name)
     say(f"revoked {name}")
 
 

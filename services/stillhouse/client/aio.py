@@ -21,6 +21,7 @@ from stillhouse.client.catalog import AsyncModels, AsyncRecipes, AsyncServices, 
 from stillhouse.client.checkpoints import JobCheckpoints
 from stillhouse.client.files import AsyncFiles
 from stillhouse.client.jobs import JobVerbs
+from stillhouse.client.keys import AsyncKeys
 from stillhouse.client.sender import RETRIES, TIMEOUT_S, Options, Sender
 from stillhouse.client.target import find_target
 from stillhouse.client.transport import AsyncTransport
@@ -60,6 +61,7 @@ class AsyncClient:
         self.verifiers = AsyncVerifiers(sender)
         self.recipes = AsyncRecipes(sender)
         self.services = AsyncServices(sender)
+        self.keys = AsyncKeys(sender)
         return self
 
     def with_options(

@@ -18,6 +18,7 @@ import httpx
 from stillhouse.client import aio, catalog
 from stillhouse.client.aio import AsyncClient, AsyncJobs
 from stillhouse.client.files import AsyncFiles
+from stillhouse.client.keys import AsyncKeys
 from stillhouse.client.sender import RETRIES, TIMEOUT_S, Options, Sender
 from stillhouse.client.target import find_target
 from stillhouse.client.transport import Blocking, BlockingTransport, blocking, blocking_iterator
@@ -93,6 +94,15 @@ class Services(Blocking):
     queues = blocking(catalog.AsyncServices.queues)
 
 
+class Keys(Blocking):
+    """API keys. All but `me` need the scope admin."""
+
+    list = blocking(AsyncKeys.list)
+    me = blocking(AsyncKeys.me)
+    create = blocking(AsyncKeys.create)
+    delete = blocking(AsyncKeys.delete)
+
+
 class Client(Blocking):
     """A gateway."""
 
@@ -129,6 +139,7 @@ class Client(Blocking):
         self.verifiers = Verifiers(twin.verifiers)
         self.recipes = Recipes(twin.recipes)
         self.services = Services(twin.services)
+        self.keys = Keys(twin.keys)
         return self
 
     def with_options(
