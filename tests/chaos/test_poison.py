@@ -35,8 +35,13 @@ def test_a_poisoned_sample_is_given_up_and_counted(chaos: Chaos, point: str, act
     assert record.usage["failed_samples"] == len(ends)
     with Client(chaos.url, chaos.api_key) as client:
         letters = {letter["id"]: letter for letter in client.jobs.dead_letters(job_id)}
+        lines = list(client.jobs.logs(job_id, tail=5000))
     assert letters.keys() == ends.keys()
-    assert (letters[POISON]["reason"], letters[POISON]["step"]) == ("exhausted", 3)
+    assert (letters[POISON]["reason"], letters[POISON]["step"]) == ("exhausted", 4)
+    assert {line.service for line in lines} == {"trainer", "sampler", "teacher"}
+    crashes = [line.data["exception"] for line in lines if line.message == "service crashed"]
+    assert len(crashes) == (MAX_DELIVERIES if action == "raise" else 0), "one that is killed has no last words"
+    assert all("Traceback" in crash and "InjectedError" in crash for crash in crashes)
     assert chaos.violations(job_id) == []
 
 

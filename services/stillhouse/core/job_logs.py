@@ -148,6 +148,9 @@ class LogReader:
         return sorted(found, key=lambda line: order(line["id"]))
 
     def _new_lines(self, path: Path, tail: int) -> Iterator[dict[str, Any]]:
+        facts = path.stat()
+        if self._offsets.get(facts.st_ino) == facts.st_size:  # as mostly, when it is followed
+            return
         with path.open("rb") as stream:
             facts = os.fstat(stream.fileno())
             begin = self._offsets.get(facts.st_ino, 0)

@@ -64,7 +64,7 @@ class LettersBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
-    ids: list[Annotated[str, Field(min_length=1, max_length=200)]] = Field(min_length=1, max_length=1000)
+    ids: list[Annotated[str, Field(pattern=r"^[A-Za-z0-9_./-]{1,200}$")]] = Field(min_length=1, max_length=1000)
     """Ids of dead letters (samples)."""
 
 
