@@ -338,5 +338,5 @@ async def test_texts_that_do_not_end_and_a_teacher_from_afar_are_warnings(made: 
     made.add_model("far", seed=9)
     job = spec(sampling={"max_tokens": 6, "stop_token_ids": [PAD_ID]}, teachers={"main": {"model": "far"}})
     report = await look(made, job)
-    assert odd(report) == {"truncation": "warning", "overlap": "warning"}
+    assert odd(report) == {"truncation": "warning", "initial_kl": "warning", "overlap": "warning"}
     assert named(report, "truncation").evidence == {"truncated": 4, "completions": 4, "tokens": 6, "max_tokens": 6}

@@ -16,7 +16,6 @@ from stillhouse.core.estimate import estimate
 from stillhouse.core.schemas import Check
 from stillhouse.core.spec import JobSpec
 from stillhouse.trainer import findings, memory, probes
-from stillhouse.trainer.batch import TrainSample
 from stillhouse.trainer.report import Report
 from tests.chaos.sim.toys import entry
 from tests.cluster import job_spec
@@ -32,56 +31,28 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     )
 
 
-def judged(log_q: np.ndarray, k: int) -> TrainSample:
-    """A sample whose teacher names its `k` likeliest tokens at each place."""
-    top = np.argsort(-log_q, axis=1)[:, :k]
-    num_tokens, nothing = len(log_q), np.full(len(log_q), np.nan, dtype=np.float32)
-    return TrainSample(
-        sample_id="probe/0",
-        teacher="main",
-        prompt_ids=np.ones(1, dtype=np.int32),
-        completion_ids=np.zeros(num_tokens, dtype=np.int32),
-        loss_mask=np.ones(num_tokens, dtype=np.uint8),
-        rollout_logprobs=nothing,
-        teacher_logprobs=log_q[:, 0],
-        hidden=None,
-        weight=1.0,
-        oldest_policy_version=0,
-        finish_reason=1,
-        topk_ids=top.astype(np.int32),
-        topk_logprobs=np.take_along_axis(log_q, top, axis=1),
-    )
-
-
-def student(log_p: np.ndarray, sample: TrainSample) -> dict[str, np.ndarray]:
-    """What the student says of that sample."""
-    assert sample.topk_ids is not None
-    return {
-        "logprobs": log_p[:, :1],
-        "named": np.take_along_axis(log_p, sample.topk_ids, axis=1),
-        "top_ids": np.argsort(-log_p, axis=1)[:, : probes.OVERLAP_K],
-    }
+def likeliest(logprobs: np.ndarray, k: int) -> np.ndarray:
+    return np.argsort(-logprobs, axis=1)[:, :k]
 
 
 @pytest.mark.parametrize("k", [1, 8, 32])
 def test_the_kl_of_buckets_is_between_zero_and_the_exact_one(k: int) -> None:
     log_p, log_q = (log_softmax(3 * RNG.normal(size=(50, 32))) for _ in range(2))
-    sample = judged(log_q, k)
-    found = probes.reverse_kl(sample, student(log_p, sample))
+    ids = likeliest(log_p, k)
+    named = [np.take_along_axis(each, ids, axis=1) for each in (log_p, log_q)]
+    found = probes.bucket_kl(*named)
     exact = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
     assert (found >= -1e-6).all()
     assert (found <= exact + 1e-6).all()
     if k == 32:
         np.testing.assert_allclose(found, exact, atol=1e-5)
-    same = probes.reverse_kl(sample, student(log_q, sample))
-    assert np.abs(same).max() < 1e-6
+    assert np.abs(probes.bucket_kl(named[0], named[0])).max() < 1e-6
 
 
 def test_equal_models_overlap_wholly() -> None:
-    log_q = log_softmax(RNG.normal(size=(20, 64)))
-    sample = judged(log_q, 64)
-    assert (probes.overlap(sample, student(log_q, sample)) == 1).all()
-    assert probes.overlap(sample, student(-log_q, sample)).max() < 0.5
+    ids = likeliest(RNG.normal(size=(20, 64)), 16)
+    assert (probes.shared(ids, ids[:, ::-1]) == 1).all(), "in whatever order"
+    assert (probes.shared(ids, ids + 64) == 0).all()
 
 
 @given(st.sampled_from([0.3, 0.5, 0.7, 1.0, 1.3]), st.sampled_from([0.3, 0.5, 0.7, 1.0, 1.3]))

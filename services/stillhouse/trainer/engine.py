@@ -242,8 +242,7 @@ class Engine:
     def _probe(self, batch: MicroBatch, temperatures: Sequence[float], top_k: int) -> dict[str, Any]:
         def work(model: PreTrainedModel) -> dict[str, Tensor]:
             hidden_RD, head = self._hidden_rows(model, batch), student_head(model).first(self.vocab_size)
-            named = None if batch.topk_ids is None else self._tensor(batch.topk_ids)
-            return probe_rows(hidden_RD, head, self._tensor(batch.ids), named, temperatures, top_k)
+            return probe_rows(hidden_RD, head, self._tensor(batch.ids), temperatures, top_k)
 
         return {name: rows.cpu().numpy() for name, rows in self._passes(work).items()}
 

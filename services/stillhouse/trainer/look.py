@@ -53,6 +53,8 @@ class Look:
     start: Start
     given: bool = False
     """No sampler writes: a given text stands for the answers."""
+    student: dict[int, dict[str, np.ndarray]] = field(default_factory=dict)
+    """What the student says of the answers, by id of the answer."""
     speeds: dict[str, float] = field(default_factory=dict)
     """Seconds per completion token, by who takes them."""
 
@@ -152,9 +154,10 @@ class Look:
     async def _check_gap(self, info: ServiceInfo, answers: Sequence[Answer], stage: StageSpec) -> None:
         wanted, dtype = stage.sampling.temperature, self.start.spec.student.dtype
         candidates = [wanted, *(each for each in TEMPERATURES if each != wanted)]
-        samples = probes.make_samples(answers, "", [])
+        samples = probes.make_samples(answers)
         started = time.monotonic()
-        rows = await self.start.learner.probe(samples, candidates, probes.OVERLAP_K)
+        rows = await self.start.learner.probe(samples, candidates, probes.TOP_K)
+        self.student |= {id(answer): row for answer, row in zip(answers, rows, strict=True)}
         self.speeds["training"] = PASSES * (time.monotonic() - started) / _num_tokens(answers)
         recorded = np.concatenate([answer.rollout_logprobs for answer in answers])[:, None]
         gaps = np.abs(np.concatenate([row["logprobs"] for row in rows]) - recorded)
@@ -218,7 +221,9 @@ class Look:
         peer: Peer = ctx.peers.get(info.address, teacher_pb2_grpc.TeacherServiceStub, f"teacher {info.instance}")
         wait_s = ctx.settings.preflight_wait_s
         await peer.unary("EnsureModel", teacher_pb2.EnsureModelRequest(task=task), timeout_s=wait_s)
-        return await probes.interrogate(peer, info.instance, task, answers, stage.sampling.temperature, wait_s)
+        temperature, said = stage.sampling.temperature, [self.student.get(id(answer)) for answer in answers]
+        tops = [None if row is None else row["top_ids"] for row in said]
+        return await probes.interrogate(peer, info.instance, task, answers, tops, temperature, wait_s)
 
     async def _error(self, name: str, message: str, teacher: str) -> None:
         param = f"teachers.{teacher}.model"
@@ -242,21 +247,17 @@ class Look:
         self.speeds["scoring"] = steady.seconds / _num_tokens(answers) / len(said)
         if self.given:
             return await self._skip(OF_TEACHERS[3:], "no sampler wrote answers of the student")
-        await self._check_distance(name, stage, answers, steady)
+        await self._check_distance(name, answers, steady)
 
-    async def _check_distance(self, name: str, stage: StageSpec, answers: Sequence[Answer], said: Said) -> None:
-        report, spec = self.start.report, self.start.spec
-        samples = probes.make_samples(answers, name, said.first)
-        rows = await self.start.learner.probe(samples, [stage.sampling.temperature], probes.OVERLAP_K)
-        pairs = list(zip(samples, rows, strict=True))
+    async def _check_distance(self, name: str, answers: Sequence[Answer], said: Said) -> None:
+        report, dtype = self.start.report, self.start.spec.teachers[name].dtype
+        pairs = [(score, self.student[id(each)]) for score, each in zip(said.first, answers, strict=True)]
         kl = float(np.concatenate([probes.reverse_kl(*pair) for pair in pairs]).mean())
-        await report.add(
-            findings.initial_kl(name, kl, is_same=self._is_same(name, answers), dtype=spec.teachers[name].dtype)
-        )
-        if samples[0].topk_ids is None:
+        await report.add(findings.initial_kl(name, kl, is_same=self._is_same(name, answers), dtype=dtype))
+        shares = [share for pair in pairs if (share := probes.overlap(*pair)) is not None]
+        if not shares:
             return await self._skip(OF_TEACHERS[4:], f"the engine of {said.instance} names no likeliest tokens")
-        share = float(np.concatenate([probes.overlap(*pair) for pair in pairs]).mean())
-        await report.add(findings.overlap(name, share, min(probes.OVERLAP_K, samples[0].topk_ids.shape[1])))
+        await report.add(findings.overlap(name, float(np.concatenate(shares).mean()), probes.OVERLAP_K))
 
     def _is_same(self, name: str, answers: Sequence[Answer]) -> bool:
         """The teacher is the student as it begins, and reads the same."""

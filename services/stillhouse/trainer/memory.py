@@ -16,6 +16,8 @@ ACTIVATIONS: Final = 17
 the attention's own matrix)."""
 CHECKPOINTED: Final = 2
 """And with activation checkpointing: what goes in, and what is computed again, shared by all layers."""
+PROMPT_TOKENS: Final = 512
+"""What prompts are taken to have, at most."""
 ROLLOUT_BYTES: Final = 16
 """A completion token on its way, without its score."""
 GIB: Final = 1 << 30
@@ -53,7 +55,9 @@ def _heads(stage: StageSpec, teachers: Mapping[str, ModelEntry]) -> int:
 def _activations(spec: JobSpec, stage: StageSpec, student: ModelEntry) -> int:
     per_layer = CHECKPOINTED if spec.student.activation_checkpointing else ACTIVATIONS
     numbers = (per_layer * student.num_layers + ACTIVATIONS) * student.hidden_size
-    return WORDS[spec.student.dtype] * numbers * stage.schedule.micro_batch_tokens
+    schedule = stage.schedule
+    step = schedule.prompts_per_step * schedule.group_size * (stage.sampling.max_tokens + PROMPT_TOKENS)
+    return WORDS[spec.student.dtype] * numbers * min(schedule.micro_batch_tokens, step)
 
 
 def available(limit_gib: float) -> tuple[int, str]:

@@ -18,10 +18,10 @@ CHUNK: Final = 64
 
 
 def probe_rows(
-    hidden_RD: Tensor, head: Head, ids_R: Tensor, named_RK: Tensor | None, temperatures: Sequence[float], top_k: int
+    hidden_RD: Tensor, head: Head, ids_R: Tensor, temperatures: Sequence[float], top_k: int
 ) -> dict[str, Tensor]:
-    """By name: `logprobs` [R, C] of the tokens at each temperature; at the first one `named` [R, K], of the tokens that
-    a teacher names; `top_ids` [R, top_k], the student's likeliest, likeliest first."""
+    """By name: `logprobs` [R, C] of the tokens at each temperature; at the first one `top_ids` and `top_logprobs`
+    [R, top_k] of the student's likeliest tokens, likeliest first."""
     parts: list[dict[str, Tensor]] = []
     for start in range(0, len(ids_R), CHUNK):
         rows = slice(start, start + CHUNK)
@@ -29,8 +29,7 @@ def probe_rows(
         ids = ids_R[rows, None]
         at = [(logits_CV / t).log_softmax(-1).gather(1, ids) for t in temperatures]
         part = {"logprobs": torch.cat(at, dim=1)}
-        part["top_ids"] = logits_CV.topk(min(top_k, logits_CV.shape[1]), dim=1).indices
-        if named_RK is not None:
-            part["named"] = (logits_CV / temperatures[0]).log_softmax(-1).gather(1, named_RK[rows])
+        likeliest = (logits_CV / temperatures[0]).log_softmax(-1).topk(min(top_k, logits_CV.shape[1]), dim=1)
+        part |= {"top_ids": likeliest.indices, "top_logprobs": likeliest.values}
         parts.append(part)
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
@@ -20,11 +20,10 @@ from stillhouse.core.errors import (
     StaleWeightsError,
     StillhouseError,
     UnavailableError,
-    UnimplementedError,
 )
 from stillhouse.core.queue.registry import ServiceInfo
 from stillhouse.core.rpc import Peer
-from stillhouse.core.tensors import DTYPE_NAMES, floats_tensor, from_tensor, ids_tensor
+from stillhouse.core.tensors import DTYPE_NAMES, floats_tensor, from_tensor, ids_tensor, to_tensor
 from stillhouse.trainer.batch import MIN_LOG_Q, TrainSample
 from stillhouse.trainer.packing import collate, plan_micro_batches
 from stillhouse.trainer.prompts import Prompt, sample_seed
@@ -32,10 +31,11 @@ from stillhouse.trainer.samplers import SamplerPool
 from stillhouse.v1 import rollout_pb2, sampler_pb2, teacher_pb2
 
 T = TypeVar("T")
+TOPK: Final = rollout_pb2.SCORE_KIND_TOPK
 RETRY_S: Final = 0.3
 """Pause before a sampler is asked again that has no student yet."""
 TOP_K: Final = 64
-"""Likeliest tokens that a teacher names at each position; the rest is one bucket."""
+"""Likeliest tokens of the student over which the KL is taken at each position; the rest is one bucket."""
 OVERLAP_K: Final = 16
 """Likeliest tokens that are compared."""
 MAX_ALONE: Final = 4
@@ -119,9 +119,9 @@ def own_prompt(prompt: Prompt, teacher: str) -> tuple[int, ...] | None:
 
 
 def make_rollout(
-    answer: Answer, index: int, teacher: str, temperature: float, kind: rollout_pb2.ScoreKind
+    answer: Answer, index: int, teacher: str, score: rollout_pb2.ScoreSpec, top_ids: np.ndarray | None = None
 ) -> rollout_pb2.Rollout:
-    """An answer as a teacher gets it."""
+    """An answer as a teacher gets it, which is asked about the student's likeliest tokens, too: `top_ids` [T, K]."""
     prompt = answer.prompt
     rollout = rollout_pb2.Rollout(
         schema_version=1,
@@ -130,8 +130,10 @@ def make_rollout(
         prompt_ids=ids_tensor(prompt.prompt_ids),
         completion_ids=ids_tensor(answer.completion_ids),
         rollout_logprobs=floats_tensor(answer.rollout_logprobs),
-        score=rollout_pb2.ScoreSpec(kind=kind, top_k=TOP_K, temperature=temperature, dtype=DTYPE_NAMES["float32"]),
+        score=score,
     )
+    if top_ids is not None:
+        rollout.target_ids.CopyFrom(to_tensor(top_ids.astype(np.int32)))
     if (own := own_prompt(prompt, teacher)) is not None:
         rollout.teacher_prompt_ids.CopyFrom(ids_tensor(own))
     return rollout
@@ -165,38 +167,37 @@ async def interrogate(
     instance: str,
     task: rollout_pb2.TeacherTask,
     answers: Sequence[Answer],
+    tops: Sequence[np.ndarray | None],
     temperature: float,
     wait_s: float,
 ) -> Said:
-    """Have a teacher process score the answers: together, together again, and some of them alone.
+    """Have a teacher process score the answers: together, together again, and some of them alone. `tops`: of each
+    answer the student's likeliest tokens; none where they are not known.
 
     Raises:
         StillhouseError: it cannot, or not in time; the message says why.
     """
-    kind = rollout_pb2.SCORE_KIND_TOPK
+    info = await peer.unary("GetInfo", teacher_pb2.TeacherServiceGetInfoRequest(), timeout_s=wait_s)
+    kind = TOPK if TOPK in info.kinds else rollout_pb2.SCORE_KIND_SAMPLED
+    is_asked = kind == TOPK and rollout_pb2.SCORE_KIND_TARGETS in info.kinds
+    spec = rollout_pb2.ScoreSpec(kind=kind, top_k=OVERLAP_K, temperature=temperature, dtype=DTYPE_NAMES["float32"])
+    rollouts = [
+        make_rollout(answer, index, task.teacher, spec, top if is_asked else None)
+        for index, (answer, top) in enumerate(zip(answers, tops, strict=True))
+    ]
     started = time.monotonic()
-    try:
-        first = await _score(peer, task, answers, temperature, kind, wait_s)
-    except UnimplementedError:
-        kind = rollout_pb2.SCORE_KIND_SAMPLED
-        first = await _score(peer, task, answers, temperature, kind, wait_s)
+    first = await _score(peer, task, rollouts, wait_s)
     seconds = time.monotonic() - started
-    again = await _score(peer, task, answers, temperature, kind, wait_s)
+    again = await _score(peer, task, rollouts, wait_s)
     alone = []
-    for answer in answers[:MAX_ALONE]:
-        alone += await _score(peer, task, [answer], temperature, kind, wait_s)
+    for rollout in rollouts[:MAX_ALONE]:
+        alone += await _score(peer, task, [rollout], wait_s)
     return Said(instance, first, again, alone, seconds)
 
 
 async def _score(
-    peer: Peer,
-    task: rollout_pb2.TeacherTask,
-    answers: Sequence[Answer],
-    temperature: float,
-    kind: rollout_pb2.ScoreKind,
-    wait_s: float,
+    peer: Peer, task: rollout_pb2.TeacherTask, rollouts: Sequence[rollout_pb2.Rollout], wait_s: float
 ) -> list[rollout_pb2.Score]:
-    rollouts = [make_rollout(answer, index, task.teacher, temperature, kind) for index, answer in enumerate(answers)]
     request = teacher_pb2.ScoreRequest(task=task, rollouts=rollouts, is_fresh=True)
     scores = [part.score async for part in peer.stream("Score", request, timeout_s=wait_s)]
     if failed := next((score.failed for score in scores if score.WhichOneof("result") == "failed"), None):
@@ -209,32 +210,24 @@ def _logprobs(scores: Sequence[rollout_pb2.Score]) -> np.ndarray:
     return np.concatenate(parts).astype(np.float64)
 
 
-def make_samples(answers: Sequence[Answer], teacher: str, scores: Sequence[rollout_pb2.Score]) -> list[TrainSample]:
-    """The answers as the student reads them, with what a teacher said; without `scores` alone."""
+def make_samples(answers: Sequence[Answer]) -> list[TrainSample]:
+    """The answers as the student reads them."""
     return [
         TrainSample(
             sample_id=f"probe/{index}",
-            teacher=teacher,
+            teacher="",
             prompt_ids=np.asarray(answer.prompt.prompt_ids, dtype=np.int32),
             completion_ids=answer.completion_ids,
             loss_mask=np.ones(len(answer.completion_ids), dtype=np.uint8),
             rollout_logprobs=answer.rollout_logprobs,
-            teacher_logprobs=_logprobs([scores[index]]) if scores else np.full(len(answer.completion_ids), np.nan),
+            teacher_logprobs=np.full(len(answer.completion_ids), np.nan, dtype=np.float32),
             hidden=None,
             weight=1.0,
             oldest_policy_version=0,
             finish_reason=answer.finish_reason,
-            **(_lists(scores[index]) if scores else {}),
         )
         for index, answer in enumerate(answers)
     ]
-
-
-def _lists(score: rollout_pb2.Score) -> dict[str, Any]:
-    if score.WhichOneof("result") != "topk":
-        return {}
-    topk = score.topk
-    return {"topk_ids": from_tensor(topk.teacher_topk_ids), "topk_logprobs": from_tensor(topk.teacher_topk_logprobs)}
 
 
 def ask_student(
@@ -252,13 +245,17 @@ def ask_student(
     return found
 
 
-def reverse_kl(sample: TrainSample, student: dict[str, np.ndarray]) -> np.ndarray:
-    """[T] KL(student || teacher), nats, over the tokens that the teacher names and one bucket for the rest: never more
-    than the exact one. Where it names none, the one-sample estimate log p - log q."""
-    if sample.topk_logprobs is None:
-        return student["logprobs"][:, 0].astype(np.float64) - np.maximum(sample.teacher_logprobs, MIN_LOG_Q)
-    log_p = student["named"].astype(np.float64)
-    log_q = np.maximum(sample.topk_logprobs.astype(np.float64), MIN_LOG_Q)
+def reverse_kl(score: rollout_pb2.Score, student: Mapping[str, np.ndarray]) -> np.ndarray:
+    """[T] KL(student || teacher), nats, over the student's likeliest tokens and one bucket for the rest: never more
+    than the exact one. Where the teacher was not asked about those, the one-sample estimate log p - log q."""
+    if score.WhichOneof("result") != "topk" or not score.topk.HasField("target_logprobs"):
+        return student["logprobs"][:, 0].astype(np.float64) - np.maximum(_logprobs([score]), MIN_LOG_Q)
+    return bucket_kl(student["top_logprobs"], from_tensor(score.topk.target_logprobs))
+
+
+def bucket_kl(log_p: np.ndarray, log_q: np.ndarray) -> np.ndarray:
+    """[T] KL(p || q), nats, of [T, K] log-probabilities of the same tokens and what is outside of them."""
+    log_p, log_q = log_p.astype(np.float64), np.maximum(log_q.astype(np.float64), MIN_LOG_Q)
     tail_p, tail_q = _tail(log_p), _tail(log_q)
     return (np.exp(log_p) * (log_p - log_q)).sum(axis=1) + tail_p * (np.log(tail_p) - np.log(tail_q))
 
@@ -268,8 +265,14 @@ def _tail(logprobs: np.ndarray) -> np.ndarray:
     return np.maximum(1.0 - np.exp(logprobs).sum(axis=1), 1e-7)
 
 
-def overlap(sample: TrainSample, student: dict[str, np.ndarray]) -> np.ndarray:
-    """[T] share of the student's `OVERLAP_K` likeliest tokens that are among as many of the teacher's."""
-    assert sample.topk_ids is not None, "the teacher named tokens"
-    teachers, students = sample.topk_ids[:, :OVERLAP_K], student["top_ids"][:, :OVERLAP_K]
-    return (students[:, :, None] == teachers[:, None, :]).any(axis=2).mean(axis=1)
+def overlap(score: rollout_pb2.Score, student: Mapping[str, np.ndarray]) -> np.ndarray | None:
+    """[T] share of the student's `OVERLAP_K` likeliest tokens that are among as many of the teacher's; None = it names
+    none."""
+    if score.WhichOneof("result") != "topk":
+        return None
+    return shared(student["top_ids"][:, :OVERLAP_K], from_tensor(score.topk.teacher_topk_ids))
+
+
+def shared(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    """[T] share of the ids of `ours` [T, K] that are in `theirs` [T, K'] at the same place."""
+    return (ours[:, :, None] == theirs[:, None, :]).any(axis=2).mean(axis=1)
