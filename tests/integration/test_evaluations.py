@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from typing import Any
 
 import pytest
@@ -75,7 +76,9 @@ async def test_training_goes_on_and_what_is_measured_are_the_weights_of_the_step
     exact = spec(4, deterministic=True, evaluation=few)
     _, alone = await finished(deployment, await deployment.submit(exact))
     slow = Slow(monkeypatch, 0)
-    job_id = await deployment.submit(spec(4, evaluation=few, checkpoint={"every_steps": 1}))
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    often = {"checkpoint": {"every_steps": 1}, "trackers": ["tensorboard", "wandb"]}
+    job_id = await deployment.submit(spec(4, evaluation=few, **often))
     await deployment.at_step(job_id, 3)
     await asyncio.wait_for(slow.reached.wait(), 20)
     beside = deployment.ctx.artifacts.job(job_id)
@@ -83,6 +86,11 @@ async def test_training_goes_on_and_what_is_measured_are_the_weights_of_the_step
     assert not list_manifests(beside), "nothing later is committed before it is written"
     slow.go.set()
     await finished(deployment, job_id)
+    assert list((beside.root / "tensorboard").glob("events*"))
+    (failed,) = [e for e in await deployment.ctx.jobs.events(job_id) if e["type"] == "tracker.failed"]
+    assert "stillhouse[wandb]" in failed["message"]
+    await wait_until((beside.root / "report.html").is_file, timeout_s=10, what="the report")
+    assert failed["message"] in read_json(beside.root / "report.json")["warnings"]
     found, expected = measured(beside)[0], measured(alone)[0]
     assert found["steps_meanwhile"] >= 3
     assert expected["steps_meanwhile"] == 0

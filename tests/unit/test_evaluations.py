@@ -59,7 +59,7 @@ def series(values: Iterable[float]) -> list[dict[str, Any]]:
     ],
 )
 def test_when_a_job_is_over(on: str, patience: int, min_delta: float, values: list[float], expected: bool) -> None:
-    early = EarlyStopSpec.model_validate({"on": on, "patience": patience, "min_delta": min_delta})
+    early = EarlyStopSpec.model_validate({"when": on, "patience": patience, "min_delta": min_delta})
     assert is_over(early, "min", values) is expected
     assert is_over(early, "max", [-value for value in values]) is expected, "the other way up it is the same"
     job = spec(early_stop=early.model_dump())

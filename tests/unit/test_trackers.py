@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -143,7 +147,6 @@ def test_tensorboard(tmp_path: Path) -> None:
 
 
 @needs("mlflow")
-@pytest.mark.full
 def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path / 'mlruns'}")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
@@ -161,9 +164,16 @@ def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @needs("trackio")
 @pytest.mark.full
 @pytest.mark.timeout(120)
-def test_trackio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
-    twice("trackio", tmp_path)
+def test_trackio(tmp_path: Path) -> None:
+    """In a process of its own: it reads its folder from the environment when it is imported."""
+    code = "from tests.unit.test_trackers import Path, sys, twice; twice('trackio', Path(sys.argv[1]))"
+    environment = {**os.environ, "TRACKIO_DIR": str(tmp_path)}
+    root = Path(__file__).resolve().parents[2]
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=environment, cwd=root, check=True, timeout=100)
+    with sqlite3.connect(tmp_path / "stillhouse.db") as found:
+        rows = found.execute("select distinct run_name, step from metrics order by step").fetchall()
+    assert [step for _, step in rows] == [1, 2, 3]
+    assert len({name for name, _ in rows}) == 1, "a takeover goes on with the run"
 
 
 @needs("wandb")

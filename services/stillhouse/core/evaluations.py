@@ -63,7 +63,7 @@ def is_over(early: EarlyStopSpec, mode: Mode, values: Sequence[float]) -> bool:
     """
     best, waited = math.inf, 0
     for value in (value if mode == "min" else -value for value in values):
-        if early.on == "plateau":
+        if early.when == "plateau":
             is_bad = not value < best - early.min_delta
             best = best if is_bad else value
         else:

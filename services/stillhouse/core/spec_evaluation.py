@@ -41,7 +41,7 @@ class EarlyStopSpec(Closed):
     """Measure that is watched; left out: that of `best`."""
     mode: Mode | None = None
     """As in `best`."""
-    on: Literal["plateau", "regression"] = "plateau"
+    when: Literal["plateau", "regression"] = "plateau"
     """plateau: no evaluation is better than the best before it by more than `min_delta`. regression: each is worse than
     that by more than `min_delta`."""
     patience: int = Field(default=3, ge=1, le=1000)

@@ -142,7 +142,7 @@ class Evaluations:
                 return
             metric, values = found
             early = self.spec.evaluation.early_stop
-            stop = {"stop_step": step + 1, "step": evaluations[-1]["step"], "reason": early.on if early else ""}
+            stop = {"stop_step": step + 1, "step": evaluations[-1]["step"], "reason": early.when if early else ""}
             stop |= {"metric": metric, "values": values}
             await self.jobs.update(self.scope, stop_step=step + 1)  # fenced: a zombie ends no job
             await self._write("the early end", self.artifacts.stop, stop)

@@ -99,8 +99,9 @@ def _table(compared: Sequence[Comparison]) -> str:
     if not compared:
         return ""
     has_domains = any(each.domain for each in compared)
+    order = list(dict.fromkeys(each.measure for each in compared))
     rows = []
-    for each in compared:
+    for each in sorted(compared, key=lambda each: order.index(each.measure)):
         text, better = MEASURES.get(each.measure, (each.measure, "more" if each.measure.startswith("pass@") else ""))
         change = each.after - each.before
         is_better = change < 0 if better == "less" else change > 0
