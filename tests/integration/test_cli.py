@@ -137,7 +137,7 @@ def test_checkpoints_are_listed_marked_deleted_and_fetched(stillhouse: Shell, jo
     (marked,) = (one for one in stillhouse("checkpoints", job, "--json").json() if one["id"] == first)
     assert marked["is_pinned"]
     assert "best, kept" in stillhouse("checkpoints", job).out
-    stillhouse("checkpoints", "best", job, first, "--undo")
+    assert not stillhouse("checkpoints", "best", job, first, "--undo", "--json").json()["is_pinned"]
     assert "say so with --yes" in stillhouse("checkpoints", "delete", job, first, code=2).err
     said = stillhouse("download", job, "-o", str(tmp_path / "student"))
     assert "use it in jobs" in said.out
@@ -161,7 +161,7 @@ def test_files(stillhouse: Shell, tmp_path: Path) -> None:
     assert "exists already" in stillhouse("files", "get", file["id"], "-o", str(prompts), code=2).err
     prompts.write_text('{"prompt": "a"}\n{"promt": "b"}\n')
     assert "line 2" in stillhouse("files", "upload", str(prompts), code=2).err
-    stillhouse("files", "delete", file["id"], "--yes")
+    assert stillhouse("files", "delete", file["id"], "--yes", "--json").json() == {"id": file["id"], "is_deleted": True}
     assert "not_found" in stillhouse("files", "get", file["id"], code=1).err
 
 
@@ -297,6 +297,7 @@ def test_the_shell_is_told_ids(stillhouse: Shell, job: str) -> None:
     assert "checkpoints" in proposed("stillhouse che", 1)
     assert job in proposed("stillhouse watch job_", 2)
     assert "ckpt_export" in proposed(f"stillhouse checkpoints best {job} ck", 4)
+    assert {"best", "delete", job} <= set(proposed("stillhouse checkpoints ", 2).split())
     assert "teacher" in proposed("stillhouse chat te", 2)
     assert f"{job}/ckpt_export" in proposed(f"stillhouse chat {job}/", 2)
 

@@ -13,6 +13,7 @@ from stillhouse.cli.console import (
     CliError,
     confirm,
     console,
+    done,
     local_time,
     print_json,
     print_table,
@@ -57,19 +58,20 @@ def _row(checkpoint: Checkpoint) -> tuple[str, ...]:
     )
 
 
-def mark(job_id: str, checkpoint: str, *, is_best: bool) -> None:
+def mark(job_id: str, checkpoint: str, *, is_best: bool, as_json: bool) -> None:
     """Mark as the best, or take the mark back."""
     with Client() as client:
-        (client.jobs.mark_best if is_best else client.jobs.unmark_best)(job_id, checkpoint)
-    say(f"{checkpoint} is marked as the best, and kept" if is_best else f"{checkpoint} is marked no more")
+        marked = (client.jobs.mark_best if is_best else client.jobs.unmark_best)(job_id, checkpoint)
+    text = "is marked as the best, and kept" if is_best else "is marked no more"
+    done(f"{checkpoint} {text}", as_json=as_json, **marked.to_dict())
 
 
-def delete(job_id: str, checkpoint: str, *, is_sure: bool) -> None:
+def delete(job_id: str, checkpoint: str, *, is_sure: bool, as_json: bool) -> None:
     """Delete a checkpoint."""
     confirm(f"Delete {checkpoint} of {job_id}?", is_sure=is_sure)
     with Client() as client:
         client.jobs.delete_checkpoint(job_id, checkpoint)
-    say(f"deleted {checkpoint}")
+    done(f"deleted {checkpoint}", as_json=as_json, id=checkpoint, is_deleted=True)
 
 
 def download(job_id: str, *, checkpoint: str, output: Path | None, as_json: bool) -> None:

@@ -147,11 +147,11 @@ def retry(
     implementation.retry(job, checkpoint=checkpoint, is_watched=watch, as_json=as_json)
 
 
-def delete(job: JobId, yes: IsSure = False) -> None:
+def delete(job: JobId, yes: IsSure = False, as_json: AsJson = False) -> None:
     """Delete a job that has ended, with its checkpoints and all else that it made.
 
     Example:  stillhouse delete job_3f9c0a12b4d5e6f70819 --yes
     """
     from stillhouse.cli import jobs as implementation
 
-    implementation.delete(job, is_sure=yes)
+    implementation.delete(job, is_sure=yes, as_json=as_json)

@@ -152,6 +152,7 @@ def checkpoints_best(
     job: JobId,
     checkpoint: Checkpoint,
     undo: Annotated[bool, typer.Option("--undo", help="Take the mark back.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Mark a checkpoint as the best: it is kept.
 
@@ -159,18 +160,18 @@ def checkpoints_best(
     """
     from stillhouse.cli import checkpoints as implementation
 
-    implementation.mark(job, checkpoint, is_best=not undo)
+    implementation.mark(job, checkpoint, is_best=not undo, as_json=as_json)
 
 
 @checkpoints_app.command("delete")
-def checkpoints_delete(job: JobId, checkpoint: Checkpoint, yes: IsSure = False) -> None:
+def checkpoints_delete(job: JobId, checkpoint: Checkpoint, yes: IsSure = False, as_json: AsJson = False) -> None:
     """Delete a checkpoint that nobody needs any more.
 
     Example:  stillhouse checkpoints delete job_3f9c0a12b4d5e6f70819 ckpt_1-00000010-9b1f00c2 --yes
     """
     from stillhouse.cli import checkpoints as implementation
 
-    implementation.delete(job, checkpoint, is_sure=yes)
+    implementation.delete(job, checkpoint, is_sure=yes, as_json=as_json)
 
 
 def download(
@@ -222,6 +223,7 @@ def plot(
         "curves.png"
     ),
     names: Annotated[str, typer.Option(help="Metrics to draw, separated by commas.  [default: the usual]")] = "",
+    as_json: AsJson = False,
 ) -> None:
     """Draw the curves of jobs: reverse KL, loss, learning rate, speed, mismatch, held-out measures.
 
@@ -229,7 +231,7 @@ def plot(
     """
     from stillhouse.cli import plot as implementation
 
-    implementation.draw(jobs, output, words(names))
+    implementation.draw(jobs, output, words(names), as_json=as_json)
 
 
 def compare(

@@ -75,14 +75,14 @@ def files_get(
 
 
 @files_app.command("delete")
-def files_delete(file: FileId, yes: IsSure = False) -> None:
+def files_delete(file: FileId, yes: IsSure = False, as_json: AsJson = False) -> None:
     """Delete an uploaded file.
 
     Example:  stillhouse files delete file_1f3a5c7e9b0d2f46 --yes
     """
     from stillhouse.cli import files
 
-    files.delete(file, is_sure=yes)
+    files.delete(file, is_sure=yes, as_json=as_json)
 
 
 def generate(
@@ -193,14 +193,16 @@ def keys_create(
 
 
 @keys_app.command("delete")
-def keys_delete(name: Annotated[str, typer.Argument(help="Name of the key.")], yes: IsSure = False) -> None:
+def keys_delete(
+    name: Annotated[str, typer.Argument(help="Name of the key.")], yes: IsSure = False, as_json: AsJson = False
+) -> None:
     """Revoke a key. Needs the scope admin.
 
     Example:  stillhouse keys delete alice --yes
     """
     from stillhouse.cli import keys
 
-    keys.delete(name, is_sure=yes)
+    keys.delete(name, is_sure=yes, as_json=as_json)
 
 
 def completion(shell: Annotated[str, typer.Argument(help="bash, zsh or fish.")]) -> None:

@@ -91,6 +91,14 @@ def print_json_line(value: Any) -> None:
     say(json.dumps(value, ensure_ascii=False, default=_plain))
 
 
+def done(text: str, *, as_json: bool, **facts: Any) -> None:
+    """What was done: a line for people, or its facts as JSON."""
+    if as_json:
+        print_json(facts)
+    else:
+        say(text)
+
+
 def print_facts(facts: Iterable[tuple[str, str]]) -> None:
     """A line per fact, `label      text`; those without text are left out."""
     for label, text in facts:

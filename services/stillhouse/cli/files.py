@@ -9,6 +9,7 @@ from stillhouse.cli.console import (
     EXIT_USAGE,
     CliError,
     confirm,
+    done,
     local_time,
     print_facts,
     print_json,
@@ -83,9 +84,9 @@ def get(file_id: str, output: Path | None, *, as_json: bool) -> None:
     say(f"{output}: {size(len(content))}")
 
 
-def delete(file_id: str, *, is_sure: bool) -> None:
+def delete(file_id: str, *, is_sure: bool, as_json: bool) -> None:
     """Delete a file."""
     confirm(f"Delete {file_id}?", is_sure=is_sure)
     with Client() as client:
         client.files.delete(file_id)
-    say(f"deleted {file_id}")
+    done(f"deleted {file_id}", as_json=as_json, id=file_id, is_deleted=True)

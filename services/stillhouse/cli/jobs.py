@@ -16,6 +16,7 @@ from stillhouse.cli.console import (
     confirm,
     console,
     count,
+    done,
     duration,
     local_time,
     print_facts,
@@ -201,12 +202,12 @@ def retry(job_id: str, *, checkpoint: str, is_watched: bool, as_json: bool) -> N
     _tell_new(job, is_watched=is_watched, as_json=as_json)
 
 
-def delete(job_id: str, *, is_sure: bool) -> None:
+def delete(job_id: str, *, is_sure: bool, as_json: bool) -> None:
     """Delete an ended job."""
     confirm(f"Delete {job_id} with its checkpoints and history?", is_sure=is_sure)
     with Client() as client:
         client.jobs.delete(job_id)
-    say(f"deleted {job_id}")
+    done(f"deleted {job_id}", as_json=as_json, id=job_id, is_deleted=True)
 
 
 def _seconds_between(start: str | None, end: str | None) -> float | None:

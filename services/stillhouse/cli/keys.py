@@ -9,6 +9,7 @@ from stillhouse.cli.console import (
     EXIT_USAGE,
     CliError,
     confirm,
+    done,
     local_time,
     print_facts,
     print_json,
@@ -56,12 +57,12 @@ def create(name: str, owner: str, scopes: Sequence[str], limits: Sequence[str], 
     say(f"\nThis is the only time it is shown. Use it so: export STILLHOUSE_URL={client.url} STILLHOUSE_API_KEY=...")
 
 
-def delete(name: str, *, is_sure: bool) -> None:
+def delete(name: str, *, is_sure: bool, as_json: bool) -> None:
     """Revoke a key."""
     confirm(f"Revoke the key {name}? Whoever uses it is refused from then on.", is_sure=is_sure)
     with Client() as client:
         client.keys.delete(name)
-    say(f"revoked {name}")
+    done(f"revoked {name}", as_json=as_json, name=name, is_deleted=True)
 
 
 def _limit(text: str) -> tuple[str, float]:

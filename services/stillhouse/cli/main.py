@@ -121,8 +121,12 @@ def _refusal(error: ApiError) -> str:
     facts = [error.code, f"at {error.param}" if error.param else "", f"request {error.request_id}"]
     lines = [f"{error.detail} ({', '.join(fact for fact in facts if fact)})"]
     if len(error.errors) > 1:
-        lines += [f"  {': '.join(filter(None, (item['param'], item['message'])))}" for item in error.errors]
+        lines += [f"  {': '.join(filter(None, (item['param'], item['message'])))}{_fix(item)}" for item in error.errors]
     return "\n".join(lines)
+
+
+def _fix(finding: dict[str, str]) -> str:
+    return f"; {finding['fix']}" if finding.get("fix") else ""
 
 
 if __name__ == "__main__":

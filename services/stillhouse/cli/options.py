@@ -71,10 +71,15 @@ class ListByDefault(TyperGroup):
     """A group whose name alone, or followed by what is none of its commands, lists: `checkpoints JOB`, `files`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        asks_for_help = any(arg in ("-h", "--help") for arg in args[:1])
-        if not asks_for_help and not (args and args[0] in self.commands):
-            args = ["ls", *args]
-        return super().parse_args(ctx, args)
+        is_named = bool(args) and (args[0] in self.commands or args[0] in ("-h", "--help"))
+        is_being_typed = ctx.resilient_parsing and not args  # the shell asks what may come here
+        return super().parse_args(ctx, args if is_named or is_being_typed else ["ls", *args])
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
+        """Its commands, and what `ls` takes."""
+        arguments = [param for param in self.commands["ls"].params if param.param_type_name == "argument"]
+        found = super().shell_complete(ctx, incomplete)
+        return found + [item for argument in arguments[:1] for item in argument.shell_complete(ctx, incomplete)]
 
 
 def group(help_text: str) -> typer.Typer:

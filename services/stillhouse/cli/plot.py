@@ -9,7 +9,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from stillhouse.cli.console import EXIT_USAGE, INSTALL_FIX, CliError, say
+from stillhouse.cli.console import EXIT_USAGE, INSTALL_FIX, CliError, done
 from stillhouse.cli.follow import Picture
 from stillhouse.cli.views import KL
 from stillhouse.client.client import Client
@@ -102,7 +102,7 @@ def make_run(job: Any, points: Sequence[Any], evaluations: Sequence[Mapping[str,
     )
 
 
-def draw(job_ids: Sequence[str], target: Path, names: Sequence[str]) -> None:
+def draw(job_ids: Sequence[str], target: Path, names: Sequence[str], *, as_json: bool) -> None:
     """Fetch jobs and draw them."""
     with Client() as client:
         runs = [
@@ -110,7 +110,7 @@ def draw(job_ids: Sequence[str], target: Path, names: Sequence[str]) -> None:
             for job_id in dict.fromkeys(job_ids)
         ]
     plot(runs, target, names)
-    say(f"wrote {target}")
+    done(f"wrote {target}", as_json=as_json, path=str(target))
 
 
 def plot(runs: Sequence[Run], target: Path, names: Sequence[str] = ()) -> None:
