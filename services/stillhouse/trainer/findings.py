@@ -232,7 +232,11 @@ def first_step(
             yield uniform(name, logprobs[np.isfinite(logprobs)], vocab_size)
     kl = metrics.get("loss/reverse_kl/mean")
     if kl is not None and len(vocabularies) == 1 and spec.ema_of_student() is None and np.isfinite(kl):
-        yield initial_kl(next(iter(vocabularies)), kl, is_same=False, dtype=dtype)
+        is_exact = stage.loss.payload() in ("hidden", "top_k")
+        if is_exact or kl > KL_LOW:
+            yield initial_kl(next(iter(vocabularies)), kl, is_same=False, dtype=dtype)
+        else:  # of few tokens it may be negative, whatever the KL is
+            yield skipped("initial_kl", f"the estimate from the first step's tokens is {kl:.3g}: too few to say")
 
 
 def _mean(gaps: np.ndarray) -> float:
