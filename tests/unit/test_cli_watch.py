@@ -11,9 +11,10 @@ import pytest
 from rich.console import Console
 
 from stillhouse.cli import screen, views
-from stillhouse.cli.console import count, duration, number, size, sparkline
-from stillhouse.cli.follow import Follower, follow
+from stillhouse.cli.console import count, duration, number, printable, size, sparkline
+from stillhouse.cli.follow import Follower, Picture, follow
 from stillhouse.core.errors import NotFoundError, UnavailableError
+from stillhouse.core.schemas import Queue
 
 KL = "loss/reverse_kl/mean"
 
@@ -253,3 +254,54 @@ def test_held_out_measures_are_shown_by_teacher() -> None:
     assert "reverse KL 3 -> 0.6   accuracy 0 -> 0.5" in rows["held out"]
     assert "reverse KL 2 -> 0.4   accuracy 0 -> 0.5" in rows["math"]
     assert rows["code"].rstrip().endswith("reverse KL 4 -> 0.8")
+
+
+def shown(picture: Any, width: int = 100) -> str:
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(screen.screen(picture, width))
+    return console.export_text()
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [
+        ("queued", "● queued  ○ validating  ○ starting  ○ running  ○ succeeded"),
+        ("starting", "✓ queued  ✓ validating  ● starting  ○ running  ○ succeeded"),
+        ("paused", "✓ queued  ✓ validating  ✓ starting  ● paused  ○ succeeded"),
+        ("cancelling", "✓ queued  ✓ validating  ✓ starting  ● cancelling  ○ succeeded"),
+        ("failed", "✓ queued  ✓ validating  ✓ starting  ✓ running  ✗ failed"),
+        ("succeeded", "✓ queued  ✓ validating  ✓ starting  ✓ running  ✓ succeeded"),
+    ],
+)
+def test_the_phases_of_a_job_stand_in_a_line(status: str, expected: str) -> None:
+    assert screen.phases(Picture(job={"id": "job_1", "status": status})).plain.rstrip() == expected
+
+
+def test_the_screen_has_a_curve_for_each_teacher_and_a_gauge_for_each_queue() -> None:
+    class Queues:
+        def queues(self) -> list[Queue]:
+            full = Queue(role="sampler", waiting=3, in_work=2)
+            return [full, Queue(role="teacher", model="big", waiting=0, in_work=0)]
+
+    class TwoTeachers(FakeJobs):
+        def values(self, step: int) -> dict[str, float | None]:
+            return {KL: 2.0 / step, "loss/reverse_kl/math": 1.0 / step, "loss/reverse_kl/code": 3.0 / step}
+
+    follower = Follower(TwoTeachers(), "job_1", services=Queues())
+    for _ in range(3):
+        follower.poll()
+    text = shown(follower.picture)
+    rows = {line.split()[0]: line for line in text.splitlines() if line.strip()}
+    assert "█" in rows["math"]
+    assert "3 at first" in rows["code"]
+    assert "sampler ██░░░ 2 in work, 3 waiting" in text
+    assert "big" not in text, "an empty queue is no news"
+    assert "bottleneck: teacher" in text
+
+
+def test_nothing_that_users_or_models_write_steers_the_terminal() -> None:
+    assert (
+        printable("a\x1b[31mb\u202ec\x07\n\td é 日本 👩\u200d🚀") == "a\\x1b[31mb\\u202ec\\x07\n\td é 日本 👩\u200d🚀"
+    )
+    job = {"id": "job_1", "status": "running", "name": "x\x1b]0;title\x07"}
+    assert "\x1b" not in shown(Picture(job=job, warnings=["\x1b[2J"]))

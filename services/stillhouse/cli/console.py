@@ -37,6 +37,8 @@ PIPE_WIDTH: Final = 160
 """Columns of a table that goes to a pipe: wide enough that no cell is cut."""
 _HIDDEN: Final = ("Cc", "Cf", "Cs", "Zl", "Zp")
 """Unicode categories of what does not show, and may do something else instead."""
+_HARMLESS: Final = "\n\t\u200c\u200d"
+"""Of these: line ends, tabs, and the joiners that Indic and Arabic scripts and emoji are written with."""
 _BARS: Final = "▁▂▃▄▅▆▇█"
 
 
@@ -76,7 +78,9 @@ def print_error(message: str, fix: str = "") -> None:
 def printable(text: str) -> str:
     """Text of users and models without what steers a terminal: controls but line ends and tabs show as `\\x1b`."""
     return "".join(
-        char if char in "\n\t" or unicodedata.category(char) not in _HIDDEN else char.encode("unicode_escape").decode()
+        char
+        if char in _HARMLESS or unicodedata.category(char) not in _HIDDEN
+        else char.encode("unicode_escape").decode()
         for char in text
     )
 
