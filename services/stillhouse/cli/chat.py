@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -15,6 +16,7 @@ from stillhouse.cli.console import (
     CliError,
     console,
     number,
+    print_error,
     print_json,
     print_json_line,
     printable,
@@ -23,6 +25,7 @@ from stillhouse.cli.console import (
 from stillhouse.client.client import Client
 from stillhouse.client.errors import ApiError
 from stillhouse.core.checkpoints import parse
+from stillhouse.core.errors import StillhouseError
 from stillhouse.core.schemas import Generation
 from stillhouse.core.spec_base import STAGE_PREFIX
 
@@ -85,6 +88,8 @@ def _converse(
 ) -> None:
     is_person = sys.stdin.isatty() and not as_json
     if is_person:
+        with suppress(ImportError):
+            import readline  # noqa: F401  (importing it gives `input` arrow keys and a history)
         say(f"{' and '.join(f'{speaker.name} ({speaker.model})' for speaker in speakers)}. {HELP}")
     try:
         while True:
@@ -95,7 +100,12 @@ def _converse(
                 for speaker in speakers:
                     speaker.said = _opening(system)
             elif said:
-                _turn(client, speakers, said, options, as_json=as_json)
+                try:
+                    _turn(client, speakers, said, options, as_json=as_json)
+                except StillhouseError as error:
+                    if not is_person:
+                        raise
+                    print_error(error.message)  # a person says it again, or something shorter
     except EOFError:
         return
     except KeyboardInterrupt:
