@@ -17,7 +17,7 @@ help:
 	@echo "make chaos      simulated runs; every failpoint x kill, freeze, error on real processes; random kills (half an hour)"
 	@echo "make bench-loss  time and memory of the loss next to TRL's and to bare matrix products (half an hour)"
 	@echo "make parity-trl  our loss and gradients next to TRL's, in an environment of its own under build/"
-	@echo "make check      linters, types, import rules, protos"
+	@echo "make check      linters, types, import rules, protos, OpenAPI document"
 	@echo "make install    virtual environment in $(VENV) for development"
 	@echo "make up / down  a local deployment in the background"
 	@echo "make protos     regenerate services/stillhouse/v1"
@@ -89,6 +89,7 @@ check: $(VENV)/.dev
 	$(BIN)/buf lint
 	$(BIN)/hadolint docker/Dockerfile
 	BIN=$(BIN) scripts/protos --check
+	$(BIN)/python scripts/openapi --check
 	$(BIN)/python -m pytest -q tests/unit/test_light_imports.py
 
 fmt: $(VENV)/.dev

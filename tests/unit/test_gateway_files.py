@@ -201,11 +201,11 @@ async def test_owners_of_one_content_share_it_and_see_no_others(gateway: Gateway
     for caller in (ours, theirs, ours):
         upload = files.Upload(gateway.ctx.artifacts)
         upload.feed(rows(2))
-        made.append(await files.finish(upload, caller.owner))
+        made.append(await files.finish(gateway.ctx, upload, caller))
     assert made[0] == made[1] == made[2]
     own = files.Upload(gateway.ctx.artifacts)
     own.feed(rows(1))
-    secret = await files.finish(own, "us")
+    secret = await files.finish(gateway.ctx, own, ours)
     assert [file.id for file in files.list_files(gateway.ctx.artifacts, theirs)] == [made[0].id]
     with pytest.raises(NotFoundError):
         files.find(gateway.ctx.artifacts, secret.id, theirs)

@@ -127,6 +127,19 @@ class Settings(BaseModel):
     """Largest REST body, file uploads excepted."""
     max_file_mib: float = Field(default=256.0, gt=0, le=100_000)
     """Largest uploaded file."""
+    limit_requests_per_minute: float = Field(default=6000, ge=1, le=1_000_000)
+    """Requests of an API key, all replicas together. This limit and the five below hold for keys without the scope
+    `admin`; a key may have limits of its own (docs/api.md)."""
+    limit_writes_per_minute: float = Field(default=600, ge=1, le=1_000_000)
+    """Requests of an API key that may change something (not GET)."""
+    limit_active_jobs: int = Field(default=100, ge=1, le=1_000_000)
+    """Jobs of an owner that have not ended."""
+    limit_job_tokens: float = Field(default=1e11, ge=1, le=1e15)
+    """Completion tokens a job may ask for: steps x prompts_per_step x group_size x max_tokens, over its stages."""
+    limit_daily_tokens: float = Field(default=1e12, ge=1, le=1e15)
+    """The same, of all jobs that an owner submits in a day (UTC)."""
+    limit_file_mib: float = Field(default=10_240, gt=0, le=1e12)
+    """Uploaded files of an owner, together."""
 
     def resolved(self) -> Settings:
         """Defaults that depend on `home` filled in, secrets read from their files."""

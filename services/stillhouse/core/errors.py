@@ -82,6 +82,12 @@ class ForbiddenError(AuthError):
     code = "forbidden"
 
 
+class QuotaError(ForbiddenError):
+    """The request is right and over what its caller may use: waiting a moment does not help."""
+
+    code = "quota_exceeded"
+
+
 class TooLargeError(StillhouseError, ValueError):
     """A body, file or message is over its limit."""
 
@@ -128,6 +134,14 @@ class OverloadedError(StillhouseError):
     """A limit of queue, memory or disk is reached; try again later."""
 
     code = "overloaded"
+
+
+class RateError(OverloadedError):
+    """A caller sends more than its key may; the same request works after a while."""
+
+    code = "rate_limited"
+    retry_after_s: float = 1.0
+    """When it may try again."""
 
 
 class EngineStartError(StillhouseError):

@@ -1,6 +1,7 @@
 """The REST application, wired in one place.
 
-Order of the layers, outermost first: Edge (request id, authentication, log, errors) -> JsonBody (limits) -> routes.
+Order of the layers, outermost first: Edge (request id, authentication, rates, log, errors) -> JsonBody (limits) ->
+routes.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from stillhouse.core.service import VERSION, Context
 from stillhouse.gateway import generating
 from stillhouse.gateway.auth import Authenticator
 from stillhouse.gateway.following import Tails
+from stillhouse.gateway.limits import RateLimiter
 from stillhouse.gateway.middleware import Edge, JsonBody
 from stillhouse.gateway.problems import MEDIA_TYPE, Problem, problem_response
 from stillhouse.gateway.routes import (
@@ -70,6 +72,7 @@ def create_app(ctx: Context, settings: Settings) -> FastAPI:
         version=VERSION,
         docs_url="/docs",
         redoc_url=None,
+        swagger_ui_oauth2_redirect_url=None,
         responses={"default": {"model": Problem, "description": "Problem (RFC 9457)"}},
     )
     app.state.ctx = ctx
@@ -82,7 +85,8 @@ def create_app(ctx: Context, settings: Settings) -> FastAPI:
     for kind in (StillhouseError, RequestValidationError, HTTPException, RedisError, TimeoutError, OSError):
         app.add_exception_handler(kind, _on_error)
     app.add_middleware(JsonBody, settings=settings)
-    app.add_middleware(Edge, authenticator=Authenticator(settings), log=ctx.log)  # added last = outermost
+    # added last = outermost
+    app.add_middleware(Edge, authenticator=Authenticator(settings), rates=RateLimiter(ctx), log=ctx.log)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 

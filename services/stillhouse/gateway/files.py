@@ -25,6 +25,7 @@ from stillhouse.core.queue.jobs import JobRecord
 from stillhouse.core.schemas import File
 from stillhouse.core.service import Context
 from stillhouse.core.spec import Row
+from stillhouse.gateway import limits
 from stillhouse.gateway.deps import Caller
 from stillhouse.gateway.problems import InvalidError
 from stillhouse.gateway.views import timestamp
@@ -89,8 +90,7 @@ class Upload:
         self._stream.flush()
         os.fsync(self._stream.fileno())
         self._stream.close()
-        digest = self._digest.hexdigest()
-        file_id = f"file_{digest[:20]}"
+        digest, file_id = self._digest.hexdigest(), self.file_id()
         target = self._artifacts.file(file_id)
         facts = {"num_rows": self.num_rows, "sha256": digest, "size_bytes": self.size, "created_at": time.time()}
         facts |= {"owners": [owner], "filename": filename}
@@ -101,6 +101,10 @@ class Upload:
         self._temp.rename(target)
         fsync_dir(target.parent)
         return _view(file_id, facts)
+
+    def file_id(self) -> str:
+        """The name of what has come so far."""
+        return f"file_{self._digest.hexdigest()[:20]}"
 
     def abort(self) -> None:
         """Forget it; harmless after `finish`."""
@@ -128,9 +132,19 @@ class Upload:
             raise InvalidError(self._findings)
 
 
-async def finish(upload: Upload, owner: str, filename: str = "") -> File:
-    """`Upload.finish` off the event loop: a disk may take long to write."""
-    return await asyncio.to_thread(upload.finish, owner, filename)
+async def finish(ctx: Context, upload: Upload, caller: Caller, filename: str = "") -> File:
+    """`Upload.finish` off the event loop, if its owner has room: a disk may take long to write.
+
+    Raises:
+        QuotaError: all files of the owner together would be too large.
+    """
+
+    def run() -> File:
+        used = used_bytes(ctx.artifacts, caller.owner, without=upload.file_id())
+        limits.check_room(ctx.settings, caller, used, upload.size)
+        return upload.finish(caller.owner, filename)
+
+    return await asyncio.to_thread(run)
 
 
 # -- what is there -----------------------------------------------------------------------------------------------------
@@ -168,6 +182,16 @@ def list_files(artifacts: Artifacts, caller: Caller) -> list[File]:
         if _is_seen(facts, caller):
             found.append((facts["created_at"], path.stem, facts))
     return [_view(file_id, facts) for _, file_id, facts in sorted(found, key=lambda item: item[:2], reverse=True)]
+
+
+def used_bytes(artifacts: Artifacts, owner: str, *, without: str = "") -> int:
+    """Size of an owner's files together."""
+    total = 0
+    for path in (artifacts.root / "files").glob("file_*.jsonl"):
+        with suppress(NotFoundError, CorruptError):
+            facts = _facts(path)
+            total += facts["size_bytes"] if owner in facts.get("owners", ()) and path.stem != without else 0
+    return total
 
 
 async def delete_file(ctx: Context, file_id: str, caller: Caller) -> None:

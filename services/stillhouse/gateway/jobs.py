@@ -27,6 +27,7 @@ from stillhouse.core.queue.jobs import FINAL_FIELDS, JobRecord, final_document
 from stillhouse.core.schemas import Kind, Preflight
 from stillhouse.core.service import Context
 from stillhouse.core.spec import JobSpec
+from stillhouse.gateway import limits
 from stillhouse.gateway.auth import Caller
 from stillhouse.gateway.reach import Reach
 from stillhouse.gateway.rows import is_light
@@ -79,10 +80,11 @@ async def submit(ctx: Context, submission: Submission) -> tuple[JobRecord, bool]
 
     Raises:
         SpecError: the job cannot work, or the key was used for another body.
+        QuotaError: it is more than its owner may ask for.
     """
     if not re.fullmatch(r"[\x21-\x7e]{0,255}", submission.idempotency_key):
         raise SpecError("use 1-255 printable ASCII characters without spaces", param="Idempotency-Key")
-    token, body_sha256 = submission.token(), submission.body_sha256
+    token = submission.token()
     # before anything is written: what cannot be recorded is refused
     earlier: Any = await (ctx.redis.get(keys.idempotency(token)) if token else ctx.redis.ping())
     if token and earlier is not None:
@@ -97,6 +99,20 @@ async def submit(ctx: Context, submission: Submission) -> tuple[JobRecord, bool]
         kind=submission.kind,
         priority=submission.spec.priority,
     )
+    await limits.admit(ctx, submission.caller, record, submission.spec)
+    is_made = False
+    try:
+        made, is_replay = await _create(ctx, submission, record)
+        is_made = not is_replay
+    finally:
+        if not is_made:
+            await limits.take_back(ctx, record, submission.spec)
+    return made, is_replay
+
+
+async def _create(ctx: Context, submission: Submission, record: JobRecord) -> tuple[JobRecord, bool]:
+    """Check a job and make it durable: (its record, whether a request with the same key was faster)."""
+    token, body_sha256 = submission.token(), submission.body_sha256
     document = {
         "id": record.id,
         "created_at": record.created_at,

@@ -20,6 +20,7 @@ from stillhouse.core.config import Settings
 from stillhouse.core.errors import MediaTypeError, StillhouseError, TooLargeError
 from stillhouse.core.telemetry import HTTP_SECONDS
 from stillhouse.gateway.auth import OPEN_PATHS, Authenticator, Caller
+from stillhouse.gateway.limits import RateLimiter
 from stillhouse.gateway.problems import problem_response
 
 BODY_TIMEOUT_S: Final = 20.0
@@ -35,11 +36,12 @@ METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OP
 
 
 class Edge:
-    """Outermost layer: request id, authentication, access log, metrics; nothing but problem+json leaves on errors."""
+    """Outermost layer: request id, authentication, rates, access log, metrics; only problem+json leaves on errors."""
 
-    def __init__(self, app: ASGIApp, authenticator: Authenticator, log: Any) -> None:
+    def __init__(self, app: ASGIApp, authenticator: Authenticator, rates: RateLimiter, log: Any) -> None:
         self._app = app
         self._authenticator = authenticator
+        self._rates = rates
         self._log = log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -65,7 +67,9 @@ class Edge:
                 authorization = request.headers.get("authorization", "")
                 caller = self._authenticator.caller(scope["path"], authorization)
                 scope["state"]["caller"] = caller
-                caller.require("read" if scope["method"] in SAFE_METHODS else "write")
+                is_write = scope["method"] not in SAFE_METHODS
+                await self._rates.count(caller, is_write=is_write)
+                caller.require("write" if is_write else "read")
                 await self._app(scope, receive, send_tagged)
             except (StillhouseError, HTTPException) as error:
                 if status:

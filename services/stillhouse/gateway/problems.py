@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any, Final
@@ -19,7 +20,7 @@ from redis.exceptions import BusyLoadingError, OutOfMemoryError, ReadOnlyError, 
 from starlette.exceptions import HTTPException
 
 from stillhouse.core.blobs import is_no_space
-from stillhouse.core.errors import HTTP_STATUS, MalformedError, SpecError, StillhouseError, lookup
+from stillhouse.core.errors import HTTP_STATUS, MalformedError, RateError, SpecError, StillhouseError, lookup
 from stillhouse.core.explain import Finding, explain
 from stillhouse.core.spec import JobSpec
 from stillhouse.core.spec_generate import GenerateRequest
@@ -100,6 +101,8 @@ def problem_response(error: BaseException, path: str, request_id: str) -> JSONRe
     if isinstance(error, StillhouseError):
         status, code, detail, param = lookup(HTTP_STATUS, error, 500), error.code, error.message, error.param
         findings = error.findings if isinstance(error, InvalidError) else []
+        if isinstance(error, RateError):
+            headers = {"Retry-After": str(math.ceil(error.retry_after_s))}
         if len(findings) > 1:
             detail += f" (and {len(findings) - 1} more, see errors)"
     elif isinstance(error, HTTPException):
@@ -158,7 +161,7 @@ def _render(
     if status == 401:
         extra["WWW-Authenticate"] = 'Bearer realm="stillhouse"'
     if status in (429, 503):
-        extra["Retry-After"] = str(RETRY_AFTER_S)
+        extra.setdefault("Retry-After", str(RETRY_AFTER_S))
     return ProblemResponse(
         problem.model_dump(exclude=None if problem.error else {"error"}), status_code=status, headers=extra
     )

@@ -19,6 +19,9 @@
     sh:teacher:{model_sha256}            hash    stream of rollouts -> TeacherTask
     sh:services                          zset    "{role}:{instance}" by last heartbeat
     sh:service:{role}:{instance}         hash    address and state; expires
+    sh:rate:{key}:{name}                 string  when the bucket of a key's requests is full again, ms; expires
+    sh:owner:{owner}:jobs                zset    jobs admitted under a limit, by admission; see core/queue/quotas.py
+    sh:owner:{owner}:tokens:{day}        string  completion tokens asked for that day; expires
     sh:sampler:{instance}                string  "{job_id}:{epoch}" that leased it; expires
 
 No braces: one primary, no Redis Cluster, since one script touches a job's record and its streams together.
@@ -108,3 +111,15 @@ def service(role: str, instance: str) -> str:
 
 def sampler(instance: str) -> str:
     return f"sh:sampler:{instance}"
+
+
+def rate(key: str, name: str) -> str:
+    return f"sh:rate:{key}:{name}"
+
+
+def admitted(owner: str) -> str:
+    return f"sh:owner:{owner}:jobs"
+
+
+def daily_tokens(owner: str, day: int) -> str:
+    return f"sh:owner:{owner}:tokens:{day}"

@@ -12,16 +12,19 @@ KeyScope = Literal["read", "write", "admin"]
 
 
 class KeyLimits(Answer):
-    """Limits of a key; null = as the deployment's settings say."""
+    """Limits of a key. Where one is not given: the deployment's (settings `limit_...`), for administrators none."""
 
     model_config = ConfigDict(extra="forbid")
 
-    requests_per_minute: float | None = Field(default=None, gt=0, le=1_000_000)
+    requests_per_minute: float | None = Field(default=None, ge=1, le=1_000_000)
+    """Of the key. After a quiet minute so many at once; then they come back evenly."""
+    writes_per_minute: float | None = Field(default=None, ge=1, le=1_000_000)
+    """The same of requests that may change something (not GET)."""
     active_jobs: int | None = Field(default=None, ge=1, le=1_000_000)
     """Jobs of its owner that have not ended."""
-    job_tokens: float | None = Field(default=None, gt=0, le=1e18)
-    """Completion tokens that a job may ask for: steps x prompts x group size x max_tokens."""
-    daily_tokens: float | None = Field(default=None, gt=0, le=1e18)
+    job_tokens: float | None = Field(default=None, ge=1, le=1e15)
+    """Completion tokens that a job may ask for: steps x prompts x group size x max_tokens, over its stages."""
+    daily_tokens: float | None = Field(default=None, ge=1, le=1e15)
     """The same, of all jobs that its owner submits in a day (UTC)."""
     file_mib: float | None = Field(default=None, gt=0, le=1e12)
     """Uploaded files of its owner, together."""

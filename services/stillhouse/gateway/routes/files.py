@@ -67,7 +67,7 @@ async def upload_file(ctx: Ctx, caller: ByCaller, request: Request) -> File:
         if form:
             form.finish()
             _check_purpose(form.fields)
-        return await files.finish(upload, caller.owner, form.filename if form else "")
+        return await files.finish(ctx, upload, caller, form.filename if form else "")
     finally:
         upload.abort()
 

@@ -13,6 +13,8 @@ from stillhouse.core import keys
 from stillhouse.core.errors import ConflictError, NotFoundError
 from stillhouse.core.schemas import Key, KeyInfo, KeyLimits, KeyScope, NewKey, Page
 from stillhouse.core.service import Context
+from stillhouse.gateway import files, limits
+from stillhouse.gateway.auth import Caller
 from stillhouse.gateway.deps import ByCaller, Ctx, require
 from stillhouse.gateway.routes.deadline import DeadlineRoute
 from stillhouse.gateway.views import timestamp
@@ -38,13 +40,14 @@ class KeyRequest(BaseModel):
 
 
 @router.get("/me")
-async def get_own_key(caller: ByCaller) -> KeyInfo:
-    """Who the caller is, and what it may do."""
+async def get_own_key(ctx: Ctx, caller: ByCaller) -> KeyInfo:
+    """Who the caller is, what it may do and use, and what it uses."""
     return KeyInfo(
         name=caller.key,
         owner=caller.owner,
         scopes=list(caller.scopes),  # type: ignore[arg-type]  # checked when the file was read
-        limits=KeyLimits.model_validate(caller.limits),
+        limits=limits.in_force(ctx.settings, caller),
+        usage=await _usage(ctx, caller),
     )
 
 
@@ -59,10 +62,10 @@ async def list_keys(ctx: Ctx) -> Page[Key]:
 async def create_key(ctx: Ctx, response: Response, body: Annotated[KeyRequest, Body()]) -> NewKey:
     """Make a key. The answer shows it, and nothing does again."""
     path = _keys_file(ctx)
-    limits = body.limits.model_dump(exclude_none=True)
+    own_limits = body.limits.model_dump(exclude_none=True)
 
     def make() -> NewKey:
-        plain = keys.create_key(path, body.name, owner=body.owner, scopes=body.scopes, limits=limits)
+        plain = keys.create_key(path, body.name, owner=body.owner, scopes=body.scopes, limits=own_limits)
         entry = next(entry for entry in keys.load_keys(path) if entry.name == body.name)
         return NewKey(key=plain, **_fields(entry))
 
@@ -78,6 +81,11 @@ async def delete_key(ctx: Ctx, name: KeyName) -> None:
         raise NotFoundError(f"there is no key '{name}'")
 
 
+async def _usage(ctx: Context, caller: Caller) -> dict[str, float]:
+    size = await asyncio.to_thread(files.used_bytes, ctx.artifacts, caller.owner)
+    return {**await limits.usage(ctx, caller), "file_mib": round(size / limits.MIB, 3)}
+
+
 def _keys_file(ctx: Context) -> FilePath:
     if ctx.settings.auth == "none":
         raise ConflictError("authentication is off (setting auth), and keys would change nothing; set auth: keys")
@@ -85,11 +93,10 @@ def _keys_file(ctx: Context) -> FilePath:
 
 
 def _fields(entry: keys.ApiKey) -> dict[str, Any]:
-    limits = KeyLimits.model_validate(entry.limits)
     return {
         "name": entry.name,
         "owner": entry.owner,
         "scopes": list(entry.scopes),
-        "limits": limits,
+        "limits": KeyLimits.model_validate(entry.limits),
         "created_at": timestamp(entry.created_at),
     }
