@@ -346,7 +346,7 @@ async def test_a_complete_group_waits_for_what_is_tried_again_until_its_step_is_
     await asyncio.wait_for(settled, 20)
     assert [sample.is_failed for sample in group.samples] == [False, True], "it failed again"
     assert (parts.exchange.num_failed, parts.exchange.num_ended) == (1, 2)
-    assert "its step is trained or about to be" in await parts.exchange.retry("7/1")
+    assert "is done or about to be" in await parts.exchange.retry("7/1")
     await parts.exchange.done(group.samples)
     assert await parts.queue.length(SCORED) == 0
     await cancel_all([taking])
@@ -372,4 +372,18 @@ async def test_a_retry_that_the_queue_does_not_take_changes_nothing(
     assert (parts.exchange.num_failed, parts.exchange.num_ended) == (1, 2)
     await parts.exchange.done(group.samples)
     assert await parts.queue.length(SCORED) == 0
+    await cancel_all([taking])
+
+
+async def test_an_evaluation_that_has_all_its_samples_is_not_reopened(parts: Any) -> None:
+    await parts.exchange.open()
+    parts.queue.losses = 0
+    group = pair(7)
+    group.purpose = rollout_pb2.PURPOSE_EVALUATE
+    future = await parts.exchange.plan(group)
+    taking = asyncio.create_task(parts.exchange.run())
+    await hand_in(parts, "7/0", answer("7/0"))
+    await hand_in(parts, "7/1", failure("7/1", []))
+    await asyncio.wait_for(future, 20)
+    assert "is done or about to be" in await parts.exchange.retry("7/1")
     await cancel_all([taking])

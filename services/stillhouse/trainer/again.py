@@ -19,7 +19,7 @@ RETRY_STRIDE: Final = 100
 def why_not(pending: PendingGroup | None, failed: ScoredSample | None) -> str:
     """Why a sample cannot be tried again, for people; '' = it can."""
     if pending is None or pending.is_journalled:
-        return "its step is trained or about to be, and goes on without it; a new job on its row is what is left"
+        return "its step (or evaluation) is done or about to be, and goes on without it; train on its row in a new job"
     if failed is None:
         return "it is not known here, or is being worked on"
     if not failed.is_failed:

@@ -148,7 +148,9 @@ class Exchange:
         teachers = [group.teacher, *(other.teacher for other in further)]
         wanted = {sample_id(group, index): teachers for index in group.sample_indices}
         message = group if for_samplers else None
-        return self._expect(PendingGroup(group.group_id, group.group, wanted, further, _future(), message))
+        is_measured = group.purpose == rollout_pb2.PURPOSE_EVALUATE
+        pending = PendingGroup(group.group_id, group.group, wanted, further, message=message, is_measured=is_measured)
+        return self._expect(pending)
 
     async def bring(self, rollouts: Sequence[rollout_pb2.Rollout], failure: rollout_pb2.Failure | None = None) -> None:
         """Put completions where a sampler's would go: to their teacher, or to their end if no teacher is asked or they
@@ -168,7 +170,7 @@ class Exchange:
     async def rescore(self, group: int, scores: Sequence[rollout_pb2.Score]) -> asyncio.Future[ScoredGroup]:
         """Have journalled rollouts scored again (their payloads were not journalled): replay after a takeover."""
         wanted = {s.rollout.sample_id: [each.rollout.teacher for each in scores_of(s)] for s in scores}
-        future = self._expect(PendingGroup(f"replay-{group}", group, wanted, (), _future(), is_journalled=True))
+        future = self._expect(PendingGroup(f"replay-{group}", group, wanted, (), is_journalled=True))
         for score in scores:
             for each in scores_of(score):
                 # attempts count anew: those of the epoch before are no fault of the sample
@@ -192,7 +194,7 @@ class Exchange:
         if not (pending.complete.is_set() or pending.future.cancelled()):  # tried again in this very moment
             return
         self._pending.pop(pending.name, None)
-        is_kept = not pending.is_journalled and not pending.future.cancelled()
+        is_kept = not (pending.is_journalled or pending.is_measured or pending.future.cancelled())
         for each in pending.wanted:
             self._by_sample.pop(each, None)
             if is_kept:
@@ -382,10 +384,6 @@ class Exchange:
                 f"{self.num_failed} of {self.num_ended} samples failed, more than max_failed_fraction "
                 f"{max_fraction:g}; the events of the job name the reasons"
             )
-
-
-def _future() -> asyncio.Future[ScoredGroup]:
-    return asyncio.get_running_loop().create_future()
 
 
 def _is_elsewhere(score: rollout_pb2.Score) -> bool:

@@ -69,12 +69,14 @@ class PendingGroup:
     """Sample -> the teachers that judge it, in order."""
     further: Sequence[rollout_pb2.FurtherTeacher]
     """Those that are asked once the first has answered."""
-    future: asyncio.Future[ScoredGroup]
+    future: asyncio.Future[ScoredGroup] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     """Done when it is complete for the first time; what is tried again after that is put into its result."""
     message: rollout_pb2.PromptGroup | None = None
     """As a sampler gets it; None = the completions come from elsewhere."""
     is_journalled: bool = False
     """Its samples are scored again for a replay."""
+    is_measured: bool = False
+    """It is of an evaluation, which reads it as soon as it is complete."""
     answers: dict[str, dict[str, ScoredSample]] = field(default_factory=dict)
     """Sample -> teacher -> what it said."""
     arrived: dict[str, ScoredSample] = field(default_factory=dict)
