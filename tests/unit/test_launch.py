@@ -16,7 +16,7 @@ from stillhouse.core.errors import ConfigError, PreflightError
 from stillhouse.core.launch import Launch
 from stillhouse.core.spec import JobSpec
 from stillhouse.trainer.app import build
-from stillhouse.trainer.start import Start
+from stillhouse.trainer.validate import check_ranks
 from tests.cluster import job_spec
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}
@@ -70,7 +70,7 @@ def test_what_several_ranks_do_not_do_is_refused_with_both_sides(changes: dict, 
     for number in (1, 2):
         start: Any = SimpleNamespace(spec=spec, learner=SimpleNamespace(num_ranks=number))
         if number == 1:
-            Start._check_ranks(start)
+            check_ranks(start)
         else:
             with pytest.raises(PreflightError, match=said):
-                Start._check_ranks(start)
+                check_ranks(start)

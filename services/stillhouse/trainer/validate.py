@@ -66,7 +66,7 @@ async def _suspect(start: Start, teachers: Mapping[str, ModelEntry]) -> None:
 
 
 async def _check_trainer(start: Start) -> None:
-    _check_ranks(start)
+    check_ranks(start)
     if start.spec.deterministic:
         await _check_services(start)
 
@@ -84,7 +84,7 @@ async def look_at_first(start: Start, samples: Sequence[TrainSample], metrics: M
     start.report.refuse()
 
 
-def _check_ranks(start: Start) -> None:
+def check_ranks(start: Start) -> None:
     """Refuse what several ranks do not do."""
     number = start.learner.num_ranks
     if number == 1:
