@@ -32,7 +32,7 @@ def report(job_id: str, output: Path | None, *, as_json: bool) -> None:
         if output is not None and output.suffix == ".html":
             _write(output, client.jobs.report_html(job_id))
             return
-        found = client.jobs.report(job_id)
+        found = client.jobs.report(job_id).to_dict()
     if output is not None:
         _write(output, json.dumps(found, indent=1, ensure_ascii=False))
     elif as_json:

@@ -18,6 +18,7 @@ from stillhouse.core.schemas import (
     LogLine,
     MetricPoint,
     Page,
+    Report,
     Sample,
 )
 
@@ -25,16 +26,12 @@ from stillhouse.core.schemas import (
 class JobHistory(Resource):
     """What happened in a job, and what its steps measured."""
 
-    async def events(self, job_id: str, *, after: str | None = "", follow: bool = False) -> AsyncIterator[Event]:
+    async def events(self, job_id: str, *, after: str | None = "") -> AsyncIterator[Event]:
         """Events so far, after the one with id `after`, oldest first. `stream_events` goes on with those to come.
 
         >>> [event.data["status"] for event in client.jobs.events(job.id) if event.type == "job.status"][0]
         'queued'
         """
-        if follow:
-            async for event in self.stream_events(job_id, after=after or ""):
-                yield event
-            return
         async for event in self._sender.pages(_events(job_id).after(after or "")):
             yield event
 
@@ -108,9 +105,9 @@ class JobHistory(Resource):
         call = Call("GET", path("/v1/jobs/{}/evaluations", job_id), Page[dict[str, Any]])
         return (await self._sender.send(call)).data
 
-    async def report(self, job_id: str) -> dict[str, Any]:
+    async def report(self, job_id: str) -> Report:
         """What a job was, cost and reached, in one document."""
-        return await self._sender.send(Call("GET", path("/v1/jobs/{}/report", job_id), dict[str, Any]))
+        return await self._sender.send(Call("GET", path("/v1/jobs/{}/report", job_id), Report))
 
     async def report_html(self, job_id: str) -> str:
         """The same as a page for people, complete in itself."""
