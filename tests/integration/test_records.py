@@ -77,8 +77,12 @@ async def test_samples_say_what_the_metrics_say(deployment: Cluster, kind: str) 
                     assert token["top"][0]["logprob"] >= token["teacher_logprob"] - 1e-4, "the likeliest comes first"
         lengths = [sum(s["num_tokens"] for s in samples if s["step"] == step) for step in (1, 2)]
         assert await deployment.metric(job_id, "tokens/trained") == lengths
-        telemetry.flush_logs()
-        lines = await read(http, f"{job_id}/logs")
+
+        async def whole() -> list[dict[str, Any]] | None:  # the trainer says that it ended just after the record does
+            found = await read(http, f"{job_id}/logs")
+            return found if any(line["message"] == "job ended" for line in found) else None
+
+        lines = await wait_until(whole, timeout_s=20, what="the last line")
         said = [line["message"] for line in lines]
         assert {"job claimed", "serving", "student loaded", "model loaded", "job ended"} <= set(said)
         assert said.index("job claimed") < said.index("student loaded") < said.index("job ended")
