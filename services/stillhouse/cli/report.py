@@ -34,7 +34,7 @@ def report(job_id: str, output: Path | None, *, as_json: bool) -> None:
             return
         found = client.jobs.report(job_id).to_dict()
     if output is not None:
-        _write(output, json.dumps(found, indent=1, ensure_ascii=False))
+        _write(output, json.dumps(found.to_dict(), indent=1, ensure_ascii=False))
     elif as_json:
         print_json(found)
     else:
