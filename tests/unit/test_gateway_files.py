@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import io
 import json
@@ -231,3 +232,8 @@ async def test_a_job_of_somebody_else_keeps_a_file_and_is_not_named(gateway: Gat
     await gateway.http.post(f"/v1/jobs/{job}/cancel")
     await files.delete_file(gateway.ctx, file["id"], us)
     assert not gateway.ctx.artifacts.file(file["id"]).exists()
+
+
+async def test_a_wrong_file_that_came_in_one_piece_is_answered_at_once(gateway: Gateway) -> None:
+    async with asyncio.timeout(10):
+        problem(await gateway.http.post("/v1/files", content=b"no row\n" * 30, headers=JSONL), 422)

@@ -92,7 +92,8 @@ async def _receive(request: Request, feed: Callable[[bytes], None], limit: int) 
                 raise too_large(size, limit, "file", "max_file_mib")
             feed(block)
     except StillhouseError:
-        await drain(request.receive)
+        if not request._stream_consumed:  # else nothing comes any more, and waiting for it would hold the answer
+            await drain(request.receive)
         raise
 
 
