@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from stillhouse import Client
 from tests.e2e.deployment import Stillhouse, wait_until
 from tests.tiny import make_tiny_model
 
@@ -142,3 +143,66 @@ def test_a_job_runs_from_submit_to_download(stillhouse: Stillhouse, tmp_path: Pa
     answers = stillhouse("score", "teacher", "--file", str(tmp_path / "texts.jsonl"), "--top-k", "2", "--json")
     assert [len(json.loads(line)["top_logprobs"]) for line in answers.splitlines()] == [5, 2]
     assert "perplexity" in stillhouse("score", "student-v2", "--prompt", "Say", "--text", " one")
+
+
+@pytest.mark.full
+def test_the_python_client_takes_a_job_to_its_end(stillhouse: Stillhouse, tmp_path: Path) -> None:
+    """What the quickstart does, from Python: while its events are read the gateway dies, and so does a download."""
+    for seed, name in enumerate(("py-student", "py-teacher")):
+        stillhouse("models", "add", name, str(make_tiny_model(tmp_path / name, seed=seed)))
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"Say {n}"}) + "\n" for n in range(8)))
+    gateway = stillhouse.services()["gateway-0"]["pid"]
+    entrance = json.loads((stillhouse.home / "client.json").read_text())
+    with Client(entrance["url"], entrance["api_key"]) as client:
+        data = {"file": client.files.upload(prompts).id}
+        spec = {
+            "name": "python",
+            "student": {"model": "py-student"},
+            "teachers": {"main": {"model": "py-teacher"}},
+            "stages": [
+                {
+                    "data": data,
+                    "sampling": {"max_tokens": 12},
+                    "loss": {"objective": "full_vocabulary"},
+                    "schedule": {"steps": 3, "prompts_per_step": 2},
+                }
+            ],
+            "evaluation": {"data": {"rows": [{"prompt": "Speak"}]}, "max_tokens": 12},
+            "checkpoint": {"every_steps": 1},
+        }
+        found = client.jobs.validate(spec)
+        assert [check.message for check in found.checks if check.verdict == "error"] == []
+        job = client.jobs.create(spec)
+        events = []
+        for event in client.jobs.stream_events(job.id):
+            events.append(event)
+            if len(events) == 2:
+                os.kill(gateway, signal.SIGKILL)
+        assert events == list(client.jobs.events(job.id)), "each once, in order"
+        assert len({event.id for event in events}) == len(events)
+        told: list[str] = []
+        job = client.jobs.wait(job.id, on_event=lambda event: told.append(event.id), timeout_s=60)
+        assert (job.status, told) == ("succeeded", [event.id for event in events])
+        assert [point.step for point in client.jobs.metrics(job.id)] == [1, 2, 3]
+        assert [one["step"] for one in client.jobs.evaluations(job.id)] == [0, 3]
+        sample = client.jobs.samples(job.id, step=1, limit=1)[0]
+        assert sample.completion == "".join(token.text for token in sample.tokens)
+        kinds = [one.kind for one in client.jobs.checkpoints(job.id)]
+        assert kinds[-1] == "export"
+        assert "checkpoint" in kinds
+        assert client.jobs.report(job.id).to_dict()
+        assert "<html" in client.jobs.report_html(job.id)
+
+        def interrupt(done: int, _: int | None) -> None:
+            raise KeyboardInterrupt
+
+        target = tmp_path / "student-v2"
+        with pytest.raises(KeyboardInterrupt):
+            client.jobs.download(job.id, target, on_progress=interrupt)
+        come = (tmp_path / ".student-v2.part").stat().st_size
+        progress: list[int] = []
+        client.jobs.download(job.id, target, on_progress=lambda done, _: progress.append(done))
+        assert progress[0] > come > 0
+        assert (target / "model.safetensors").is_file()
+        assert not list(tmp_path.glob(".student-v2*"))
