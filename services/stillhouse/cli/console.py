@@ -87,7 +87,12 @@ def printable(text: str) -> str:
 
 def print_json(value: Any) -> None:
     """Pretty JSON on stdout, for other programs."""
-    say(json.dumps(value, indent=1, ensure_ascii=False, default=_plain))
+    say(to_json(value))
+
+
+def to_json(value: Any) -> str:
+    """Pretty JSON of answers, and of what holds some."""
+    return json.dumps(value, indent=1, ensure_ascii=False, default=_plain)
 
 
 def print_json_line(value: Any) -> None:

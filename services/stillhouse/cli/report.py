@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,6 +16,7 @@ from stillhouse.cli.console import (
     printable,
     say,
     size,
+    to_json,
 )
 from stillhouse.client.client import Client
 
@@ -34,7 +34,7 @@ def report(job_id: str, output: Path | None, *, as_json: bool) -> None:
             return
         found = client.jobs.report(job_id).to_dict()
     if output is not None:
-        _write(output, json.dumps(found.to_dict(), indent=1, ensure_ascii=False))
+        _write(output, to_json(found))
     elif as_json:
         print_json(found)
     else:
