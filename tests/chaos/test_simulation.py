@@ -17,6 +17,8 @@ from tests.chaos.sim.run import Verdict, simulate
 
 FIRST_SEED: Final = 100_000
 NUM_SEEDS: Final = 100
+NEVER: Final = {"gateway.job_put_aside"}
+"""Nobody deletes a job here; tests/unit/test_gateway_deleting.py does."""
 RARE: Final = {"teacher.draining", "sampler.draining", "gateway.cancel_requested", "trainer.stopping"}
 """Points that need a SIGTERM or a cancel at the right moment; the longer test reaches them, too."""
 DRAINING: Final = (100_808, 101_180)
@@ -50,7 +52,7 @@ def test_no_promise_is_broken() -> None:
     runs = Runs(range(FIRST_SEED, FIRST_SEED + NUM_SEEDS))
     print(f"seeds {FIRST_SEED}..{FIRST_SEED + NUM_SEEDS - 1}: kills {dict(runs.kills)}, faults {dict(runs.faults)}")
     assert runs.failures == []
-    assert POINTS.keys() - runs.visits.keys() <= RARE
+    assert POINTS.keys() - runs.visits.keys() <= RARE | NEVER
     # a run without trouble would prove little
     assert all(runs.kills[role] > NUM_SEEDS / 10 for role in ("trainer", "sampler", "teacher", "gateway"))
     assert len(runs.faults) >= 10
@@ -62,7 +64,7 @@ def test_no_promise_is_broken() -> None:
 def test_no_promise_is_broken_in_many_runs() -> None:
     runs = Runs((*range(FIRST_SEED + NUM_SEEDS, FIRST_SEED + NUM_SEEDS + 400), *DRAINING))
     assert runs.failures == []
-    assert POINTS.keys() == runs.visits.keys()
+    assert POINTS.keys() - NEVER == runs.visits.keys()
 
 
 @pytest.mark.parametrize("seed", [0, 5, 9, 17])

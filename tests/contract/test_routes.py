@@ -53,6 +53,8 @@ ROUTES: dict[str, Call] = {
     "GET /v1/jobs/{job_id}": Call(),
     "GET /v1/jobs/{job_id}/preflight": Call(),
     "POST /v1/jobs/{job_id}/cancel": Call({202}),
+    "POST /v1/jobs/{job_id}/retry": Call({409}),  # it has not ended
+    "DELETE /v1/jobs/{job_id}": Call({409}),
     "POST /v1/jobs/{job_id}/pause": Call({202}),
     "POST /v1/jobs/{job_id}/resume": Call({202, 409}),  # 409: it is not paused
     "GET /v1/jobs/{job_id}/events": Call(),

@@ -21,6 +21,8 @@ Layout below the artifacts folder:
                   final.json                    how the job ended
                   report.json report.html       the same and all that led there, for people
 
+    deleted/{job_id}/                           a job that is being deleted
+
 Nothing here knows about models or queues.
 """
 
@@ -292,6 +294,11 @@ class Artifacts:
     def file(self, file_id: str) -> Path:
         """An uploaded file."""
         return self.root / "files" / f"{file_id}.jsonl"
+
+    @property
+    def deleted(self) -> Path:
+        """Folders of jobs that are being deleted, by id."""
+        return self.root / "deleted"
 
     def job_ids(self) -> list[str]:
         """Jobs that have an accepted spec on disk."""

@@ -27,6 +27,7 @@ POINTS: Final = {
     "gateway.job_json_written": "job.json is durable, the record is not there yet",
     "gateway.record_written": "the record is there, the client has no answer",
     "gateway.cancel_requested": "the record says cancelling, nobody was told",
+    "gateway.job_put_aside": "a deleted job's folder is out of the way, its record is still there",
     "gateway.pause_requested": "the record says pausing or paused, the wish is not durable yet",
     "gateway.resume_requested": "the record says resuming, the wish to pause is still on disk",
     "trainer.claimed": "the lease is taken, the epoch is not opened",

@@ -1,4 +1,4 @@
-"""What users do to jobs: submit and cancel. A job's life: see core/queue/jobs.py.
+"""What users do to jobs: submit, retry and cancel. A job's life: see core/queue/jobs.py.
 
 `job.json` beside the artifacts is written and fsynced before the record exists, so an accepted job survives the loss of
 the queue server: the sweeper rebuilds records from it (sweeper.py).
@@ -29,6 +29,7 @@ from stillhouse.core.service import Context
 from stillhouse.core.spec import JobSpec
 from stillhouse.gateway import limits
 from stillhouse.gateway.auth import Caller
+from stillhouse.gateway.origins import Origin, choose, link
 from stillhouse.gateway.reach import Reach
 from stillhouse.gateway.rows import is_light
 from stillhouse.gateway.validation import inspect, preflight
@@ -50,6 +51,8 @@ class Submission:
     caller: Caller
     idempotency_key: str
     kind: Kind = "distillation"
+    origin: Origin | None = None
+    """The checkpoint that it goes on from."""
 
     @cached_property
     def document(self) -> dict[str, Any]:
@@ -64,6 +67,7 @@ class Submission:
     def body_sha256(self) -> str:
         """Same for bodies that mean the same."""
         kind = "" if self.kind == "distillation" else f"{self.kind}\n"
+        kind += f"{self.origin.job_id}/{self.origin.checkpoint}\n" if self.origin else ""
         return sha256_bytes((kind + json.dumps(self.document, sort_keys=True)).encode())
 
 
@@ -98,6 +102,7 @@ async def submit(ctx: Context, submission: Submission) -> tuple[JobRecord, bool]
         owner=submission.caller.owner,
         kind=submission.kind,
         priority=submission.spec.priority,
+        **_begun(submission.origin.as_json() if submission.origin else None),
     )
     await limits.admit(ctx, submission.caller, record, submission.spec)
     is_made = False
@@ -121,6 +126,7 @@ async def _create(ctx: Context, submission: Submission, record: JobRecord) -> tu
         "spec": record.spec,
         "stop_step": record.stop_step,
         "idempotency": [token, body_sha256],
+        **({"origin": submission.origin.as_json()} if submission.origin else {}),
     }
     await _check_and_write(ctx, submission, document)
     failpoint("gateway.job_json_written")
@@ -154,12 +160,16 @@ def _write_job_json(ctx: Context, document: dict[str, Any], references: Mapping[
     """Make an accepted job durable."""
     job = ctx.artifacts.job(document["id"])
     try:
+        if "origin" in document:  # before job.json, which makes the folder a job
+            old = ctx.artifacts.job(document["origin"]["job_id"])
+            references = link(Origin.from_json(document["origin"]), old, job)
         # in one line: the slow encoder that indents would be half of what accepting a job costs
         write_atomic(job.job_json, json.dumps(sealed(document), sort_keys=True).encode() + b"\n")
         if references:
             checkpoints.settle(job, references)
         for settled in references.values():  # named only now, so retention may have been faster
-            checkpoints.locate(ctx.artifacts, settled.model)
+            if checkpoints.parse(settled.model):
+                checkpoints.locate(ctx.artifacts, settled.model)
     except (OSError, NotFoundError):
         shutil.rmtree(job.root, ignore_errors=True)  # no half job stays on a full disk
         raise
@@ -180,6 +190,28 @@ async def _replay(ctx: Context, made: str, submission: Submission) -> JobRecord:
         return await ctx.jobs.get(job_id)
 
 
+async def retry(ctx: Context, record: JobRecord, checkpoint: str, submission: Submission) -> tuple[JobRecord, bool]:
+    """A new job of the spec of a finished one that goes on from its checkpoint; '' = the newest. As `submit` otherwise.
+
+    Raises:
+        ConflictError: it has not ended, or nothing is left to do.
+        NotFoundError: there is no such checkpoint.
+    """
+    if not record.is_terminal:
+        raise ConflictError(f"job {record.id} is '{record.status}': only a finished job is retried; cancel it first")
+    if record.kind != "distillation":
+        raise ConflictError(f"job {record.id} trains nothing: send POST /v1/jobs/validate?live=true again")
+    origin = await asyncio.get_running_loop().run_in_executor(
+        _PREFLIGHTS, choose, ctx.artifacts.job(record.id), record, checkpoint
+    )
+    made, is_replay = await submit(ctx, replace(submission, origin=origin))
+    if not is_replay:
+        message = f"goes on from {origin.checkpoint} of job {record.id}, at step {origin.step}"
+        facts = {"from": record.id, "checkpoint": origin.checkpoint, "step": origin.step}
+        await ctx.jobs.event(made.id, "job.retried", message, **facts)
+    return made, is_replay
+
+
 def initial_record(document: dict[str, Any]) -> JobRecord:
     """The record that a job.json stands for, before anything happened to the job."""
     fields = {name: document[name] for name in ("id", "created_at", "owner", "spec", "stop_step")}
@@ -188,7 +220,13 @@ def initial_record(document: dict[str, Any]) -> JobRecord:
         kind=document.get("kind", "distillation"),
         priority=int(document["spec"].get("priority", 0)),
         **fields,
+        **_begun(document.get("origin")),
     )
+
+
+def _begun(origin: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a record says of the checkpoint that the job begins with."""
+    return {"retry_of": origin["job_id"], "step": origin["step"], "committed_step": origin["step"]} if origin else {}
 
 
 async def cancel(ctx: Context, job_id: str) -> JobRecord:

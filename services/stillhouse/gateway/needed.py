@@ -69,13 +69,14 @@ def _newest(checkpoints: list[Checkpoint]) -> list[Checkpoint]:
     left = KEEP
     for checkpoint in reversed(checkpoints):
         kept.append(checkpoint)
-        left -= _verifies(checkpoint)
+        left -= verifies(checkpoint)
         if left == 0:
             break
     return kept
 
 
-def _verifies(checkpoint: Checkpoint) -> bool:
+def verifies(checkpoint: Checkpoint) -> bool:
+    """Whether all files of a checkpoint are what its manifest says."""
     key = (checkpoint.folder, checkpoint.sha256)
     if key not in _good:
         try:

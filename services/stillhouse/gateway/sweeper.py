@@ -3,7 +3,8 @@
 Each sweep:  jobs whose trainer is gone -> `stalled`; cancelled jobs without a trainer -> `cancelled`;
              pausing ones -> `paused`; the wish to pause on disk -> as the record says;
              queued jobs say when no trainer is there at all; records that the queue server lost -> rebuilt from
-             job.json and final.json; half-written files of finished jobs -> removed; queue gauges.
+             job.json and final.json; half-deleted jobs -> deleted; half-written files of finished jobs ->
+             removed; queue gauges.
 
 Everything here may be repeated or done by two replicas at once: changes go through the record's own compare-and-set.
 """
@@ -11,6 +12,7 @@ Everything here may be repeated or done by two replicas at once: changes go thro
 from __future__ import annotations
 
 import asyncio
+import shutil
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -30,6 +32,7 @@ from stillhouse.core.queue.registry import ServiceInfo
 from stillhouse.core.queue.streams import Scope
 from stillhouse.core.service import Context
 from stillhouse.core.telemetry import QUEUE_ENTRIES
+from stillhouse.gateway.deleting import finish_deletions
 from stillhouse.gateway.jobs import FINAL, final_fields, initial_record, read_final, write_final
 from stillhouse.gateway.pausing import RESTING, keep_wish, rebuilt_paused
 
@@ -110,6 +113,7 @@ class Sweeper:
 
     async def sweep(self) -> None:
         """One round."""
+        await finish_deletions(self._ctx)
         await self._rebuild()
         active = [await self._ctx.jobs.get(job_id) for job_id in await self._ctx.jobs.active_ids()]
         trainers = {info.instance: info for info in await self._ctx.registry.services("trainer")}
@@ -281,11 +285,17 @@ class Sweeper:
         Whatever has more than what a request writes was a job once and stays.
         """
         twin, other = self._ctx.artifacts.job(job_id), self._ctx.artifacts.job(other_id)
-        if {path.name for path in twin.root.iterdir()} - {twin.job_json.name, twin.references.name}:
+        origin = unsealed(twin.job_json).get("origin")
+        if twin.highest_epoch() > (origin["epoch"] if origin else 0):
+            return False
+        past = {twin.epochs.name, twin.evaluations.name} if origin else set()
+        if {path.name for path in twin.root.iterdir()} - {twin.job_json.name, twin.references.name} - past:
             return False
         if not other.job_json.is_file() or unsealed(other.job_json)["idempotency"][0] != token:
             return False
         twin.references.unlink(missing_ok=True)
+        for name in past:
+            shutil.rmtree(twin.root / name, ignore_errors=True)
         twin.job_json.unlink()
         twin.root.rmdir()  # refuses a folder that was filled meanwhile
         return True

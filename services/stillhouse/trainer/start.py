@@ -317,7 +317,9 @@ class Start:
         await self.ctx.jobs.event(self.scope.job_id, "student.loaded", message, **facts)
 
     async def _tell_rewound(self, step: int) -> None:
-        if self.scope.epoch > 1:
+        if self.scope.epoch > 1 and not (
+            self.record.retry_of and not self.record.trainer
+        ):  # else it is the first claim
             await self.ctx.jobs.event(
                 self.scope.job_id,
                 "job.rewound",

@@ -82,7 +82,7 @@ def draw_pauses(draw: random.Random) -> list[Fault]:
 
 
 def _at_point(draw: random.Random) -> Fault:
-    point = draw.choice(sorted(POINTS.keys() - set(PAUSING[:3])))
+    point = draw.choice(sorted(POINTS.keys() - {*PAUSING[:3], "gateway.job_put_aside"}))
     action = draw.choice(POINT_ACTIONS)
     if action == "freeze" and point in NEVER:
         action = "kill"

@@ -19,6 +19,7 @@ from stillhouse.sampler.student import Student
 from stillhouse.teacher import scoring
 from stillhouse.teacher import worker as teacher_worker
 from stillhouse.trainer import lead, loop, manifests, run
+from stillhouse.trainer.ends import End
 from stillhouse.trainer.exchange import Exchange
 from stillhouse.trainer.lead import Lead
 from stillhouse.trainer.run import Run
@@ -188,7 +189,7 @@ _work = Lead._work
 
 async def _always_well(self: Lead) -> Any:
     end = await _work(self)
-    return lead._End("succeeded") if end.status == lead.CRASHED else end
+    return End("succeeded") if end.status == lead.CRASHED else end
 
 
 # -- swallowed_error ---------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from typing import Any, Final, TypeGuard
 
 from stillhouse.core.blobs import JobArtifacts, sha256_file
 from stillhouse.core.errors import CorruptError, NotFoundError, StillhouseError
+from stillhouse.core.oracle.identity import Identity
 from stillhouse.core.oracle.lineage import Lineage
 from stillhouse.core.oracle.read import Base, Checkpoint, Epoch, as_base, read_document
 from stillhouse.core.oracle.report import Report
@@ -31,7 +32,7 @@ class CheckpointChecks:
         plan: Plan,
         lineage: Lineage,
         report: Report,
-        job_id: str,
+        who: Identity,
         *,
         deep: bool,
     ) -> None:
@@ -40,7 +41,7 @@ class CheckpointChecks:
         self._plan = plan
         self._lineage = lineage
         self._report = report
-        self._job_id = job_id
+        self._who = who
         self._deep = deep
         self._needed = set(lineage.checkpoints[-NEEDED:])
         self.documents: dict[Checkpoint, dict[str, Any]] = {}
@@ -199,7 +200,6 @@ class CheckpointChecks:
             "epoch": checkpoint.epoch,
             "step": checkpoint.step,
             "policy_version": checkpoint.step,
-            "job_id": self._job_id,
             "next_group": stage.groups(checkpoint.step).start,
             "stage": stage.index,
         }
@@ -208,6 +208,9 @@ class CheckpointChecks:
                 rule = {"next_group": "prefix", "stage": "stage"}.get(name, "versions")
                 message = f"checkpoint {checkpoint.name}: {name} is {document.get(name)!r}, expected {value!r}"
                 self._report.violate(rule, message, epoch=checkpoint.epoch, step=checkpoint.step)
+        if not self._who.may_be_of(str(document.get("job_id")), checkpoint.epoch):
+            message = f"checkpoint {checkpoint.name} says it is of job {document.get('job_id')!r}"
+            self._report.violate("versions", message, epoch=checkpoint.epoch, step=checkpoint.step)
         if document.get("spec_sha256") != spec_sha256(self._spec):
             # a program of another version fills in other defaults
             self._report.notes.append(

@@ -12,6 +12,7 @@ import xxhash
 
 from stillhouse.core.blobs import JobArtifacts
 from stillhouse.core.errors import CorruptError
+from stillhouse.core.oracle.identity import Identity
 from stillhouse.core.oracle.lineage import Lineage
 from stillhouse.core.oracle.read import read_journal
 from stillhouse.core.oracle.report import Report
@@ -55,13 +56,13 @@ class StepChecks:
     """Goes through the steps of a lineage in order."""
 
     def __init__(
-        self, artifacts: JobArtifacts, spec: JobSpec, plan: Plan, lineage: Lineage, report: Report, job_id: str
+        self, artifacts: JobArtifacts, spec: JobSpec, plan: Plan, lineage: Lineage, report: Report, who: Identity
     ) -> None:
         self._artifacts = artifacts
         self._plan = plan
         self._lineage = lineage
         self._report = report
-        self._job_id = job_id
+        self._who = who
         self._seen_rows: dict[int, Counter[int]] = {stage.index: Counter() for stage in plan.stages}
         """By stage."""
         self._ended: set[str] = set()
@@ -115,9 +116,10 @@ class StepChecks:
 
     def _check_header(self, header: journal_pb2.StepHeader, epoch: int, step: int) -> None:
         where: dict[str, Any] = {"epoch": epoch, "step": step}
-        found = (header.job_id, header.epoch, header.step)
-        if found != (self._job_id, epoch, step):
-            message = f"the journal of step {step} in epoch {epoch} says it is {found}, of job {self._job_id}"
+        is_ours = self._who.may_be_of(header.job_id, epoch)
+        if not is_ours or (header.epoch, header.step) != (epoch, step):
+            found = (header.job_id, header.epoch, header.step)
+            message = f"the journal of step {step} in epoch {epoch} says it is {found}, of job {self._who.job_id}"
             self._report.violate("journal", message, **where)
         stage = self._plan.at(step)
         if header.stage != stage.index:

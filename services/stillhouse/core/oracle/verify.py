@@ -8,12 +8,15 @@ What a file cannot show is not seen: an entry that was lost in a queue and sampl
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from pydantic import ValidationError
 
 from stillhouse.core.blobs import JobArtifacts, unsealed
 from stillhouse.core.errors import CorruptError
 from stillhouse.core.oracle.checkpoints import CheckpointChecks
 from stillhouse.core.oracle.ends import EndChecks
+from stillhouse.core.oracle.identity import Identity, identity
 from stillhouse.core.oracle.lineage import Lineage, check_openings, lineage_of, working_epochs
 from stillhouse.core.oracle.read import Epoch, read_epochs, read_journal
 from stillhouse.core.oracle.report import Report
@@ -36,26 +39,31 @@ def verify_job(artifacts: JobArtifacts, record: JobRecord | None = None, *, deep
     try:
         document = unsealed(artifacts.job_json)
         spec = JobSpec.model_validate(document["spec"])
-        job_id = str(document["id"])
+        who = identity(document)
     except (CorruptError, KeyError, ValidationError) as error:
         report.violate("spec", f"{artifacts.job_json}: {error}")
         return report
-    if job_id != artifacts.root.name:
-        report.violate("spec", f"{artifacts.job_json} is of job {job_id}")
-    _verify(artifacts, spec, record, report, deep=deep)
+    if who.job_id != artifacts.root.name:
+        report.violate("spec", f"{artifacts.job_json} is of job {who.job_id}")
+        who = replace(who, job_id=artifacts.root.name)
+    if who.note:
+        report.notes.append(who.note)
+    _verify(artifacts, spec, record, report, who, deep=deep)
     return report
 
 
-def _verify(artifacts: JobArtifacts, spec: JobSpec, record: JobRecord | None, report: Report, *, deep: bool) -> None:
+def _verify(
+    artifacts: JobArtifacts, spec: JobSpec, record: JobRecord | None, report: Report, who: Identity, *, deep: bool
+) -> None:
     epochs = read_epochs(artifacts)
     head = next(iter(working_epochs(epochs)), 0)
     lineage = lineage_of(epochs, head)
     report.epoch = head
     check_openings(epochs, head, report)
     plan = Plan(artifacts, spec, report)
-    checkpoints = CheckpointChecks(artifacts, spec, plan, lineage, report, artifacts.root.name, deep=deep)
+    checkpoints = CheckpointChecks(artifacts, spec, plan, lineage, report, who, deep=deep)
     checkpoints.read(epochs)
-    steps = StepChecks(artifacts, spec, plan, lineage, report, artifacts.root.name)
+    steps = StepChecks(artifacts, spec, plan, lineage, report, who)
     steps.run(checkpoints.ledgers())
     checkpoints.check(epochs, steps.sums)
     _read_others(artifacts, epochs, lineage, report)

@@ -15,6 +15,7 @@ import asyncio
 import json
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -24,6 +25,7 @@ from stillhouse.core.blobs import Artifacts, append_jsonl
 from stillhouse.core.errors import ConflictError, LeaseLostError, NotFoundError
 from stillhouse.core.queue import job_scripts, keys
 from stillhouse.core.queue.client import text
+from stillhouse.core.queue.listing import listed
 from stillhouse.core.queue.streams import Scope
 from stillhouse.core.queue.turns import CLAIMABLE, ActiveJob
 
@@ -46,6 +48,8 @@ METRICS_MAXLEN: Final = 100_000
 """Metric points kept in Redis."""
 METRICS_PAGE: Final = 1000
 """Metric points read at once."""
+DELETED_KEPT: Final = 10_000
+"""Deleted jobs whose place in lists is known."""
 IDEMPOTENCY_TTL_S: Final = 86_400
 """An Idempotency-Key is remembered for a day."""
 
@@ -173,14 +177,39 @@ class JobStore:
             raise NotFoundError(f"no job '{job_id}'")
         return _record({text(key): text(value) for key, value in raw.items()})
 
-    async def list(self, *, limit: int = 20, after: str = "", newest_first: bool = True) -> list[JobRecord]:
-        """A page of jobs by creation time; `after` is the last id of the page before."""
-        ids = [text(item) for item in await self._redis.zrange(keys.JOBS, 0, -1, desc=newest_first)]
-        start = ids.index(after) + 1 if after in ids else 0
-        records = []
-        for job_id in ids[start : start + limit]:
-            records.append(await self.get(job_id))
-        return records
+    async def list(
+        self,
+        *,
+        limit: int = 20,
+        after: str = "",
+        newest_first: bool = True,
+        status: str = "",
+        owner: str | None = None,
+    ) -> list[JobRecord]:
+        """A page of jobs by creation time; `after` is the last id of the page before, which may be deleted by now.
+
+        `owner` = only theirs. Reads the records of the page, and of the jobs before them status and owner.
+
+        Raises:
+            NotFoundError: no job has or had the id `after`.
+        """
+        found: list[JobRecord] = []
+        async for job_id in listed(self._redis, after, limit, newest_first, status, owner):
+            with suppress(NotFoundError):  # deleted in this moment
+                found.append(await self.get(job_id))
+            if len(found) == limit:
+                break
+        return found
+
+    async def forget(self, job_id: str) -> None:
+        """Remove all that the queue server has of a deleted job; its place in lists is known for a while."""
+        score = await self._redis.zscore(keys.JOBS, job_id)
+        if score is not None:
+            await self._redis.zadd(keys.JOBS_DELETED, {job_id: float(score)})
+            await self._redis.zremrangebyrank(keys.JOBS_DELETED, 0, -DELETED_KEPT - 1)
+        await self._redis.delete(keys.job(job_id), keys.lease(job_id), keys.events(job_id), keys.metrics(job_id))
+        await self._redis.zrem(keys.JOBS_ACTIVE, job_id)
+        await self._redis.zrem(keys.JOBS, job_id)  # last: an id that is still listed is forgotten again
 
     async def active_ids(self) -> list[str]:
         """Jobs that are not finished, oldest first."""

@@ -1,6 +1,7 @@
 """Every Redis key of Stillhouse is made here.
 
     sh:jobs                              zset    job ids by creation time
+    sh:jobs:deleted                      zset    as sh:jobs, of those deleted lately: a page may go on behind one
     sh:jobs:active                       zset    jobs that are not in a terminal state, by creation time
     sh:turn, sh:turns                    int, hash  claims so far; owner -> number of the newest one of a job of theirs
     sh:idempotency:{key}                 string  job id made for an Idempotency-Key; expires after a day
@@ -32,6 +33,7 @@ from __future__ import annotations
 from typing import Final
 
 JOBS: Final = "sh:jobs"
+JOBS_DELETED: Final = "sh:jobs:deleted"
 JOBS_ACTIVE: Final = "sh:jobs:active"
 TEACHERS: Final = "sh:teachers"
 TURN: Final = "sh:turn"

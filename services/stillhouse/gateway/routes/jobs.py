@@ -1,4 +1,4 @@
-"""/v1/jobs: submit, list, look at, cancel, pause, resume."""
+"""/v1/jobs: submit, list, look at, cancel, pause, resume, retry, delete."""
 
 from __future__ import annotations
 
@@ -12,21 +12,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from stillhouse.core.blobs import unsealed
 from stillhouse.core.errors import NotFoundError
 from stillhouse.core.explain import explain
-from stillhouse.core.queue.jobs import JobRecord
 from stillhouse.core.schemas import Job, Page, Preflight, Status
 from stillhouse.core.service import Context
 from stillhouse.core.spec import JobSpec
-from stillhouse.gateway import jobs, pausing
+from stillhouse.gateway import deleting, jobs, pausing
 from stillhouse.gateway.auth import Caller
-from stillhouse.gateway.deps import ByCaller, Ctx, OwnJob, own_job
+from stillhouse.gateway.deps import ByCaller, Ctx, OwnJob
 from stillhouse.gateway.problems import InvalidError
 from stillhouse.gateway.routes.deadline import DeadlineRoute
 from stillhouse.gateway.validation import misshapen
 from stillhouse.gateway.views import job_view
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"], route_class=DeadlineRoute)
-SCAN = 100
-"""Records read at once while filtering by status."""
 
 
 class ListQuery(BaseModel):
@@ -40,6 +37,8 @@ class ListQuery(BaseModel):
     """Last id of the page before."""
     status: Status | None = None
     """Only jobs with this status."""
+    owner: str = Field(default="", max_length=200)
+    """Only jobs of this owner; for administrators."""
     order: Literal["asc", "desc"] = "desc"
     """By creation time; desc = newest first."""
 
@@ -105,29 +104,34 @@ async def get_preflight(ctx: Ctx, record: OwnJob) -> Preflight:
 
 @router.get("")
 async def list_jobs(ctx: Ctx, caller: ByCaller, query: Annotated[ListQuery, Query()]) -> Page[Job]:
-    """The caller's jobs by creation time, without their inline rows; an administrator's are everybody's."""
+    """The caller's jobs by creation time, without their inline rows; an administrator's are everybody's.
+
+    Pages stay in place while jobs come and go; `after` may name a job that was deleted lately.
+    """
     if query.after:
-        await _exists(ctx, caller, query.after)
-    wanted = query.limit + 1  # one more tells whether there is another page
-    found: list[JobRecord] = []
-    after = query.after
-    while len(found) < wanted:
-        size = wanted if query.status is None and "admin" in caller.scopes else SCAN
-        page = await ctx.jobs.list(limit=size, after=after, newest_first=query.order == "desc")
-        seen = [record for record in page if caller.may_see(record.owner)]
-        found += [record for record in seen if query.status in (None, record.status)]
-        if len(page) < size:
-            break
-        after = page[-1].id
+        await _is_visible(ctx, caller, query.after)
+    is_admin = "admin" in caller.scopes
+    if query.owner and not is_admin and query.owner != caller.owner:
+        return Page(data=[], has_more=False)
+    found = await ctx.jobs.list(
+        limit=query.limit + 1,  # one more tells whether there is another page
+        after=query.after,
+        newest_first=query.order == "desc",
+        status=query.status or "",
+        owner=(query.owner or None) if is_admin else caller.owner,
+    )
     data = [job_view(record, with_rows=False) for record in found[: query.limit]]
     return Page(data=data, has_more=len(found) > query.limit)
 
 
-async def _exists(ctx: Context, caller: Caller, job_id: str) -> None:
+async def _is_visible(ctx: Context, caller: Caller, job_id: str) -> None:
+    """A page goes on behind a job that its reader may see, or that is deleted."""
     try:
-        await own_job(ctx, caller, job_id)
-    except NotFoundError as error:
-        raise NotFoundError(error.message, param="after") from None
+        owner = (await ctx.jobs.get(job_id)).owner
+    except NotFoundError:
+        return  # the list says so, unless it knows the place
+    if not caller.may_see(owner):
+        raise NotFoundError(f"no job '{job_id}'", param="after")
 
 
 @router.get("/{job_id}")
@@ -140,6 +144,41 @@ async def get_job(record: OwnJob) -> Job:
 async def cancel_job(ctx: Ctx, record: OwnJob) -> Job:
     """End a job. It becomes `cancelling`, then `cancelled`; at once if no trainer has had it yet."""
     return job_view(await jobs.cancel(ctx, record.id))
+
+
+class RetryRequest(BaseModel):
+    """How to go on."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    checkpoint: str = Field(default="", pattern=r"^(ckpt_[1-9][0-9]{0,8}-[0-9]{8}-[0-9a-f]{8})?$")
+    """Id of the checkpoint to go on from; empty = the newest that verifies."""
+
+
+@router.post("/{job_id}/retry", status_code=201)
+async def retry_job(
+    ctx: Ctx,
+    record: OwnJob,
+    caller: ByCaller,
+    response: Response,
+    body: Annotated[RetryRequest | None, Body()] = None,
+    idempotency_key: Annotated[str, Header(description="As for creating a job")] = "",
+) -> Job:
+    """A new job of the same spec, `retry_of` a finished one, that goes on from its checkpoint: weights, optimizer,
+    random states, step and place in the data. It stands by itself: the old job may be deleted.
+    """
+    submission = jobs.Submission(JobSpec.model_validate(record.spec), caller, idempotency_key)
+    made, is_replay = await jobs.retry(ctx, record, (body or RetryRequest()).checkpoint, submission)
+    response.headers["Location"] = f"/v1/jobs/{made.id}"
+    if is_replay:
+        response.headers["Idempotent-Replayed"] = "true"
+    return job_view(made)
+
+
+@router.delete("/{job_id}", status_code=204)
+async def delete_job(ctx: Ctx, record: OwnJob) -> None:
+    """Delete a finished job with everything that is kept of it; refused while another job needs a checkpoint of it."""
+    await deleting.delete(ctx, record)
 
 
 @router.post("/{job_id}/pause", status_code=202)

@@ -1,0 +1,77 @@
+"""DELETE of a job: everything of it goes, and a half-deleted job never comes back.
+
+Its folder is moved out of `jobs/` first: from then on no sweeper rebuilds its record. The record, its histories and the
+folder follow; whoever dies in between leaves a folder below `deleted/`, and the sweeper does the rest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from typing import Any
+
+from stillhouse.core.blobs import Artifacts, fsync_dir, make_dirs, unsealed
+from stillhouse.core.checkpoints import named
+from stillhouse.core.errors import ConflictError, CorruptError, NotFoundError
+from stillhouse.core.failpoints import failpoint
+from stillhouse.core.queue import keys
+from stillhouse.core.queue.epochs import close_epochs
+from stillhouse.core.queue.jobs import JobRecord
+from stillhouse.core.removal import put_aside
+from stillhouse.core.service import Context
+
+
+async def delete(ctx: Context, record: JobRecord) -> None:
+    """Delete a finished job.
+
+    Raises:
+        ConflictError: it has not ended, or a job that has not ended names a checkpoint of it.
+    """
+    if not record.is_terminal:
+        raise ConflictError(f"job {record.id} is '{record.status}': only a finished job is deleted; cancel it first")
+    await asyncio.to_thread(_put_aside, ctx.artifacts, record.id)
+    failpoint("gateway.job_put_aside")
+    await _finish(ctx, record.id)
+
+
+def _put_aside(artifacts: Artifacts, job_id: str) -> None:
+    folder = artifacts.job(job_id).root
+    make_dirs(artifacts.deleted)
+    needing: list[str] = []
+
+    def is_needed() -> bool:
+        needing[:] = sorted(name for name in named(artifacts) if name.startswith(f"{job_id}/"))
+        return bool(needing)
+
+    put_aside({folder: artifacts.deleted / job_id}, is_needed)
+    if needing:
+        raise ConflictError(
+            f"job {job_id} stays: a job that has not ended uses {', '.join(needing[:4])}; wait for it, or cancel it"
+        )
+    fsync_dir(folder.parent)
+    fsync_dir(artifacts.deleted)
+
+
+async def finish_deletions(ctx: Context) -> None:
+    """Go on with deletions whose process died."""
+    folder = ctx.artifacts.deleted
+    for path in await asyncio.to_thread(lambda: sorted(folder.iterdir()) if folder.is_dir() else []):
+        await _finish(ctx, path.name)
+
+
+async def _finish(ctx: Context, job_id: str) -> None:
+    folder = ctx.artifacts.deleted / job_id
+    try:
+        token = str((await asyncio.to_thread(unsealed, folder / "job.json"))["idempotency"][0])
+    except (NotFoundError, CorruptError, KeyError):
+        token = ""
+    try:
+        epoch = (await ctx.jobs.get(job_id)).epoch
+    except NotFoundError:
+        epoch = 0
+    await close_epochs(ctx.redis, ctx.queue, job_id, through=epoch)
+    made: Any = await ctx.redis.get(keys.idempotency(token)) if token else None
+    if made is not None and made.decode().partition(":")[0] == job_id:
+        await ctx.redis.delete(keys.idempotency(token))
+    await ctx.jobs.forget(job_id)
+    await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
