@@ -22,7 +22,7 @@ class TensorBoard:
     """Event files in the folder `tensorboard` of the job's artifacts; each claim adds one to the same run."""
 
     def __init__(self, spec: TrackerSpec, run: TrackedRun) -> None:
-        from tensorboard.summary import Writer
+        from tensorboard.summary import Writer  # pyright: ignore[reportMissingImports]
 
         self._writer = Writer(str(run.folder / "tensorboard"))
 
@@ -39,7 +39,7 @@ class Wandb:
     """Weights & Biases: the run's id is the job's. Offline runs lie in `wandb` beside the artifacts."""
 
     def __init__(self, spec: TrackerSpec, run: TrackedRun) -> None:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
 
         self._run = wandb.init(
             project=spec.project,
@@ -63,7 +63,7 @@ class Trackio:
     """trackio: local unless its environment names a space."""
 
     def __init__(self, spec: TrackerSpec, run: TrackedRun) -> None:
-        import trackio
+        import trackio  # pyright: ignore[reportMissingImports]
 
         self._run = trackio.init(
             project=spec.project,
@@ -84,7 +84,7 @@ class MLflow:
     """MLflow: the run is found again by a tag with the job's id. Where it goes: MLFLOW_TRACKING_URI."""
 
     def __init__(self, spec: TrackerSpec, run: TrackedRun) -> None:
-        from mlflow.tracking import MlflowClient
+        from mlflow.tracking import MlflowClient  # pyright: ignore[reportMissingImports]
 
         self._client = MlflowClient()
         found = self._client.get_experiment_by_name(spec.project)
@@ -99,7 +99,7 @@ class MLflow:
             self._client.log_param(self._id, name, str(value)[:500])
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        from mlflow.entities import Metric
+        from mlflow.entities import Metric  # pyright: ignore[reportMissingImports]
 
         now_ms = int(time.time() * 1000)
         metrics = [Metric(name.replace("@", "_at_"), value, now_ms, step) for name, value in values.items()]
