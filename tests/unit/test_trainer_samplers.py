@@ -10,6 +10,7 @@ import pytest
 import structlog
 
 from stillhouse.core.queue.registry import ServiceInfo
+from stillhouse.core.queue.shares import Want
 from stillhouse.core.queue.streams import Scope
 from stillhouse.core.spec import SamplersSpec
 from stillhouse.trainer import samplers
@@ -24,9 +25,17 @@ class Registry:
     def __init__(self, *names: str) -> None:
         self.names = list(names)
         self.holders: dict[str, Scope] = {}
+        self.wants: dict[str, Want] = {}
 
     async def services(self, _: str) -> list[ServiceInfo]:
         return [ServiceInfo("sampler", name, "a:1", 1, 0.0, 0.0) for name in self.names]
+
+    async def ask_for_samplers(self, scope: Scope, want: Want, _: float) -> list[Want]:
+        self.wants[scope.job_id] = want
+        return list(self.wants.values())
+
+    async def ask_no_more(self, scope: Scope) -> None:
+        self.wants.pop(scope.job_id, None)
 
     async def lease_sampler(self, name: str, scope: Scope, _: float) -> bool:
         return self.holders.setdefault(name, scope) == scope
@@ -43,7 +52,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
     return clock
 
 
-async def pool(registry: Any, job_id: str, at_least: int) -> SamplerPool:
+async def pool(registry: Any, job_id: str, at_least: int, *, priority: int = 0) -> SamplerPool:
     peers: Any = None
     made = SamplerPool(
         Scope(job_id, 1),
@@ -52,6 +61,7 @@ async def pool(registry: Any, job_id: str, at_least: int) -> SamplerPool:
         peers=peers,
         lease_s=LEASE_S,
         log=structlog.get_logger(),
+        priority=priority,
     )
     await made.use(True)
     return made
@@ -84,9 +94,11 @@ async def test_a_job_that_runs_keeps_what_is_left_to_it(clock: Any) -> None:
         assert job.size == 1
 
 
-async def test_what_is_given_back_is_free_for_others(clock: Any) -> None:
-    registry = Registry("s0")
-    wants_two, wants_one = await pool(registry, "job_a", 2), await pool(registry, "job_b", 1)
+async def test_what_is_held_in_vain_is_given_back(clock: Any) -> None:
+    """Another job does not give back what it should: a sampler whose job hangs, say."""
+    registry = Registry("s0", "s1")
+    wants_two = await pool(registry, "job_a", 2)
+    registry.holders = {"s1": Scope("job_hangs", 1)}
     await wants_two._refresh()
     held_for = 0
     while registry.holders.get("s0") == Scope("job_a", 1):
@@ -94,5 +106,35 @@ async def test_what_is_given_back_is_free_for_others(clock: Any) -> None:
         held_for += 1
         await wants_two._refresh()
     assert LEASE_S < held_for <= LEASE_S + 2
-    await wants_one._refresh()
-    assert wants_one.size == 1
+
+
+async def sizes(*jobs: SamplerPool) -> list[int]:
+    """After everybody has looked twice: who has too many gives back, who has too few takes."""
+    for _ in range(2):
+        for job in jobs:
+            await job._refresh()
+    return [job.size for job in jobs]
+
+
+async def test_a_running_job_gives_back_what_is_beyond_its_share_and_gets_it_again(clock: Any) -> None:
+    registry = Registry("s0", "s1", "s2", "s3")
+    first, second = await pool(registry, "job_a", 1), await pool(registry, "job_b", 1)
+    assert await sizes(first) == [4], "alone it takes all"
+    warm = set(registry.holders)
+    assert await sizes(first, second) == [2, 2]
+    assert {name for name in warm if registry.holders[name].job_id == "job_a"} == {"s0", "s1"}
+    urgent = await pool(registry, "job_c", 1, priority=5)
+    assert await sizes(first, second, urgent) == [1, 1, 2], "what is above min goes to the higher priority"
+    await urgent.use(False)
+    await second.use(False)
+    assert await sizes(first) == [4]
+
+
+async def test_a_job_that_waits_for_more_than_is_free_holds_nothing(clock: Any) -> None:
+    registry = Registry("s0", "s1", "s2")
+    first = await pool(registry, "job_a", 1)
+    await first._refresh()
+    wants_three, small = await pool(registry, "job_b", 3), await pool(registry, "job_c", 1)
+    assert await sizes(first, wants_three, small) == [3, 0, 0], "nobody overtakes who waits for many"
+    await first.use(False)
+    assert await sizes(wants_three, small) == [3, 0]

@@ -95,6 +95,7 @@ class Lead:
                 peers=ctx.peers,
                 lease_s=ctx.settings.lease_s,
                 log=self._log,
+                priority=self.spec.priority,
             ),
             learner=make_learner(),
             log=self._log,

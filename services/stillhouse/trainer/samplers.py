@@ -13,6 +13,7 @@ from redis.exceptions import RedisError
 
 from stillhouse.core.errors import DeadlineError, OverloadedError, StillhouseError, UnavailableError
 from stillhouse.core.queue.registry import Registry, ServiceInfo
+from stillhouse.core.queue.shares import Want, shares
 from stillhouse.core.queue.streams import Scope
 from stillhouse.core.rpc import Peers
 from stillhouse.core.spec import SamplersSpec
@@ -46,7 +47,7 @@ class Written:
 
 
 class SamplerPool:
-    """Leases `samplers.min`..`max` samplers for one claim of a job.
+    """Leases `samplers.min`..`max` samplers for one claim of a job, as many as its share is (core/queue/shares.py).
 
     Until a stage that needs them has had `min` once, it does not hold on to fewer for longer than a lease: two jobs
     that each hold what the other waits for would wait for ever. It gives them back and comes again after a random
@@ -54,7 +55,15 @@ class SamplerPool:
     """
 
     def __init__(
-        self, scope: Scope, spec: SamplersSpec, *, registry: Registry, peers: Peers, lease_s: float, log: Any
+        self,
+        scope: Scope,
+        spec: SamplersSpec,
+        *,
+        registry: Registry,
+        peers: Peers,
+        lease_s: float,
+        log: Any,
+        priority: int = 0,
     ) -> None:
         self._scope = scope
         self._spec = spec
@@ -62,6 +71,9 @@ class SamplerPool:
         self._peers = peers
         self._lease_s = lease_s
         self._log = log
+        self._priority = priority
+        self._since = 0.0
+        """Unix time since when it asks for samplers."""
         self._leased: dict[str, ServiceInfo] = {}
         self._is_needed = False
         """The stage has something written."""
@@ -90,6 +102,8 @@ class SamplerPool:
 
     async def use(self, is_needed: bool) -> None:
         """Lease samplers from now on, or give back what is leased: not every stage has something written."""
+        if is_needed and not self._is_needed:
+            self._since = time.time()
         self._is_needed = is_needed
         if not is_needed:
             self.has_started = False
@@ -108,16 +122,21 @@ class SamplerPool:
         if not self._is_needed or time.monotonic() < self._away_until:
             return
         alive = {info.instance: info for info in await self._registry.services("sampler")}
-        # those we have come first, so that `max` never swaps a warm sampler for a cold one
+        share = await self._share(len(alive))
+        # those we have come first, so that no share swaps a warm sampler for a cold one
         candidates = sorted(alive, key=lambda instance: (instance not in self._leased, instance))
         leased: dict[str, ServiceInfo] = {}
         for instance in candidates:
-            if len(leased) == self._spec.max:
+            if len(leased) >= share:
                 break
             if await self._registry.lease_sampler(instance, self._scope, self._lease_s):
                 leased[instance] = alive[instance]
-        for lost in self._leased.keys() - leased.keys():
-            self._log.warning("sampler lost", sampler=lost)
+        for instance in self._leased.keys() - leased.keys():
+            if instance in alive and len(leased) >= share:
+                self._log.info("sampler given back: other jobs have less than their share", sampler=instance)
+                await self._registry.release_sampler(instance, self._scope)
+            else:
+                self._log.warning("sampler lost", sampler=instance)
         self._leased = leased
         self.has_started |= self.size >= self._spec.min
         if not self._is_needed:  # no more, since a moment ago
@@ -125,6 +144,19 @@ class SamplerPool:
         elif self._holds_in_vain():
             await self._give_back()
         self._changed.set()
+
+    async def _share(self, number: int) -> int:
+        """How many of `number` samplers are this job's."""
+        want = Want(
+            job_id=self._scope.job_id,
+            at_least=self._spec.min,
+            at_most=self._spec.max,
+            priority=self._priority,
+            has_begun=self.has_started,
+            since=self._since,
+        )
+        wants = await self._registry.ask_for_samplers(self._scope, want, self._lease_s)
+        return shares(wants, number)[self._scope.job_id]
 
     def _holds_in_vain(self) -> bool:
         """It has held too few samplers for a whole lease, and others may be waiting for these."""
@@ -211,6 +243,7 @@ class SamplerPool:
 
     async def release(self) -> None:
         """Give all samplers back."""
+        await self._registry.ask_no_more(self._scope)
         for instance in self._leased:
             await self._registry.release_sampler(instance, self._scope)
         self._leased = {}

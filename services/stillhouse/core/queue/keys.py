@@ -23,6 +23,8 @@
     sh:rate:{key}:{name}                 string  when the bucket of a key's requests is full again, ms; expires
     sh:owner:{owner}:jobs                zset    jobs admitted under a limit, by admission; see core/queue/quotas.py
     sh:owner:{owner}:tokens:{day}        string  completion tokens asked for that day; expires
+    sh:wants                             set     jobs that ask for samplers
+    sh:want:{job_id}                     string  JSON list: epoch, min, max, priority, has begun, since; expires
     sh:sampler:{instance}                string  "{job_id}:{epoch}" that leased it; expires
 
 No braces: one primary, no Redis Cluster, since one script touches a job's record and its streams together.
@@ -39,6 +41,7 @@ TEACHERS: Final = "sh:teachers"
 TURN: Final = "sh:turn"
 TURNS: Final = "sh:turns"
 SERVICES: Final = "sh:services"
+WANTS: Final = "sh:wants"
 SWEEPER: Final = "sh:sweeper"
 
 SAMPLERS_GROUP: Final = "samplers"
@@ -109,6 +112,10 @@ def teacher(model_sha256: str) -> str:
 
 def service(role: str, instance: str) -> str:
     return f"sh:service:{role}:{instance}"
+
+
+def want(job_id: str) -> str:
+    return f"sh:want:{job_id}"
 
 
 def sampler(instance: str) -> str:

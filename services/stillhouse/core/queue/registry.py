@@ -5,6 +5,7 @@ Addresses come from here and never from a message, so a forged message cannot se
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -14,6 +15,7 @@ from redis.asyncio import Redis
 from stillhouse.core.errors import UnavailableError
 from stillhouse.core.queue import keys
 from stillhouse.core.queue.client import BEYOND_MAXMEMORY, text
+from stillhouse.core.queue.shares import Want
 from stillhouse.core.queue.streams import Scope
 
 HEARTBEAT_S: Final = 2.0
@@ -38,6 +40,30 @@ redis.call('HSET', KEYS[1], unpack(ARGV, 4))
 redis.call('PEXPIRE', KEYS[1], ARGV[1])
 redis.call('ZADD', KEYS[2], ARGV[3], ARGV[2])
 return 1
+"""
+
+# KEYS want, wants; ARGV job id, want, ttl_ms, the beginning of a want's key. Of each job that asks: id and want.
+_WANT = f"""{BEYOND_MAXMEMORY}
+redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3])
+redis.call('SADD', KEYS[2], ARGV[1])
+local found = {{}}
+for _, id in ipairs(redis.call('SMEMBERS', KEYS[2])) do
+  local want = redis.call('GET', ARGV[4] .. id)
+  if want then
+    table.insert(found, id)
+    table.insert(found, want)
+  else
+    redis.call('SREM', KEYS[2], id)
+  end
+end
+return found
+"""
+
+# KEYS want; ARGV epoch. Not what a newer claim asks for.
+_WANT_NO_MORE = """
+local want = redis.call('GET', KEYS[1])
+if want and string.match(want, '^%[(%d+),') == ARGV[1] then return redis.call('DEL', KEYS[1]) end
+return 0
 """
 
 _RELEASE_SAMPLER = """
@@ -72,6 +98,8 @@ class Registry:
         self._redis = redis
         self._beat = redis.register_script(_BEAT)
         self._lease_sampler = redis.register_script(_LEASE_SAMPLER)
+        self._want = redis.register_script(_WANT)
+        self._want_no_more = redis.register_script(_WANT_NO_MORE)
         self._release_sampler = redis.register_script(_RELEASE_SAMPLER)
 
     async def beat(self, info: ServiceInfo) -> None:
@@ -125,6 +153,20 @@ class Registry:
         if not raw:
             raise UnavailableError(f"{role} '{instance}' is gone: no heartbeat for {EXPIRY_S:g} s")
         return _info({text(key): text(value) for key, value in raw.items()}, time.time())
+
+    async def ask_for_samplers(self, scope: Scope, want: Want, ttl_s: float) -> list[Want]:
+        """Say what a job asks for, for the next `ttl_s` seconds; returns what all jobs ask for."""
+        value = [scope.epoch, want.at_least, want.at_most, want.priority, want.has_begun, want.since]
+        found: Any = await self._want(
+            keys=[keys.want(scope.job_id), keys.WANTS],
+            args=[scope.job_id, json.dumps(value), int(ttl_s * 1000), keys.want("")],
+        )
+        pairs = zip(found[::2], found[1::2], strict=True)
+        return [Want(text(job_id), *json.loads(asked)[1:]) for job_id, asked in pairs]
+
+    async def ask_no_more(self, scope: Scope) -> None:
+        """The job needs no samplers any more."""
+        await self._want_no_more(keys=[keys.want(scope.job_id)], args=[scope.epoch])
 
     async def lease_sampler(self, instance: str, scope: Scope, lease_s: float) -> bool:
         """Take or renew a sampler for a job; False if another job has it."""
