@@ -12,6 +12,7 @@ from stillhouse.core.blobs import JobArtifacts, read_json
 from stillhouse.core.evaluations import read_best, read_stop
 from stillhouse.core.oracle.verify import verify_job
 from stillhouse.core.queue.jobs import JobRecord
+from stillhouse.gateway.pausing import pause, resume
 from stillhouse.trainer.evaluate import HeldOut
 from stillhouse.trainer.manifests import list_manifests
 from tests.cluster import Cluster, job_spec
@@ -119,6 +120,34 @@ async def test_an_evaluation_that_was_under_way_is_made_again(
     assert sorted(measured(artifacts)) == [0, 2, 4, 6, 8]
     assert [data["step"] for data in await events_of(deployment, job_id, "evaluation")] == [0, 2, 4, 6, 8]
     assert read_json(artifacts.epoch(2) / "opened.json")["opened_from"]["name"].startswith("00000002-")
+
+
+async def test_a_pause_gives_an_evaluation_up_and_the_next_claim_makes_it_again(
+    deployment: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The wish to pause ends the evaluation before it ends training: nothing later is committed in between."""
+    go, collect = asyncio.Event(), HeldOut._collect
+
+    async def collecting(held_out: HeldOut, step: int, futures: Any) -> Any:
+        if step == 2:
+            await held_out._race(go.wait())
+        return await collect(held_out, step, futures)
+
+    monkeypatch.setattr(HeldOut, "_collect", collecting)
+    job_id = await deployment.submit(spec(6, checkpoint={"every_steps": 1}))
+    await deployment.at_step(job_id, 3)
+    await pause(deployment.ctx, job_id)
+
+    async def is_paused() -> bool:
+        return (await deployment.ctx.jobs.get(job_id)).status == "paused"
+
+    await wait_until(is_paused, timeout_s=20, what="the pause")
+    artifacts = deployment.ctx.artifacts.job(job_id)
+    assert [ref.step for ref in list_manifests(artifacts)][-1] == 2
+    go.set()
+    await resume(deployment.ctx, job_id)
+    await finished(deployment, job_id)
+    assert sorted(measured(artifacts)) == [0, 2, 4, 6]
 
 
 @pytest.mark.parametrize("crashes", [False, True])

@@ -56,7 +56,8 @@ class Evaluations:
 
     @property
     def is_under_way(self) -> bool:
-        return self._task is not None and not self._task.done()
+        """One has begun and is not written, also if it was given up: nothing later may be committed."""
+        return self._task is not None and not _is_written(self._task)
 
     def is_due(self, step: int) -> bool:
         """The weights of `step` steps are still to be measured."""
@@ -82,9 +83,9 @@ class Evaluations:
         Raises:
             Whatever ended it.
         """
-        task, self._task = self._task, None
-        if task is not None:
-            await task
+        if self._task is not None:
+            await self._task
+            self._task = None  # what failed stays: it is not written
 
     async def cancel(self) -> None:
         """Give up what is under way: another claim measures it again."""
@@ -167,6 +168,10 @@ class Evaluations:
 
     async def _write(self, what: str, path: Path, document: dict[str, Any]) -> None:
         await self.space.insist(what, lambda: asyncio.to_thread(write_json, path, sealed(document)))
+
+
+def _is_written(task: asyncio.Task[None]) -> bool:
+    return task.done() and not task.cancelled() and task.exception() is None
 
 
 def _committed(artifacts: JobArtifacts) -> list[ManifestRef]:
