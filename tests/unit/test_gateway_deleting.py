@@ -74,6 +74,17 @@ async def test_a_job_whose_checkpoint_another_one_needs_is_not_deleted(gateway: 
     assert (await gateway.http.delete(f"/v1/jobs/{job_id}")).status_code == 204, "nobody needs it any more"
 
 
+async def test_the_sweeper_keeps_a_job_that_is_needed_while_its_deletion_is_looked_at(gateway: Gateway) -> None:
+    job_id, other = await finished(gateway), (await gateway.submit()).json()["id"]
+    checkpoint, artifacts = f"{job_id}/ckpt_1-00000002-0123abcd", gateway.ctx.artifacts
+    artifacts.deleted.mkdir()
+    artifacts.job(job_id).root.rename(artifacts.deleted / job_id)  # as its deletion does before it looks again
+    settle(artifacts.job(other), {checkpoint: Settled(checkpoint)})
+    await Sweeper(gateway.ctx).sweep()
+    assert artifacts.job(job_id).job_json.exists()
+    assert (await gateway.http.get(f"/v1/jobs/{job_id}")).status_code == 200
+
+
 async def test_a_half_deleted_job_does_not_come_back(gateway: Gateway) -> None:
     job_id = await finished(gateway)
 

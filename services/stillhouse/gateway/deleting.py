@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from stillhouse.core.blobs import Artifacts, fsync_dir, make_dirs, unsealed
@@ -37,13 +39,14 @@ async def delete(ctx: Context, record: JobRecord) -> None:
 def _put_aside(artifacts: Artifacts, job_id: str) -> None:
     folder = artifacts.job(job_id).root
     make_dirs(artifacts.deleted)
-    needing: list[str] = []
+    needing = _needed(artifacts, job_id)  # first as it lies: whoever reads it now must not miss it for a moment
 
-    def is_needed() -> bool:
-        needing[:] = sorted(name for name in named(artifacts) if name.startswith(f"{job_id}/"))
+    def is_needed() -> bool:  # somebody may have come to need it meanwhile
+        needing[:] = _needed(artifacts, job_id)
         return bool(needing)
 
-    put_aside({folder: artifacts.deleted / job_id}, is_needed)
+    if not needing:
+        put_aside({folder: artifacts.deleted / job_id}, is_needed)
     if needing:
         raise ConflictError(
             f"job {job_id} stays: a job that has not ended uses {', '.join(needing[:4])}; wait for it, or cancel it"
@@ -52,11 +55,28 @@ def _put_aside(artifacts: Artifacts, job_id: str) -> None:
     fsync_dir(artifacts.deleted)
 
 
+def _needed(artifacts: Artifacts, job_id: str) -> list[str]:
+    """Checkpoints of a job that jobs which have not ended name."""
+    return sorted(name for name in named(artifacts) if name.startswith(f"{job_id}/"))
+
+
 async def finish_deletions(ctx: Context) -> None:
-    """Go on with deletions whose process died."""
-    folder = ctx.artifacts.deleted
-    for path in await asyncio.to_thread(lambda: sorted(folder.iterdir()) if folder.is_dir() else []):
-        await _finish(ctx, path.name)
+    """Go on with deletions whose process died. What is needed after all is moved back: by its process, or here."""
+    for path in await asyncio.to_thread(_put_aside_before, ctx.artifacts):
+        if not await asyncio.to_thread(_moved_back, ctx.artifacts, path):
+            await _finish(ctx, path.name)
+
+
+def _put_aside_before(artifacts: Artifacts) -> list[Path]:
+    return sorted(artifacts.deleted.iterdir()) if artifacts.deleted.is_dir() else []
+
+
+def _moved_back(artifacts: Artifacts, path: Path) -> bool:
+    if not _needed(artifacts, path.name):
+        return False
+    with suppress(FileNotFoundError):
+        path.rename(artifacts.job(path.name).root)
+    return True
 
 
 async def _finish(ctx: Context, job_id: str) -> None:
