@@ -131,11 +131,12 @@ class Ends:
         failpoint("trainer.ended")
         # after the fenced update, so that a zombie never ends a job that goes on
         record = await self._ctx.jobs.get(self._scope.job_id)
-        await asyncio.to_thread(write_json, self._artifacts.root / "final.json", sealed(final_document(record)))
         try:
             await asyncio.to_thread(write_report, record, self._artifacts)
         except (OSError, ValueError, KeyError, TypeError) as error:  # people read it: nothing else depends on it
             self._log.error("the report is not written", error=str(error))
+        # last: what is half written when this is there was left by a process that died, and is removed
+        await asyncio.to_thread(write_json, self._artifacts.final, sealed(final_document(record)))
         level = "warning" if end.status == "failed" else "info"
         message = f"job {end.status}" + (f": {end.error['message']}" if end.error else "")
         await self._ctx.jobs.event(self._scope.job_id, "job.status", message, level=level, status=end.status)
