@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated
+from collections.abc import Callable, Coroutine
+from typing import Annotated, Any
 
 from fastapi import Depends, Request
 
@@ -14,21 +14,22 @@ from stillhouse.core.service import Context
 from stillhouse.gateway.auth import Caller
 
 
-def get_context(request: Request) -> Context:
+# async although nothing is awaited: FastAPI runs plain functions in threads, two hops for each request
+async def get_context(request: Request) -> Context:
     """The connections of this process."""
     return request.app.state.ctx
 
 
-def get_caller(request: Request) -> Caller:
+async def get_caller(request: Request) -> Caller:
     """Who calls, as the outermost layer found out."""
     return request.state.caller
 
 
-def require(scope: str) -> Callable[[Request], None]:
+def require(scope: str) -> Callable[[Request], Coroutine[Any, Any, None]]:
     """A dependency of routes that need more than their method says; see the layer Edge for what that is."""
 
-    def check(request: Request) -> None:
-        get_caller(request).require(scope)
+    async def check(request: Request) -> None:
+        (await get_caller(request)).require(scope)
 
     return check
 

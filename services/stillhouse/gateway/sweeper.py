@@ -115,7 +115,7 @@ class Sweeper:
         """One round."""
         await finish_deletions(self._ctx)
         await self._rebuild()
-        active = [await self._ctx.jobs.get(job_id) for job_id in await self._ctx.jobs.active_ids()]
+        active = await self._ctx.jobs.get_many(await self._ctx.jobs.active_ids())
         trainers = {info.instance: info for info in await self._ctx.registry.services("trainer")}
         for record in active:
             await self._keep_wish(record)
@@ -236,12 +236,15 @@ class Sweeper:
         on_disk = await asyncio.to_thread(self._ctx.artifacts.job_ids)
         members: Any = await self._ctx.redis.zrange(keys.JOBS, 0, -1)
         known = {member.decode() for member in members}
+        active = set(await self._ctx.jobs.active_ids())
         self._settled &= known
         for job_id in on_disk:
             if job_id in self._settled:
                 continue
             final = self._ctx.artifacts.job(job_id).root / FINAL
             try:
+                if job_id in active:
+                    continue
                 if job_id not in known:
                     await self._rebuild_one(job_id)
                 elif final.is_file():
@@ -303,6 +306,8 @@ class Sweeper:
     async def _measure(self, active: list[JobRecord]) -> None:
         entries: Counter[str] = Counter(prompts=0, rollouts=0, scored=0)
         for record in active:
+            if record.epoch == 0:  # nobody had it: it has no streams
+                continue
             streams: Any = await self._ctx.redis.smembers(keys.streams(record.id, record.epoch))
             for raw in streams:
                 stream = raw.decode()
