@@ -168,6 +168,19 @@ async def test_records_come_back_after_the_queue_server_lost_everything(gateway:
     assert await gateway.ctx.redis.dbsize() == before
 
 
+async def test_a_record_that_comes_back_knows_its_early_end_and_its_best_checkpoint(gateway: Gateway) -> None:
+    job_id = (await gateway.submit()).json()["id"]
+    job = gateway.ctx.artifacts.job(job_id)
+    write_json(job.final, sealed({"status": "succeeded", "step": 2, "finished_at": 5.0, "result": {"steps": 2}}))
+    write_json(job.stop, sealed({"stop_step": 2, "step": 1}))
+    write_json(job.best_checkpoint, sealed({"checkpoint": "ckpt_1-00000001-0123abcd", "step": 1}))
+    await gateway.ctx.redis.flushdb()
+    await Sweeper(gateway.ctx).sweep()
+    record = await gateway.ctx.jobs.get(job_id)
+    assert (record.stop_step, record.best_checkpoint) == (2, "ckpt_1-00000001-0123abcd")
+    assert (await gateway.http.get(f"/v1/jobs/{job_id}")).json()["progress"]["percent"] == 100
+
+
 async def test_a_job_that_was_written_but_never_recorded_does_not_become_a_second_one(gateway: Gateway) -> None:
     job = (await gateway.submit(key="k")).json()["id"]
     root = gateway.ctx.artifacts.root / "jobs"

@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Final
@@ -20,6 +21,7 @@ from typing import Any, Final
 from stillhouse.core import checkpoints
 from stillhouse.core.blobs import JobArtifacts, new_id, sealed, sha256_bytes, unsealed, write_atomic, write_json
 from stillhouse.core.errors import ConflictError, CorruptError, NotFoundError, SpecError
+from stillhouse.core.evaluations import read_best, read_stop
 from stillhouse.core.failpoints import failpoint
 from stillhouse.core.queue import keys
 from stillhouse.core.queue.client import REFUSALS
@@ -295,6 +297,19 @@ def read_final(artifacts: JobArtifacts, stop_step: int) -> dict[str, Any] | None
             return {**facts, "status": "succeeded", "step": stop_step, "committed_step": stop_step, "result": result}
         message = f"how the job ended is not known any more: {error.message}"
         return {**facts, "status": "failed", "error": {"code": "corrupt", "message": message, "service": "gateway"}}
+
+
+def with_evaluations(artifacts: JobArtifacts, record: JobRecord) -> JobRecord:
+    """A record made of job.json, with what evaluations did: ended the job early, named its best checkpoint."""
+    stop = None
+    with suppress(CorruptError):  # the trainer refuses to go on without it; how a job ended is known anyway
+        stop = read_stop(artifacts)
+    best = read_best(artifacts)
+    return replace(
+        record,
+        stop_step=record.stop_step if stop is None else min(record.stop_step, int(stop["stop_step"])),
+        best_checkpoint=str(best["checkpoint"]) if best else "",
+    )
 
 
 def final_fields(document: dict[str, Any]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from stillhouse.core.queue.streams import Scope
 from stillhouse.core.service import Context
 from stillhouse.core.telemetry import QUEUE_ENTRIES
 from stillhouse.gateway.deleting import finish_deletions
-from stillhouse.gateway.jobs import FINAL, final_fields, initial_record, read_final, write_final
+from stillhouse.gateway.jobs import FINAL, final_fields, initial_record, read_final, with_evaluations, write_final
 from stillhouse.gateway.pausing import RESTING, keep_wish, rebuilt_paused
 
 SWEEP_S: Final = 2.0
@@ -259,7 +259,7 @@ class Sweeper:
     async def _rebuild_one(self, job_id: str) -> None:
         artifacts = self._ctx.artifacts.job(job_id)
         document = unsealed(artifacts.job_json)
-        record = initial_record(document)
+        record = await asyncio.to_thread(with_evaluations, artifacts, initial_record(document))
         final = await asyncio.to_thread(read_final, artifacts, record.stop_step)
         if final is not None:
             record = replace(record, **final_fields(final))
