@@ -136,7 +136,7 @@ def remove_key(path: Path, name: str, *, keeps_an_admin: bool = False) -> bool:
 def _alone(path: Path) -> Iterator[None]:
     """Hold the file's lock: replicas and commands change it, and none may undo what another did."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    fd = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
+    fd = os.open(path.with_name(f"{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
         yield

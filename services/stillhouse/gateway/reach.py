@@ -32,7 +32,7 @@ class Reach:
             NotFoundError: there is no such job here.
         """
         try:
-            owner = unsealed(self.artifacts.job(job_id).job_json)["owner"]
+            owner = unsealed(self.artifacts.job(job_id).job_json).get("owner", "")
         except (NotFoundError, CorruptError):
             return  # whoever looks for its checkpoints says what is wrong
         if not self.caller.may_see(owner):
