@@ -9,11 +9,14 @@ import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import yaml
+from openai import OpenAI
 
 from stillhouse import Client
+from tests.conftest import ROOT
 from tests.e2e.deployment import Stillhouse, wait_until
 from tests.tiny import make_tiny_model
 
@@ -206,3 +209,48 @@ def test_the_python_client_takes_a_job_to_its_end(stillhouse: Stillhouse, tmp_pa
         assert progress[0] > come > 0
         assert (target / "model.safetensors").is_file()
         assert not list(tmp_path.glob(".student-v2*"))
+
+
+@pytest.mark.full
+def test_openais_client_takes_a_job_to_its_end(stillhouse: Stillhouse, tmp_path: Path) -> None:
+    """The quickstart's prompts, toy models; a second job is cancelled while it runs."""
+    for seed, name in enumerate(("oa-student", "oa-teacher")):
+        stillhouse("models", "add", name, str(make_tiny_model(tmp_path / name, seed=seed)))
+    entrance = json.loads((stillhouse.home / "client.json").read_text())
+    distillation = {"teacher": "oa-teacher", "sampling": {"max_tokens": 8}, "checkpoint": {"every_steps": 1}}
+    with OpenAI(base_url=f"{entrance['url']}/v1", api_key=entrance["api_key"]) as client:
+        jobs = client.fine_tuning.jobs
+        with (ROOT / "examples/quickstart/prompts.jsonl").open("rb") as prompts:
+            file = client.files.create(file=prompts, purpose="fine-tune")
+
+        def create(steps: int) -> str:
+            method: Any = {"type": "distillation"}
+            method["distillation"] = {**distillation, "schedule": {"steps": steps, "prompts_per_step": 2}}
+            return jobs.create(model="oa-student", training_file=file.id, method=method).id
+
+        def status_of(job_id: str) -> str:
+            return str(jobs.retrieve(job_id).status)
+
+        long = create(10_000)
+        wait_until(lambda: status_of(long) == "running", "the long job to run")
+        jobs.cancel(long)
+        wait_until(lambda: status_of(long) == "cancelled", "the long job to be cancelled")
+        short = create(3)
+        seen: list[str] = []
+
+        def follow() -> bool:
+            after = {"after": seen[-1]} if seen else {}
+            page = jobs.list_events(short, extra_query={"order": "asc", **after})
+            seen.extend(event.id for event in page.data)
+            return any(cast(Any, event.data).get("status") in ("succeeded", "failed") for event in page.data)
+
+        wait_until(follow, "the last event")
+        assert seen == [event.id for event in jobs.list_events(short)][::-1], "each once, in order"
+        job = jobs.retrieve(short)
+        assert (job.status, job.fine_tuned_model, job.error) == ("succeeded", short, None)
+        assert (job.trained_tokens or 0) > 0
+        checkpoints = list(jobs.checkpoints.list(short))
+        assert [one.step_number for one in checkpoints] == [3, 2, 1][: len(checkpoints)], "newest first"
+        assert checkpoints[0].metrics.train_loss is not None
+    with Client(entrance["url"], entrance["api_key"]) as ours:
+        assert ours.generate(short, "Hello", max_tokens=4).data[0].num_tokens > 0
