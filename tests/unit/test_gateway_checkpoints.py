@@ -29,7 +29,7 @@ def commit(gateway: Gateway, step: int = 2, **spec: Any) -> str:
     """A checkpoint of an earlier job."""
     job = gateway.ctx.artifacts.job(BEFORE)
     if not job.job_json.is_file():
-        write_json(job.job_json, sealed({"id": BEFORE, "spec": make_spec(**spec)}))
+        write_json(job.job_json, sealed({"id": BEFORE, "owner": "tester", "spec": make_spec(**spec)}))
         open_epoch(job, 1, "a")
     ref = manifests.commit(job, 1, step, {}, lambda folder: (folder / "model.safetensors").touch())
     return f"{BEFORE}/ckpt_1-{ref.name}"
