@@ -218,6 +218,18 @@ async def test_owners_of_one_content_share_it_and_see_no_others(gateway: Gateway
     assert [file.id for file in files.list_files(gateway.ctx.artifacts, ours)] == [secret.id]
 
 
+async def test_of_many_who_upload_one_content_at_once_each_has_it(gateway: Gateway) -> None:
+    callers = [Caller(f"owner-{number}", ("write",)) for number in range(8)]
+    uploads = [files.Upload(gateway.ctx.artifacts) for _ in callers]
+    for each in uploads:
+        each.feed(rows(2))
+    made = await asyncio.gather(
+        *(files.finish(gateway.ctx, each, caller) for each, caller in zip(uploads, callers, strict=True))
+    )
+    for caller in callers:
+        assert files.find(gateway.ctx.artifacts, made[0].id, caller).is_file()
+
+
 async def test_a_job_of_somebody_else_keeps_a_file_and_is_not_named(gateway: Gateway) -> None:
     file = await upload(gateway, rows(2))
     spec = make_spec()

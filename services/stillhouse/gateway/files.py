@@ -8,11 +8,13 @@ before `{id}.jsonl` appears: where there is data there are facts. Files from bef
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import hashlib
 import os
 import secrets
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -94,12 +96,13 @@ class Upload:
         target = self._artifacts.file(file_id)
         facts = {"num_rows": self.num_rows, "sha256": digest, "size_bytes": self.size, "created_at": time.time()}
         facts |= {"owners": [owner], "filename": filename}
-        if target.is_file():
-            facts = _facts(target)
-            facts["owners"] = sorted({*facts["owners"], owner}) if facts.get("owners") else []
-        write_json(_facts_path(target), facts)
-        self._temp.rename(target)
-        fsync_dir(target.parent)
+        with _alone(target.parent):
+            if target.is_file():
+                facts = _facts(target)
+                facts["owners"] = sorted({*facts["owners"], owner}) if facts.get("owners") else []
+            write_json(_facts_path(target), facts)
+            self._temp.rename(target)
+            fsync_dir(target.parent)
         return _view(file_id, facts)
 
     def file_id(self) -> str:
@@ -205,10 +208,7 @@ async def delete_file(ctx: Context, file_id: str, caller: Caller) -> None:
     users = [record for record in await active_jobs(ctx) if file_id in files_of(record)]
     if own := [record.id for record in users if caller.may_see(record.owner)]:
         raise ConflictError(f"file {file_id} is read by {', '.join(own[:5])}; wait for the end, or cancel first")
-    others = _other_owners(_facts(path), caller)
-    if users and not others:
-        raise ConflictError(f"file {file_id} is read by a job of another owner; try again when it has ended")
-    await asyncio.to_thread(_delete, path, others)
+    await asyncio.to_thread(_delete, path, caller, is_used=bool(users))
 
 
 def _other_owners(facts: dict[str, Any], caller: Caller) -> list[str]:
@@ -217,13 +217,28 @@ def _other_owners(facts: dict[str, Any], caller: Caller) -> list[str]:
     return [owner for owner in owners if owner != caller.owner] if caller.owner in owners else []
 
 
-def _delete(path: Path, others: list[str]) -> None:
-    if others:
-        write_json(_facts_path(path), {**_facts(path), "owners": others})
-        return
-    path.unlink(missing_ok=True)  # first the data: facts alone are no file
-    _facts_path(path).unlink(missing_ok=True)
-    fsync_dir(path.parent)
+def _delete(path: Path, caller: Caller, *, is_used: bool) -> None:
+    with _alone(path.parent):
+        facts = _facts(path)
+        if others := _other_owners(facts, caller):
+            write_json(_facts_path(path), {**facts, "owners": others})
+            return
+        if is_used:
+            raise ConflictError(f"file {path.stem} is read by a job of another owner; try again when it has ended")
+        path.unlink(missing_ok=True)  # first the data: facts alone are no file
+        _facts_path(path).unlink(missing_ok=True)
+        fsync_dir(path.parent)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the lock of the files' owners: replicas change them, and two owners may have one file. Blocks."""
+    fd = os.open(folder.with_name(f".{folder.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
 
 
 async def active_jobs(ctx: Context) -> list[JobRecord]:
