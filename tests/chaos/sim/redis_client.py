@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -107,6 +107,11 @@ class SimRedis:
 
         return script
 
+    def pipeline(self, *, transaction: bool) -> SimPipeline:
+        return SimPipeline(
+            lambda batch: self._retrying("pipeline", lambda: [self._line.server.call(*c) for c in batch])
+        )
+
     async def aclose(self) -> None:
         return
 
@@ -191,6 +196,29 @@ class SimRedis:
             found = self._line.server.call(*parts)
         await pass_gate()
         return [[key, [(entry_id, _fields(flat)) for entry_id, flat in entries]] for key, entries in found]
+
+
+class SimPipeline:
+    """Reads that go over the line together."""
+
+    def __init__(self, run: Callable[[list[tuple[Any, ...]]], Awaitable[list[Any]]]) -> None:
+        self._run = run
+        self._batch: list[tuple[Any, ...]] = []
+
+    async def __aenter__(self) -> SimPipeline:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._batch = []
+
+    def hgetall(self, key: Any) -> None:
+        self._batch.append(("HGETALL", key))
+
+    def hmget(self, key: Any, names: Any) -> None:
+        self._batch.append(("HMGET", key, *names))
+
+    async def execute(self) -> list[Any]:
+        return await self._run(self._batch)
 
 
 def _fields(flat: list[bytes]) -> dict[bytes, bytes]:
