@@ -10,6 +10,7 @@ import asyncio
 import json
 import re
 import shutil
+import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -41,6 +42,8 @@ FINAL: Final = "final.json"
 """Beside job.json: how the job ended. Its presence means that nothing is left to do."""
 _PREFLIGHTS: Final = ThreadPoolExecutor(max_workers=1, thread_name_prefix="preflight")
 """One at a time: each holds all rows of a job's files in memory and counts tokens on all cores."""
+_CHECKING: Final = threading.Lock()
+"""Small jobs are checked one after the other, too: threads that compute side by side take the event loop's turns."""
 _WRITERS: Final = ThreadPoolExecutor(max_workers=32, thread_name_prefix="accept")
 """Each mostly waits for the disk, which syncs what many ask for at once in about the time of one."""
 
@@ -152,7 +155,13 @@ async def _check_and_write(ctx: Context, submission: Submission, document: dict[
         return preflight(submission.spec, ctx.models, Reach(ctx.artifacts, submission.caller))
 
     if is_light(submission.spec, ctx.artifacts):
-        await loop.run_in_executor(_WRITERS, lambda: _write_job_json(ctx, document, check()))
+
+        def check_and_write() -> None:
+            with _CHECKING:
+                references = check()
+            _write_job_json(ctx, document, references)
+
+        await loop.run_in_executor(_WRITERS, check_and_write)
     else:
         references = await loop.run_in_executor(_PREFLIGHTS, check)
         await loop.run_in_executor(_WRITERS, _write_job_json, ctx, document, references)
