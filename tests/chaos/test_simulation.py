@@ -17,11 +17,11 @@ from tests.chaos.sim.run import Verdict, simulate
 
 FIRST_SEED: Final = 100_000
 NUM_SEEDS: Final = 100
-NEVER: Final = {"gateway.job_put_aside"}
-"""Nobody deletes a job here; tests/unit/test_gateway_deleting.py does."""
+NEVER: Final = {"gateway.job_put_aside", "trainer.evaluated", "trainer.stop_recorded"}
+"""Nobody deletes a job here (tests/unit/test_gateway_deleting.py), and toys are not measured (test_evaluations.py)."""
 RARE: Final = {"teacher.draining", "sampler.draining", "gateway.cancel_requested", "trainer.stopping"}
 """Points that need a SIGTERM or a cancel at the right moment; the longer test reaches them, too."""
-DRAINING: Final = (100_808, 101_180)
+DRAINING: Final = (106_620, 108_364)
 """Seeds in which a teacher is told to stop between two batches: one in a thousand."""
 
 

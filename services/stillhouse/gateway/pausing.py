@@ -103,12 +103,11 @@ def keep_wish(job: JobArtifacts, record: JobRecord) -> None:
 
 
 def rebuilt_paused(job: JobArtifacts, record: JobRecord) -> JobRecord:
-    """The record of a paused job that the queue server lost. A trainer that may still lead it is fenced off."""
+    """The record of a paused job that the queue server lost."""
     step = int(newest(job).partition("-")[2][:8] or 0)
     return replace(
         record,
         status="paused",
-        epoch=job.highest_epoch() + 1 if job.highest_epoch() else 0,
         step=step,
         committed_step=step,
         status_reason="user",

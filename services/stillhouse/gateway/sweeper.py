@@ -260,6 +260,8 @@ class Sweeper:
         artifacts = self._ctx.artifacts.job(job_id)
         document = unsealed(artifacts.job_json)
         record = await asyncio.to_thread(with_evaluations, artifacts, initial_record(document))
+        if epoch := artifacts.highest_epoch():  # a trainer that may still lead it is fenced off
+            record = replace(record, epoch=epoch + 1)
         final = await asyncio.to_thread(read_final, artifacts, record.stop_step)
         if final is not None:
             record = replace(record, **final_fields(final))
