@@ -12,7 +12,7 @@ from typing import Any, Final
 from redis.exceptions import RedisError
 
 from stillhouse.core.errors import DeadlineError, OverloadedError, StillhouseError, UnavailableError
-from stillhouse.core.queue.registry import Registry, ServiceInfo
+from stillhouse.core.queue.registry import EXPIRY_S, Registry, ServiceInfo
 from stillhouse.core.queue.shares import Want, shares
 from stillhouse.core.queue.streams import Scope
 from stillhouse.core.rpc import Peers
@@ -33,7 +33,8 @@ GENERATE_LOOK_S: Final = 1.0
 GENERATE_TRIES: Final = 5
 """As for samples over the queue: what five samplers died of is its own fault."""
 GENERATE_PAUSE_LEASES: Final = 0.5
-"""Pause between tries, in leases: all of them outlast the lease of a dead sampler, which then is off the list."""
+"""Pause between tries, in leases: all of them outlast the lease of a dead sampler. At least so long that they outlast
+its heartbeat, too, which takes it off the list."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +213,7 @@ class SamplerPool:
                 self._log.warning("text not written", sampler=info.instance, error=error.message, tries=number)
                 if number == GENERATE_TRIES or not _may_pass(error):
                     raise
-                await asyncio.sleep(GENERATE_PAUSE_LEASES * self._lease_s)
+                await asyncio.sleep(max(GENERATE_PAUSE_LEASES * self._lease_s, EXPIRY_S / (GENERATE_TRIES - 1)))
         raise AssertionError("the last try returns or raises")
 
     async def write(
