@@ -57,8 +57,11 @@ def make_secrets() -> None:
     for name in ("redis-password", "internal-token"):
         if not (SECRETS / name).is_file():
             write_atomic(SECRETS / name, secrets.token_urlsafe(32).encode(), mode=0o600)
+    # The server replays its log as the default user: switched off, it would drop every script's writes at a restart. It
+    # has a password that nobody knows instead.
     digest = hashlib.sha256((SECRETS / "redis-password").read_bytes().strip()).hexdigest()
-    users = f"user default off\nuser stillhouse on #{digest} ~sh:* &* {COMMANDS}\n"
+    nobody = hashlib.sha256(secrets.token_bytes(32)).hexdigest()
+    users = f"user default on #{nobody} ~* &* +@all\nuser stillhouse on #{digest} ~sh:* &* {COMMANDS}\n"
     write_atomic(SECRETS / "redis-users.acl", users.encode(), mode=0o600)
 
 
