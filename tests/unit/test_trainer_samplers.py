@@ -130,6 +130,20 @@ async def test_a_running_job_gives_back_what_is_beyond_its_share_and_gets_it_aga
     assert await sizes(first) == [4]
 
 
+async def test_an_odd_sampler_stays_where_it_is_until_a_job_ends(clock: Any) -> None:
+    registry = Registry("s0", "s1", "s2")
+    first, second = await pool(registry, "job_a", 1), await pool(registry, "job_b", 1)
+    assert await sizes(first) == [3]
+    assert sorted(await sizes(first, second)) == [1, 2]
+    settled = dict(registry.holders)
+    for _ in range(20):
+        for job in (second, first):
+            await job._refresh()
+            assert registry.holders == settled
+    await first.use(False)
+    assert await sizes(second) == [3]
+
+
 async def test_a_job_that_waits_for_more_than_is_free_holds_nothing(clock: Any) -> None:
     registry = Registry("s0", "s1", "s2")
     first = await pool(registry, "job_a", 1)
