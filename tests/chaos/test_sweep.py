@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from stillhouse.core.failpoints import POINTS
-from tests.chaos.cells import ACTIONS, all_cells, diagonal
+from tests.chaos.cells import ACTIONS, SWEPT, all_cells, diagonal
 from tests.chaos.harness import Chaos
 from tests.chaos.sweep import run_cells, table
 
@@ -23,4 +22,4 @@ def test_a_diagonal_of_the_sweep(chaos: Chaos, chaos_seed: int, tmp_path: Path) 
 
 def test_three_diagonals_are_the_whole_sweep() -> None:
     assert sorted(cell for seed in range(3) for cell in diagonal(seed)) == sorted(all_cells(0))
-    assert len(all_cells(0)) == len(POINTS) * len(ACTIONS)
+    assert len(all_cells(0)) == len(SWEPT) * len(ACTIONS)
