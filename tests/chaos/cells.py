@@ -34,8 +34,8 @@ ELSEWHERE: Final = frozenset(
         "trainer.stop_recorded",
     }
 )
-"""Points that a user's pause or deletion or an early end leads to: unit tests and, for pauses, the simulation die there;
-the cells do not lead there yet."""
+"""Points that a user's pause or deletion or an early end leads to: the cells do not lead there yet. Unit tests and, for
+pauses, the simulation die there."""
 SWEPT: Final = tuple(point for point in POINTS if point not in ELSEWHERE)
 FILES: Final = ("opened.json", ".journal", "0000", "manifest.json", "final.json", "job.json")
 """What is being written when a disk.* point is hit; "0000" is a checkpoint's folder or a journal."""
