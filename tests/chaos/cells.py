@@ -23,19 +23,20 @@ ACTIONS: Final = ("kill", "stop", "raise")
 ONCE: Final = frozenset(
     f"trainer.{name}"
     for name in ("claimed", "epoch_made", "epoch_opened", "replayed", "exported", "ended", "stopping", "retaining")
-) | {"trainer.stage_ended", "trainer.stage_begun", "trainer.evaluated", "sampler.draining", "teacher.draining"}
+) | {"trainer.stage_ended", "trainer.stage_begun", "sampler.draining", "teacher.draining"}
 """Points that a job reaches once or a few times: nothing is skipped there."""
 ELSEWHERE: Final = frozenset(
     {
         "gateway.job_put_aside",
         "gateway.pause_requested",
         "gateway.resume_requested",
+        "trainer.evaluated",
         "trainer.paused",
         "trainer.stop_recorded",
     }
 )
-"""Points that a user's pause or deletion or an early end leads to: the cells do not lead there yet. Unit tests and, for
-pauses, the simulation die there."""
+"""Points that a pause, a deletion, an evaluation or an early end leads to: the cells do not lead there yet. Unit tests
+and, for pauses, the simulation die there."""
 SWEPT: Final = tuple(point for point in POINTS if point not in ELSEWHERE)
 FILES: Final = ("opened.json", ".journal", "0000", "manifest.json", "final.json", "job.json")
 """What is being written when a disk.* point is hit; "0000" is a checkpoint's folder or a journal."""
@@ -155,7 +156,7 @@ class _Play:
         changes: dict[str, Any] = {"objective": draw.choice(("full_vocabulary", "policy_gradient"))}
         if point == "teacher.serving":
             changes["objective"] = "full_vocabulary"
-        if draw.random() < 0.3 or point == "trainer.evaluated":
+        if draw.random() < 0.3:
             held_out = [{"prompt": "tea"}, {"prompt": "rain"}]
             changes["evaluation"] = {"data": {"rows": held_out}, "max_tokens": 6, "every_steps": 3}
         if point == "sampler.draining":
