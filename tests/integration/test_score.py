@@ -53,7 +53,7 @@ async def test_every_number_is_that_of_a_plain_forward_pass(deployment: Cluster,
     tokenizer = AutoTokenizer.from_pretrained(deployment.settings.home / "models" / "judge")
     prompt_ids, text_ids = tokenizer(PROMPT)["input_ids"], tokenizer(TEXT)["input_ids"]
     answer = await client.score("judge", [TEXT], prompt=PROMPT, top_k=3, temperature=0.7)
-    assert answer["usage"] == {"prompt_tokens": len(prompt_ids), "scored_tokens": len(text_ids)}
+    assert answer["usage"].to_dict() == {"prompt_tokens": len(prompt_ids), "scored_tokens": len(text_ids)}
     assert answer["model_sha256"] == deployment.models.get("judge").sha256
     (found,) = answer["data"]
     assert found["token_ids"] == text_ids

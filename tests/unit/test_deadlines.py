@@ -18,6 +18,19 @@ SERVICES: Final = Path(__file__).resolve().parents[2] / "services" / "stillhouse
 FILES: Final = sorted(path for path in SERVICES.rglob("*.py") if "v1" not in path.relative_to(SERVICES).parts)
 
 UNBOUNDED: Final = {
+    "client/resource.py tell: found": "the caller's own callback",
+    "core/job_logs.py JobLogs._write_forever: self._waiting.get()": "a daemon thread, as long as the process lives",
+    "gateway/jobs.py _check_and_write: run_in_executor": "reads and syncs files; the route has a deadline",
+    "gateway/jobs.py look_at: run_in_executor": "reads files and counts tokens; the route has a deadline",
+    "gateway/jobs.py retry: run_in_executor": "reads files; the route has a deadline",
+    "gateway/jobs.py submit: ctx.redis.get(keys.idempotency(token)) if token else ctx.redis.ping()": (
+        "commands have deadlines in core/queue/client.py"
+    ),
+    "sampler/student.py Student.settled: self._changing": "a change of weights, whose pull and load are bounded",
+    "trainer/evaluations.py Evaluations.finish: self._task": "raced against the wish to stop; its parts are bounded",
+    "trainer/exchange.py Exchange.settled: trying[0].complete.wait()": "ends as samples do",
+    "trainer/report.py Report.look: made": "a measurement of the pre-flight, each with a deadline",
+    "trainer/trackers/base.py Feed._work: self._queue.get()": "a daemon thread, as long as the process lives",
     # the life of a process: they end with it
     "cli/process.py Child.collect: self._popen.wait()": "the process is dead already; this reaps it",
     "cli/up.py _run_detached: process.wait()": "Ctrl-C twice ends it; the supervisor drains with a limit of its own",
@@ -37,7 +50,6 @@ UNBOUNDED: Final = {
     # compute threads: core/pulse.py ends the process when they make no progress for hang_s
     "core/worker.py ComputeThread.run: run_in_executor": "the pulse",
     "trainer/train.py LearnerThread.call: run_in_executor": "the pulse",
-    "gateway/jobs.py submit: run_in_executor": "a DeadlineRoute answers after 20 s",
     # the transformers engine: its tokens are under the pulse, and an error of its driver is told to all who wait
     "sampler/engines/transformers.py TransformersEngine._drive: listener.is_read.wait()": "readers ask again or leave",
     "sampler/engines/transformers.py TransformersEngine._drive: self._goes_on.wait()": "who pauses resumes, or closes",
@@ -175,7 +187,12 @@ def test_every_redis_client_has_deadlines_and_no_read_blocks_for_ever() -> None:
     for path in FILES:
         for call in calls(ast.parse(path.read_text())):
             where = f"{path}:{call.lineno}: {ast.unparse(call)}"
-            if ast.unparse(call.func) in ("Redis.from_url", "Redis", "StrictRedis", "ConnectionPool.from_url"):
+            if ast.unparse(call.func) in (
+                "Redis.from_url",
+                "Redis",
+                "BlockingConnectionPool.from_url",
+                "ConnectionPool.from_url",
+            ):
                 assert {"socket_timeout", "socket_connect_timeout"} <= keywords(call), where
                 clients += 1
             for keyword in call.keywords:
