@@ -56,6 +56,4 @@ def test_the_simulation_finds(bug: str) -> None:
                 print(f"{bug}: seed {seed}: {violation[:200]}")
                 assert simulate(seed).violations == [], f"seed {seed} fails without the bug, too"
                 return
-    if bug == "train_before_journal":
-        pytest.xfail("2026-11-28: not found in 150 runs since evaluation runs beside training; to be looked at")
     pytest.fail(f"{MOST_SEEDS} runs with '{bug}' look healthy: {BUGS[bug]}")

@@ -23,7 +23,7 @@ from stillhouse.trainer.ends import End
 from stillhouse.trainer.exchange import Exchange
 from stillhouse.trainer.lead import Lead
 from stillhouse.trainer.run import Run
-from stillhouse.trainer.scored import PendingGroup, ScoredGroup, ScoredSample
+from stillhouse.trainer.scored import PendingGroup, ScoredGroup, ScoredSample, busy_seconds
 from stillhouse.trainer.start import Start
 from tests.chaos.sim.toys import ToyLearner
 from tests.chaos.sim.world import World
@@ -71,7 +71,7 @@ _commit_if_due = Run.commit_if_due
 async def _prepare_only(self: Any, step: int, groups: Sequence[ScoredGroup], next_group: int) -> None:
     samples = self.stage.samples([sample for group in groups for sample in group.scored], step)
     self._batch = (samples, await self.learner.plan(samples, self.heads))
-    self._busy = self._busy_seconds([sample for group in groups for sample in group.scored])
+    self._busy = busy_seconds([sample for group in groups for sample in group.scored])
     self._planted = (step, groups, next_group)
 
 
