@@ -15,9 +15,10 @@ from typing import Any
 
 import structlog
 
-from stillhouse.core.blobs import new_id, sealed, write_json
+from stillhouse.core.blobs import JobArtifacts, new_id, sealed, write_json
 from stillhouse.core.config import Settings
 from stillhouse.core.models import ModelRegistry, inspect_model
+from stillhouse.core.oracle.verify import verify_job
 from stillhouse.core.queue.jobs import JobRecord
 from stillhouse.core.service import Context, open_context, serve
 from stillhouse.core.spec import JobSpec
@@ -102,6 +103,15 @@ class Cluster:
             return record if record.is_terminal else None
 
         return await wait_until(terminal, timeout_s=timeout_s, what=f"{job_id} to end")
+
+    async def succeeded(self, job_id: str) -> tuple[JobRecord, JobArtifacts]:
+        """Wait for a job's end, which has to be a good one, by the oracle too; its record and what it left."""
+        record = await self.ended(job_id)
+        assert record.status == "succeeded", record.error
+        artifacts = self.ctx.artifacts.job(job_id)
+        report = verify_job(artifacts, record)
+        assert report.ok, report.violations
+        return record, artifacts
 
     async def at_step(self, job_id: str, step: int) -> None:
         """Wait until a job has trained so many steps."""

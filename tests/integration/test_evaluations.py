@@ -11,7 +11,6 @@ import pytest
 from stillhouse.core.blobs import JobArtifacts, read_json
 from stillhouse.core.evaluations import read_best, read_stop
 from stillhouse.core.oracle.verify import verify_job
-from stillhouse.core.queue.jobs import JobRecord
 from stillhouse.gateway.pausing import pause, resume
 from stillhouse.trainer.evaluate import HeldOut
 from stillhouse.trainer.manifests import list_manifests
@@ -32,15 +31,6 @@ def spec(steps: int, **changes: Any) -> dict[str, Any]:
 
 def measured(artifacts: JobArtifacts) -> dict[int, dict[str, Any]]:
     return {int(path.stem): read_json(path) for path in artifacts.evaluations.glob("*.json")}
-
-
-async def finished(deployment: Cluster, job_id: str) -> tuple[JobRecord, JobArtifacts]:
-    record = await deployment.ended(job_id)
-    assert record.status == "succeeded", record.error
-    artifacts = deployment.ctx.artifacts.job(job_id)
-    report = verify_job(artifacts, record)
-    assert report.ok, report.violations
-    return record, artifacts
 
 
 async def events_of(deployment: Cluster, job_id: str, kind: str) -> list[dict[str, Any]]:
@@ -75,7 +65,7 @@ async def test_training_goes_on_and_what_is_measured_are_the_weights_of_the_step
     """The same job twice: once its evaluations hold it up, once they are held until later steps are trained."""
     few = {"samples_per_prompt": 4, "pass_k": [1, 2, 4], "every_steps": 0}
     exact = spec(4, deterministic=True, evaluation=few)
-    _, alone = await finished(deployment, await deployment.submit(exact))
+    _, alone = await deployment.succeeded(await deployment.submit(exact))
     slow = Slow(monkeypatch, 0)
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     often = {"checkpoint": {"every_steps": 1}, "trackers": ["tensorboard", "wandb"]}
@@ -86,7 +76,7 @@ async def test_training_goes_on_and_what_is_measured_are_the_weights_of_the_step
     assert not measured(beside)
     assert not list_manifests(beside), "nothing later is committed before it is written"
     slow.go.set()
-    await finished(deployment, job_id)
+    await deployment.succeeded(job_id)
     assert list((beside.root / "tensorboard").glob("events*"))
     (failed,) = [e for e in await deployment.ctx.jobs.events(job_id) if e["type"] == "tracker.failed"]
     assert "stillhouse[wandb]" in failed["message"]
@@ -115,7 +105,7 @@ async def test_an_evaluation_that_was_under_way_is_made_again(
     await deployment.crash("trainer-0")
     slow.go.set()
     await deployment.start("trainer", "trainer-1")
-    record, _ = await finished(deployment, job_id)
+    record, _ = await deployment.succeeded(job_id)
     assert record.epoch == 2
     assert sorted(measured(artifacts)) == [0, 2, 4, 6, 8]
     assert [data["step"] for data in await events_of(deployment, job_id, "evaluation")] == [0, 2, 4, 6, 8]
@@ -146,7 +136,7 @@ async def test_a_pause_gives_an_evaluation_up_and_the_next_claim_makes_it_again(
     assert [ref.step for ref in list_manifests(artifacts)][-1] == 2
     go.set()
     await resume(deployment.ctx, job_id)
-    await finished(deployment, job_id)
+    await deployment.succeeded(job_id)
     assert sorted(measured(artifacts)) == [0, 2, 4, 6]
 
 
@@ -169,7 +159,7 @@ async def test_a_flat_measure_ends_the_job_and_the_best_checkpoint_is_what_it_gi
         await until_stop(artifacts)
         await deployment.crash("trainer-0")
         await deployment.start("trainer", "trainer-1")
-    record, _ = await finished(deployment, job_id)
+    record, _ = await deployment.succeeded(job_id)
     stop = read_stop(artifacts)
     assert stop is not None
     assert record.step == record.stop_step == stop["stop_step"] < 200

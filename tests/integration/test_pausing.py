@@ -38,13 +38,8 @@ async def is_status(deployment: Cluster, job_id: str, status: str) -> JobRecord:
 
 
 async def succeeded(deployment: Cluster, job_id: str) -> dict[str, Any]:
-    """What it left, judged by the oracle."""
-    record = await deployment.ended(job_id)
-    assert record.status == "succeeded", record.error
-    artifacts = deployment.ctx.artifacts.job(job_id)
-    report = verify_job(artifacts, record)
-    assert report.ok, report.violations
-    return everything(artifacts)
+    """What it left."""
+    return everything((await deployment.succeeded(job_id))[1])
 
 
 @pytest.mark.parametrize(

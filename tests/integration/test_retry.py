@@ -25,15 +25,6 @@ def submission(record: JobRecord) -> jobs.Submission:
     return jobs.Submission(JobSpec.model_validate(record.spec), Caller(""), "")
 
 
-async def finished(deployment: Cluster, job_id: str) -> tuple[JobRecord, JobArtifacts]:
-    record = await deployment.ended(job_id)
-    assert record.status == "succeeded", record.error
-    artifacts = deployment.ctx.artifacts.job(job_id)
-    report = verify_job(artifacts, record)
-    assert report.ok, report.violations
-    return record, artifacts
-
-
 async def test_a_retried_job_ends_as_the_first_did_also_when_that_is_deleted(deployment: Cluster) -> None:
     ctx = deployment.ctx
     schedule = {"steps": STEPS, "prompts_per_step": 2, "group_size": 2, "max_staleness": 1}
@@ -44,7 +35,7 @@ async def test_a_retried_job_ends_as_the_first_did_also_when_that_is_deleted(dep
         checkpoint={"every_steps": 2, "keep_last": 4},
         evaluation={"data": {"rows": rows}, "num_prompts": 2, "max_tokens": 6},
     )
-    first, artifacts = await finished(deployment, await deployment.submit(spec))
+    first, artifacts = await deployment.succeeded(await deployment.submit(spec))
     expected = exported(artifacts, first)
     middle = next(ref for ref in list_manifests(artifacts) if ref.step == 2)
     with pytest.raises(ConflictError, match="is its end"):
@@ -54,7 +45,7 @@ async def test_a_retried_job_ends_as_the_first_did_also_when_that_is_deleted(dep
     made, is_replay = await jobs.retry(ctx, first, f"ckpt_{middle.epoch}-{middle.name}", submission(first))
     assert (made.retry_of, made.step, is_replay) == (first.id, 2, False)
     await deleting.delete(ctx, first)
-    second, artifacts = await finished(deployment, made.id)
+    second, artifacts = await deployment.succeeded(made.id)
     assert exported(artifacts, second) == expected
     points = await ctx.jobs.metrics(made.id)
     assert [point["step"] for point in points][-4:] == [3, 4, 5, 6], "a deterministic job replays some steps before"

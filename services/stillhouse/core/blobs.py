@@ -29,6 +29,7 @@ Nothing here knows about models or queues.
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -118,6 +119,19 @@ def write_atomic(path: Path, data: bytes, *, mode: int = 0o644) -> None:
         temp.unlink(missing_ok=True)
         raise
     fsync_dir(path.parent)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock that lies in a file, against other processes and threads: for what is read, changed and written
+    again. Blocks; the kernel gives it back at any kind of death."""
+    make_dirs(path.parent)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
 
 
 def write_json(path: Path, value: Any, *, mode: int = 0o644) -> None:

@@ -7,19 +7,16 @@ needs no restart.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import re
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from stillhouse.core.blobs import sha256_bytes, write_json
+from stillhouse.core.blobs import locked, sha256_bytes, write_json
 from stillhouse.core.errors import ConfigError, ConflictError, SpecError
 
 KEY_PREFIX = "stillhouse_"
@@ -94,7 +91,7 @@ def create_key(
     wanted = set(scopes)
     if not wanted or not wanted <= set(SCOPES):
         raise SpecError(f"scopes {sorted(wanted)}: choose from {', '.join(SCOPES)}", param="scopes")
-    with _alone(path):
+    with locked(_lock(path)):
         keys = load_keys(path)
         if any(key.name == name for key in keys):
             raise ConflictError(f"there is a key named '{name}' already; remove it first or choose another name")
@@ -121,7 +118,7 @@ def remove_key(path: Path, name: str, *, keeps_an_admin: bool = False) -> bool:
     Raises:
         ConflictError: with `keeps_an_admin`, if nobody could manage keys any more.
     """
-    with _alone(path):
+    with locked(_lock(path)):
         keys = load_keys(path)
         left = [key for key in keys if key.name != name]
         if len(left) == len(keys):
@@ -132,13 +129,6 @@ def remove_key(path: Path, name: str, *, keeps_an_admin: bool = False) -> bool:
     return True
 
 
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Hold the file's lock: replicas and commands change it, and none may undo what another did."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fd = os.open(path.with_name(f"{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
+def _lock(path: Path) -> Path:
+    """Replicas and commands change the file, and none may undo what another did."""
+    return path.with_name(f"{path.name}.lock")

@@ -6,7 +6,9 @@ and then looks here.
 
 from __future__ import annotations
 
-from stillhouse.core.blobs import JobArtifacts, sealed, unsealed, write_json
+from pathlib import Path
+
+from stillhouse.core.blobs import JobArtifacts, locked, sealed, unsealed, write_json
 from stillhouse.core.errors import NotFoundError
 
 
@@ -24,14 +26,16 @@ def pinned(job: JobArtifacts) -> list[str]:
 
 def pin(job: JobArtifacts, checkpoint: str) -> None:
     """Mark one as best. Blocks for an fsync."""
-    _write(job, [*_others(job, checkpoint), checkpoint])
+    with locked(_lock(job)):
+        _write(job, [*_others(job, checkpoint), checkpoint])
 
 
 def unpin(job: JobArtifacts, checkpoint: str) -> None:
     """Take a mark back; nothing if there is none."""
-    others = _others(job, checkpoint)
-    if others != pinned(job):
-        _write(job, others)
+    with locked(_lock(job)):
+        others = _others(job, checkpoint)
+        if others != pinned(job):
+            _write(job, others)
 
 
 def _others(job: JobArtifacts, checkpoint: str) -> list[str]:
@@ -40,3 +44,8 @@ def _others(job: JobArtifacts, checkpoint: str) -> list[str]:
 
 def _write(job: JobArtifacts, checkpoints: list[str]) -> None:
     write_json(job.pinned, sealed({"checkpoints": checkpoints}))
+
+
+def _lock(job: JobArtifacts) -> Path:
+    """Two marks at once must both stay."""
+    return job.pinned.with_name(f"{job.pinned.name}.lock")

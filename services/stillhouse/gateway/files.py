@@ -8,19 +8,17 @@ before `{id}.jsonl` appears: where there is data there are facts. Files from bef
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import hashlib
 import os
 import secrets
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 from pydantic import ValidationError
 
-from stillhouse.core.blobs import Artifacts, fsync_dir, read_json, write_json
+from stillhouse.core.blobs import Artifacts, fsync_dir, locked, read_json, write_json
 from stillhouse.core.errors import ConflictError, CorruptError, NotFoundError, SpecError
 from stillhouse.core.explain import MAX_FINDINGS, Finding, explain
 from stillhouse.core.queue.jobs import JobRecord
@@ -96,7 +94,7 @@ class Upload:
         target = self._artifacts.file(file_id)
         facts = {"num_rows": self.num_rows, "sha256": digest, "size_bytes": self.size, "created_at": time.time()}
         facts |= {"owners": [owner], "filename": filename}
-        with _alone(target.parent):
+        with locked(_lock(target.parent)):
             if target.is_file():
                 facts = _facts(target)
                 facts["owners"] = sorted({*facts["owners"], owner}) if facts.get("owners") else []
@@ -218,7 +216,7 @@ def _other_owners(facts: dict[str, Any], caller: Caller) -> list[str]:
 
 
 def _delete(path: Path, caller: Caller, *, is_used: bool) -> None:
-    with _alone(path.parent):
+    with locked(_lock(path.parent)):
         facts = _facts(path)
         if others := _other_owners(facts, caller):
             write_json(_facts_path(path), {**facts, "owners": others})
@@ -230,15 +228,9 @@ def _delete(path: Path, caller: Caller, *, is_used: bool) -> None:
         fsync_dir(path.parent)
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold the lock of the files' owners: replicas change them, and two owners may have one file. Blocks."""
-    fd = os.open(folder.with_name(f".{folder.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
+def _lock(folder: Path) -> Path:
+    """Of the files' owners: replicas change them, and two owners may have one file."""
+    return folder.with_name(f".{folder.name}.lock")
 
 
 async def active_jobs(ctx: Context) -> list[JobRecord]:

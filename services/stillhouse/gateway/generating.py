@@ -28,7 +28,7 @@ from stillhouse.core.tensors import DTYPE_NAMES, from_tensor, ids_list, ids_tens
 from stillhouse.core.vocabulary import tokenizer_of
 from stillhouse.gateway.deps import Caller, own_job
 from stillhouse.gateway.problems import InvalidError
-from stillhouse.gateway.scoring import Slots, in_turn
+from stillhouse.gateway.scoring import Slots, in_turn, stranger
 from stillhouse.v1 import rollout_pb2, sampler_pb2, sampler_pb2_grpc
 
 GENERATE_S: Final = 85.0
@@ -181,9 +181,7 @@ async def _written(
                 "has less to do"
             ) from None
         except AuthError:  # not the caller's, who has shown a key
-            raise UnavailableError(
-                f"{info.instance} does not know this gateway: set the same internal_token for both"
-            ) from None
+            raise stranger(info) from None
         except UnavailableError as error:
             failure = error
             continue

@@ -168,6 +168,11 @@ def _tokens(tokenizer: Tokenizer, item: ScoreItem) -> Tokens:
 # -- the teacher -------------------------------------------------------------------------------------------------------
 
 
+def stranger(info: ServiceInfo) -> UnavailableError:
+    """The error for a service that takes our credential for wrong."""
+    return UnavailableError(f"{info.instance} does not know this gateway: set the same internal_token for both")
+
+
 async def _ready_teacher(ctx: Context, task: rollout_pb2.TeacherTask) -> tuple[Peer, str]:
     """A teacher that has the model in memory and can do what `task` asks for, and its name."""
     wanted = teacher_pb2.EnsureModelRequest(task=task)
@@ -184,9 +189,7 @@ async def _ready_teacher(ctx: Context, task: rollout_pb2.TeacherTask) -> tuple[P
                 "jobs; try again"
             ) from None
         except AuthError:  # not the caller's, who has shown a key
-            raise UnavailableError(
-                f"{info.instance} does not know this gateway: set the same internal_token for both"
-            ) from None
+            raise stranger(info) from None
         except (OverloadedError, UnavailableError) as error:
             failure = error
         except EngineStartError as error:

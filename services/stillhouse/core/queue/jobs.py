@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 from redis.asyncio import Redis
 
@@ -28,20 +28,10 @@ from stillhouse.core.queue.client import text
 from stillhouse.core.queue.listing import listed
 from stillhouse.core.queue.streams import Scope
 from stillhouse.core.queue.turns import CLAIMABLE, ActiveJob
+from stillhouse.core.schemas.jobs import Status
 
 TERMINAL: Final = frozenset({"succeeded", "failed", "cancelled"})
-STATUSES: Final = (
-    "queued",
-    "validating",
-    "starting",
-    "running",
-    "stalled",
-    "pausing",
-    "paused",
-    "resuming",
-    "cancelling",
-    *sorted(TERMINAL),
-)
+STATUSES: Final = get_args(Status)
 EVENTS_MAXLEN: Final = 10_000
 """Events kept in Redis for live readers; older ones are in events.jsonl."""
 METRICS_MAXLEN: Final = 100_000

@@ -22,7 +22,7 @@ Status = Literal[
     "failed",
     "cancelled",
 ]
-"""core/queue/jobs.py's STATUSES, for type checkers and the OpenAPI document."""
+"""Of a job; core/queue/jobs.py says how one leads to the other."""
 
 
 Kind = Literal["distillation", "preflight"]
