@@ -19,6 +19,8 @@ engine() {
     apt-get update -qq >&2
     apt-get install -y -qq --no-install-recommends docker.io iptables >/dev/null 2>&1
   fi
+  # an engine that was killed leaves its number behind, and a new one takes whoever has it now for the old one
+  pgrep -x dockerd >/dev/null || rm -f /var/run/docker.pid /var/run/docker/containerd/containerd.pid
   say "starting dockerd"
   nohup setsid dockerd >"$state/dockerd.log" 2>&1 </dev/null &
   for _ in $(seq 60); do docker info >/dev/null 2>&1 && return; sleep 1; done
