@@ -39,8 +39,9 @@ compose() {
 system() {
   command -v debootstrap >/dev/null || { apt-get update -qq >&2; apt-get install -y -qq debootstrap >/dev/null 2>&1; }
   local mirror
-  mirror=$( { grep -hoE '^URIs: *\S+' /etc/apt/sources.list.d/*.sources; grep -hoE '^deb +(\[[^]]*\] +)?\S+' /etc/apt/sources.list; } 2>/dev/null |
-    grep -oE '(https?|file)://\S+' | head -1)
+  mirror=$(cat /etc/apt/sources.list.d/*.sources /etc/apt/sources.list 2>/dev/null |
+    sed -nE 's#^(URIs: *|deb +(\[[^]]*\] +)?)((https?|file)://[^ ]+).*#\3#p' | head -1 || true)
+  [ -n "$mirror" ] || { say "no Debian mirror in /etc/apt: cannot make a stand-in"; exit 1; }
   rm -rf "$1"
   debootstrap --variant=minbase --include="ca-certificates,$2" bookworm "$1" "$mirror" >"$1.log" 2>&1 || { tail -5 "$1.log" >&2; exit 1; }
   cp /etc/ssl/certs/ca-certificates.crt "$1/etc/ssl/certs/"
