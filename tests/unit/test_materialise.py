@@ -177,7 +177,7 @@ def test_a_checkpoint_is_registered_under_a_name(
     name = trained.commit(2)
     monkeypatch.setenv("STILLHOUSE_HOME", str(home))
     cli_models.add("sft", JOB, "")
-    assert f"making a model of {name}" in capfd.readouterr().out
+    assert f"making a model of {name}" in capfd.readouterr().err
     entry = trained.models.get("sft")
     assert (entry.sha256, entry.source) == (make_model(trained.models, name).sha256, name)
     trained.models.add(inspect_model("small", make_tiny_model(home / "new", seed=9)))

@@ -20,7 +20,6 @@ from stillhouse.teacher import scoring
 from stillhouse.teacher import worker as teacher_worker
 from stillhouse.trainer import lead, loop, manifests, run
 from stillhouse.trainer.ends import End
-from stillhouse.trainer.exchange import Exchange
 from stillhouse.trainer.lead import Lead
 from stillhouse.trainer.run import Run
 from stillhouse.trainer.scored import PendingGroup, ScoredGroup, ScoredSample, busy_seconds
@@ -157,11 +156,20 @@ _MARK_ADD: Final = "if redis.call('HSETNX', KEYS[2], ARGV[2], 1) == 0 then retur
 _MARK: Final = "if redis.call('HSETNX', KEYS[2], ARGV[2], 1) == 1 then"
 
 
-async def _count_all(self: Any, pending: Any, sample: Any) -> None:
-    pending.arrived[f"{sample.sample_id} {len(pending.arrived)}"] = sample
-    if len(pending.arrived) >= len(pending.wanted) and not pending.future.done():
-        samples = sorted(pending.arrived.values(), key=lambda sample: sample.score.rollout.index)
-        pending.future.set_result(ScoredGroup(pending.group, samples))
+_take = PendingGroup.take
+
+
+def _waits_for_all(self: PendingGroup, answer: ScoredSample) -> bool:
+    return True
+
+
+def _take_twice(self: PendingGroup, answer: ScoredSample) -> ScoredSample | None:
+    if answer.sample_id not in self.arrived and answer.teacher not in self.answers.get(answer.sample_id, {}):
+        return _take(self, answer)
+    self.arrived[f"{answer.sample_id} {len(self.arrived)}"] = answer
+    if len(self.arrived) == len(self.wanted):
+        self._complete()
+    return answer
 
 
 async def _none_marked(self: Any, scope: Any, marks: Sequence[str]) -> set[str]:
@@ -277,7 +285,8 @@ PLANTS: Final[dict[str, Plant]] = {
         (scripts, "ADD", without(scripts.ADD, _MARK_ADD)),
         (scripts, "HAND_OVER", scripts.HAND_OVER.replace(_MARK, "if true then")),
         (WorkQueue, "marked", _none_marked),
-        (Exchange, "_settle", _count_all),
+        (PendingGroup, "waits_for", _waits_for_all),
+        (PendingGroup, "take", _take_twice),
     ),
     "group_at_dollar": replaced(
         (scripts, "OPEN_STREAM", scripts.OPEN_STREAM.replace(_CREATE_GROUP, "local ok = 1")),
