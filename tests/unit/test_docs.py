@@ -17,9 +17,9 @@ from pydantic import ValidationError
 from stillhouse.cli import jobfile
 from stillhouse.core.config import Settings
 from stillhouse.core.spec import JobSpec, StageSpec
+from tests.pages import PAGES
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")])
 EXAMPLES = sorted([*(ROOT / "examples").rglob("*.yaml"), *(ROOT / "examples").rglob("*.yml")])
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 STAGE: dict[str, Any] = {
