@@ -44,13 +44,14 @@ START_TIMEOUT_S = 15.0
 """The server starts in 0.1 s; a loaded machine with other tests on it may need much longer."""
 
 
-def start_valkey(folder: Path, port: int = 0) -> tuple[subprocess.Popen[bytes], str]:
+def start_valkey(folder: Path, port: int = 0, *options: str) -> tuple[subprocess.Popen[bytes], str]:
     """A queue server with the durability that Stillhouse asks for, in `folder`; returns process and URL."""
     for _ in range(3):  # another process may take the free port before the server binds it
         chosen = port or free_port()
         log = (folder / "valkey.log").open("ab")
         command = [str(get_binary_path()), "--port", str(chosen), "--bind", "127.0.0.1", "--dir", str(folder)]
         command += ["--save", "", "--appendonly", "yes", "--appendfsync", "always", "--maxmemory-policy", "noeviction"]
+        command += options
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         log.close()
         if server_answers(process, chosen):

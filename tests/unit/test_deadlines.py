@@ -47,6 +47,7 @@ UNBOUNDED: Final = {
     # ranks: torchrun ends the others when one does not come, and each connection has its timeout
     "trainer/app.py _join: Ranks.join()": "PASS_TIMEOUT",
     "trainer/follow.py _follow: Ranks.join()": "PASS_TIMEOUT",
+    "trainer/node.py NodeProcess._run_ranks: ranks.wait()": "torchrun was killed; this reaps it",
     # compute threads: core/pulse.py ends the process when they make no progress for hang_s
     "core/worker.py ComputeThread.run: run_in_executor": "the pulse",
     "trainer/train.py LearnerThread.call: run_in_executor": "the pulse",

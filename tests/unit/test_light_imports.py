@@ -17,6 +17,7 @@ LIGHT_MODULES = (
     "stillhouse.trainer.lead",
     "stillhouse.trainer.learner",
     "stillhouse.trainer.loop",
+    "stillhouse.trainer.node",
     "stillhouse.trainer.run",
     "stillhouse.sampler.app",
     "stillhouse.teacher.app",

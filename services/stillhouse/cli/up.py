@@ -8,7 +8,6 @@ that it is there.
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 import socket
 import subprocess
@@ -33,6 +32,7 @@ from stillhouse.core.blobs import read_json, write_json
 from stillhouse.core.config import ENGINES, Settings, load_settings
 from stillhouse.core.errors import NotFoundError, StillhouseError
 from stillhouse.core.keys import create_key, hash_key, load_keys, remove_key
+from stillhouse.core.launch import torchrun
 from stillhouse.core.models import ModelRegistry
 
 READY_TIMEOUT_S: Final = 180.0
@@ -99,6 +99,12 @@ def _check(deployment: Deployment, options: UpOptions) -> Settings:
         )
     if options.only not in ("", "teacher"):
         raise CliError(f"--only {options.only}: there is `--only teacher`, for scores", exit_code=EXIT_USAGE)
+    if settings.trainer_nodes > 1:
+        raise CliError(
+            f"trainer_nodes is {settings.trainer_nodes}, and `stillhouse up` runs everything on this machine",
+            fix="start `python -m stillhouse.trainer` on every node, as docs/nodes.md says",
+            exit_code=EXIT_USAGE,
+        )
     _check_engines(_engines(settings, options))
     valkey.find_binary()
     if "STILLHOUSE_REDIS_URL" in os.environ:
@@ -275,11 +281,9 @@ def plan(
 
 def _command(role: str, ranks: int, drain_s: float) -> tuple[str, ...]:
     """How a service is started; a trainer of several ranks by torchrun, which ends all of them when one dies."""
-    program = ("-m", f"stillhouse.{role}")
-    if role != "trainer" or ranks == 1:
-        return (sys.executable, *program)
-    options = ("--standalone", f"--nproc-per-node={ranks}", f"--shutdown-timeout={math.ceil(drain_s)}")
-    return (sys.executable, "-m", "torch.distributed.run", *options, *program)
+    if role == "trainer" and ranks > 1:
+        return torchrun(ranks, drain_s)
+    return (sys.executable, "-m", f"stillhouse.{role}")
 
 
 def _is_ready(supervisor: Supervisor, deployment: Deployment, url: str) -> bool:

@@ -76,8 +76,16 @@ class Settings(BaseModel):
     threads: int = Field(default=0, ge=0, le=1024)
     """Compute threads of sampler, teacher and trainer; 0 = the library's default."""
     trainer_ranks: int = Field(default=1, ge=1, le=1024)
-    """Processes, each with a device of its own, over which a trainer splits its student; torchrun starts them
-    (`stillhouse up --trainer-ranks`)."""
+    """Processes, each with a device of its own, over which a trainer splits its student, those of all its nodes
+    together; torchrun starts them (`stillhouse up --trainer-ranks`)."""
+    trainer_nodes: int = Field(default=1, ge=1, le=256)
+    """Machines or pods that these processes run on, as many on each (docs/nodes.md)."""
+    trainer_node: int | None = Field(default=None, ge=0, le=255)
+    """Number of this node, from 0; default: `JOB_COMPLETION_INDEX`, else the number at the end of the host's name."""
+    trainer_port: int = Field(default=29_500, ge=1, le=65_535)
+    """Port of node 0 where the ranks of several nodes meet."""
+    trainer_group: str = Field(default="trainer", pattern=r"^[a-z0-9][a-z0-9.-]{0,62}$")
+    """Name that the nodes of one trainer share, and no other trainer of several nodes has."""
     lease_s: float = Field(default=15.0, ge=0.2, le=3600)
     """A job, a sampler or a queue entry whose holder shows no sign of life for so long is taken over."""
     hang_s: float = Field(default=300.0, ge=0.2, le=86_400)

@@ -25,6 +25,7 @@
     sh:owner:{owner}:tokens:{day}        string  completion tokens asked for that day; expires
     sh:wants                             set     jobs that ask for samplers
     sh:want:{job_id}                     string  JSON list: epoch, min, max, priority, has begun, since; expires
+    sh:nodes:{group}                     hash    the nodes of one trainer, see trainer/roll.py; expires
     sh:sampler:{instance}                string  "{job_id}:{epoch}" that leased it; expires
 
 No braces: one primary, no Redis Cluster, since one script touches a job's record and its streams together.
@@ -116,6 +117,10 @@ def service(role: str, instance: str) -> str:
 
 def want(job_id: str) -> str:
     return f"sh:want:{job_id}"
+
+
+def nodes(group: str) -> str:
+    return f"sh:nodes:{group}"
 
 
 def sampler(instance: str) -> str:
