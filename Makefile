@@ -17,7 +17,7 @@ help:
 	@echo "make chaos      simulated runs; every failpoint x kill, freeze, error on real processes; random kills (half an hour)"
 	@echo "make bench-loss  time and memory of the loss next to TRL's and to bare matrix products (half an hour)"
 	@echo "make parity-trl  our loss and gradients next to TRL's, in an environment of its own under build/"
-	@echo "make check      linters, types, import rules, protos, OpenAPI document"
+	@echo "make check      linters, types, import rules, protos, OpenAPI document, Kubernetes manifests"
 	@echo "make docs       the documentation site, in build/site; broken links and anchors are errors"
 	@echo "make install    virtual environment in $(VENV) for development"
 	@echo "make up / down  a local deployment in the background"
@@ -92,6 +92,11 @@ check: $(VENV)/.dev
 	BIN=$(BIN) scripts/protos --check
 	$(BIN)/python scripts/openapi --check
 	$(BIN)/python -m pytest -q tests/unit/test_light_imports.py
+	$(MAKE) check-k8s
+
+# Renders every overlay, checks it against closed schemas and our policies; needs no cluster.
+check-k8s: $(VENV)/.dev
+	$(BIN)/python -m pytest -q tests/k8s
 
 docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build

@@ -224,7 +224,7 @@ def reachable(rendered: Rendered) -> Iterator[Finding]:
             yield Finding(pod.where, "names its host name, which no other pod can look up", "advertise status.podIP")
         module = f"stillhouse.{pod.component}"
         started = [*container.get("command", []), *container.get("args", [])]
-        if module not in (started or facts.default_command(_target(container))):
+        if module not in " ".join(started or facts.default_command(_target(container))):
             wrong = f"labelled {pod.component}, starts {started or 'what its image starts'}"
             yield Finding(pod.where, wrong, f"args: [python, -m, {module}]")
 

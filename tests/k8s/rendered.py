@@ -160,7 +160,7 @@ def render(folder: Path) -> Rendered:
         raise ValueError(f"kubectl kustomize {folder.relative_to(ROOT)}: {answer.stderr.strip()}")
     if "Warning" in answer.stderr:  # of a field that a coming kustomize drops
         raise ValueError(f"kubectl kustomize {folder.relative_to(ROOT)} warns: {answer.stderr.strip()}")
-    return Rendered(folder.name, [one for one in yaml.safe_load_all(answer.stdout) if one])
+    return Rendered(folder.name, [one for one in yaml.load_all(answer.stdout, yaml.CSafeLoader) if one])
 
 
 def overlays() -> list[Path]:

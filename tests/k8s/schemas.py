@@ -64,7 +64,9 @@ def _job_templates(one: Object) -> Iterator[str]:
 @cache
 def crds() -> dict[str, Object]:
     """Our schemas by apiVersion/Kind."""
-    return {kind: _whole(kind, body) for kind, body in yaml.safe_load(CRDS.read_text())["kinds"].items()}
+    document = yaml.safe_load(CRDS.read_text())
+    shared = {name: closed(body) for name, body in document["shared"].items()}
+    return {kind: _whole(kind, body) | {"$defs": shared} for kind, body in document["kinds"].items()}
 
 
 def _whole(kind: str, spec: Object) -> Object:
@@ -77,9 +79,8 @@ def _whole(kind: str, spec: Object) -> Object:
         "metadata": {"properties": metadata, "required": ["name"]},
         "spec": spec,
     }
-    shared = {name: closed(body) for name, body in yaml.safe_load(CRDS.read_text())["shared"].items()}
     needed = [field for field in properties if field != "spec" or "required" in spec]
-    return closed({"properties": properties, "required": needed}) | {"$defs": shared}
+    return closed({"properties": properties, "required": needed})
 
 
 def closed(body: Any) -> Any:

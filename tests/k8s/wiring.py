@@ -209,6 +209,18 @@ def _targets(one: Object) -> Iterator[tuple[str, str]]:
             yield from (("ResourceFlavor", flavor["name"]) for flavor in flavors)
 
 
+CLUSTER_WIDE: Final = ("Namespace", "ClusterIssuer", "ClusterQueue", "ResourceFlavor", "PriorityClass", "StorageClass")
+
+
+def namespaces(rendered: Rendered) -> Iterator[Finding]:
+    """All objects are in the namespace that the overlay makes; a component's forgotten ones would be in `default`."""
+    made = [one["metadata"]["name"] for one in rendered.kind("Namespace")]
+    for one in rendered.objects:
+        if one["kind"] not in CLUSTER_WIDE and one["metadata"].get("namespace") not in made:
+            wrong = f"in namespace {one['metadata'].get('namespace')}, the overlay makes {', '.join(made) or 'none'}"
+            yield Finding(title(one), wrong, "set `namespace:` in the overlay's kustomization.yaml")
+
+
 def availability(rendered: Rendered) -> Iterator[Finding]:
     """Budgets let nodes be drained, one thing alone decides how many pods there are, and volumes reach their nodes."""
     for budget in rendered.kind("PodDisruptionBudget"):

@@ -151,7 +151,7 @@ def test_pages_name_no_machine(page: Path) -> None:
     assert found == []
 
 
-@pytest.mark.parametrize("script", ["spec-docs", "client-docs", "openapi"])
+@pytest.mark.parametrize("script", ["spec-docs", "client-docs", "openapi", "sizing"])
 def test_made_documents_are_current(script: str) -> None:
     command = [sys.executable, str(ROOT / "scripts" / script), "--check"]
     answer = subprocess.run(command, capture_output=True, text=True, timeout=60)

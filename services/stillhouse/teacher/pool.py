@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Final
 
 from stillhouse.core.errors import ConflictError, EngineStartError, OverloadedError
-from stillhouse.core.metrics import BUDGET_BYTES, MODEL_BYTES, MODEL_LOAD_SECONDS, MODEL_LOADS
 from stillhouse.core.models import ModelEntry, ModelRegistry, verify_files
+from stillhouse.core.telemetry import MODEL_LOAD_SECONDS, MODEL_LOADS
 from stillhouse.core.tensors import DTYPE_NAMES, dtype_name, itemsize
 from stillhouse.teacher.engines.base import Engine
 from stillhouse.teacher.schedule import ModelKey, Stream
@@ -66,7 +66,6 @@ class ModelPool:
         self._verified: set[str] = set()
         self._loads: dict[str, teacher_pb2.ModelLoads] = {}
         self.budget_bytes = budget_bytes
-        BUDGET_BYTES.set(budget_bytes)
 
     def get(self, task: TeacherTask, keep: Collection[ModelKey] = ()) -> tuple[Resident, float]:
         """The model of a task, loaded if it is not in memory, and the seconds that this took (0 = it was there). Models
@@ -83,9 +82,9 @@ class ModelPool:
         load_s = 0.0
         if key not in self._residents:
             started = time.monotonic()
-            self._make_room(entry, _size_bytes(entry, key[1]), keep)
+            self._make_room(entry, model_bytes(entry, key[1]), keep)
             engine = self._read(entry, key[1])
-            self._residents[key] = Resident(key, entry, key[1], engine, _size_bytes(entry, key[1]))
+            self._residents[key] = Resident(key, entry, key[1], engine, model_bytes(entry, key[1]))
             load_s = time.monotonic() - started
             self._count(entry, load_s)
         self._residents.move_to_end(key)
@@ -94,7 +93,7 @@ class ModelPool:
     def stream(self, name: str, task: TeacherTask) -> Stream:
         """A stream of rollouts with the model that scores them. Raises what `get` does about the registry."""
         entry, key = self._entry(task)
-        return Stream(name, task.job_id, key, _size_bytes(entry, key[1]))
+        return Stream(name, task.job_id, key, model_bytes(entry, key[1]))
 
     def fits(self, size_bytes: int, keep: Collection[ModelKey]) -> bool:
         """Whether a model of that size has room beside the models `keep`."""
@@ -164,10 +163,9 @@ class ModelPool:
         loads.load_s += load_s
         MODEL_LOADS.labels(entry.name).inc()
         MODEL_LOAD_SECONDS.observe(load_s)
-        MODEL_BYTES.set(sum(resident.size_bytes for resident in self._residents.values()))
 
 
-def _size_bytes(entry: ModelEntry, dtype: str) -> int:
+def model_bytes(entry: ModelEntry, dtype: str) -> int:
     """Memory of a model: its parameters, and the float32 copy of the head that scoring uses."""
     weights = entry.num_parameters * itemsize(DTYPE_NAMES[dtype])
     return weights if dtype == "float32" else weights + 4 * entry.vocab_size * entry.hidden_size

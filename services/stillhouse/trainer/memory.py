@@ -92,10 +92,15 @@ def _container() -> tuple[int | None, str]:
     return int(limit.read_text()) - int(used.read_text()) + cached, "the container's limit"
 
 
+def split_by_ranks(parts: Mapping[str, int], num_ranks: int) -> dict[str, int]:
+    """What one of several ranks needs: weights and what belongs to them is split, the rest is not."""
+    split = ("weights", "float32 master weights", "gradients", "optimizer", "averages")
+    return {name: number // num_ranks if name in split else number for name, number in parts.items()}
+
+
 def memory(parts: Mapping[str, int], has: int, source: str, num_ranks: int = 1) -> Check:
     """The trainer has room for the job: for its weights surely, for everything probably."""
-    split = ("weights", "float32 master weights", "gradients", "optimizer", "averages")
-    parts = {name: number // num_ranks if name in split else number for name, number in parts.items()}
+    parts = split_by_ranks(parts, num_ranks)
     total = sum(parts.values())
     least = total - parts.get("activations", 0) - parts.get("samples in flight", 0)
     evidence = {"needed_bytes": total, "available_bytes": has, "available_by": source, "parts": dict(parts)}
