@@ -19,6 +19,7 @@ import yaml
 from stillhouse.core.models import ModelRegistry, inspect_model
 from tests.cluster import job_spec
 from tests.e2e.deployment import Stillhouse, wait_until
+from tests.runbook import failures, says
 from tests.tiny import make_tiny_model
 
 pytestmark = pytest.mark.timeout(400)
@@ -83,6 +84,9 @@ class Watched(Stillhouse):
             return job if job["status_reason"] else None
 
         job = wait_until(has_reason, "the job to say what it waits for")
+        anchor = job["status_reason"].replace("_", "-")
+        if anchor in ("no-sampler", "no-teacher"):  # docs/runbook.md quotes them
+            assert says(job["status_message"], failures()[anchor].words("stillhouse job JOB")[0]), job
         return job["status"], job["status_reason"], time.monotonic() - since
 
 

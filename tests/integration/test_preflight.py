@@ -159,8 +159,8 @@ async def test_what_is_not_there_is_skipped_with_the_reason(tmp_path: Path, othe
         assert skipped.keys() == {
             *("sampler_gap", "temperature", "truncation", "uniform", "repeats", "replicas", "initial_kl", "overlap")
         }
-        assert "no sampler is running" in skipped["sampler_gap"]
-        assert "no teacher service is running" in skipped["uniform"]
+        assert "no sampler answers" in skipped["sampler_gap"]
+        assert "no teacher service answers" in skipped["uniform"]
 
 
 # -- what it catches -------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ ASK = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 8}
 
 async def test_without_a_sampler_there_is_a_reason_and_a_time_to_come_back(gateway: Gateway) -> None:
     answer = await gateway.http.post("/v1/generate", json={"model": "big", **ASK})
-    assert "no sampler service is running" in problem(answer, 503)["detail"]
+    assert "no sampler service answers" in problem(answer, 503)["detail"]
     assert int(answer.headers["retry-after"]) > 0
 
 

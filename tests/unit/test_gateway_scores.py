@@ -28,7 +28,7 @@ async def refused(gateway: Gateway, status: int, **body: Any) -> dict[str, Any]:
 
 async def test_without_a_teacher_there_is_a_reason_and_a_time_to_come_back(gateway: Gateway) -> None:
     answer = await gateway.http.post("/v1/score", json={"model": "big", "items": [{"text": "a text"}]})
-    assert "no teacher service is running" in problem(answer, 503)["detail"]
+    assert "no teacher service answers" in problem(answer, 503)["detail"]
     assert int(answer.headers["retry-after"]) > 0
 
 

@@ -161,6 +161,7 @@ def _facts(job: Job) -> list[tuple[str, str]]:
         ("id", job.id),
         ("name", job.name),
         ("status", " ".join(filter(None, (job.status, phase)))),
+        ("reason", job.status_reason),
         ("note", job.status_message),
         ("error", failure),
         ("retry of", job.get("retry_of") or ""),

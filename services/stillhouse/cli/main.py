@@ -107,7 +107,8 @@ def _explain(error: Exception) -> int:
         print_error(error.message, error.fix)
         return error.exit_code
     if isinstance(error, ApiError):
-        print_error(_refusal(error), _HINTS.get(error.code, ""))
+        # a gateway that answers 503 runs, and says itself what helps
+        print_error(_refusal(error), "" if error.code == "unavailable" else _HINTS.get(error.code, ""))
         return EXIT_USAGE if error.status in (400, 413, 422) else EXIT_FAILED
     if isinstance(error, StillhouseError):
         print_error(error.message, _HINTS.get(error.code, ""))

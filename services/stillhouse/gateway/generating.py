@@ -189,7 +189,7 @@ async def _written(
             return [parts[index] for index in sorted(parts)], info.instance
         failure = UnavailableError(f"{info.instance} stopped in the middle of a text; try again")
     raise failure or UnavailableError(
-        "no sampler service is running, and they write; `stillhouse up` starts one, `stillhouse ps` shows what runs"
+        "no sampler service answers, and they write; `stillhouse up` starts one, `stillhouse services` shows what runs"
     )
 
 

@@ -201,7 +201,8 @@ async def _ready_teacher(ctx: Context, task: rollout_pb2.TeacherTask) -> tuple[P
         failure
         or refusal
         or UnavailableError(
-            "no teacher service is running, and they score; `stillhouse up` starts one, `stillhouse ps` shows what runs"
+            "no teacher service answers, and they score; `stillhouse up` starts one, "
+            "`stillhouse services` shows what runs"
         )
     )
 

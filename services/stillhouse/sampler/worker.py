@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import Final
 
-from stillhouse.core.errors import StillhouseError
+from stillhouse.core.errors import AuthError, StillhouseError
 from stillhouse.core.failpoints import failpoint
-from stillhouse.core.metrics import POLICY_VERSION
 from stillhouse.core.queue.claims import QUEUE_ERRORS, Claims
 from stillhouse.core.queue.streams import Scope
 from stillhouse.core.service import Context
@@ -47,6 +46,8 @@ class SamplerWorker:
         self._shift: Shift | None = None
         self._doing = "idle"
         self._is_paused = False
+        self._is_unknown = False
+        """The trainer has just refused our credential."""
 
     @property
     def is_paused(self) -> bool:
@@ -80,11 +81,13 @@ class SamplerWorker:
         try:
             if scope != self.scope:
                 await self._adopt(scope)
-            self._ctx.problem = ""
+            if not self._is_unknown:  # it would only be said again
+                self._ctx.problem = ""
             await self._serve(scope)
+            self._is_unknown = False
         except StillhouseError as error:
-            self._doing = "idle"
-            self._ctx.problem = "" if self.scope else error.message
+            self._doing, self._is_unknown = "idle", isinstance(error, AuthError)
+            self._ctx.problem = "" if self.scope and not self._is_unknown else error.message
             self._ctx.log.warning("cannot sample", job_id=scope.job_id, epoch=scope.epoch, error=error.message)
             await pause(self._ctx.stop, RETRY_S)
 
@@ -95,13 +98,10 @@ class SamplerWorker:
         async with Claims(self._ctx.queue, self._ctx.instance, settings.lease_s, log) as claims:
             shift = self._shift = Shift(self._ctx, self._student, self._generator, scope, claims)
             watch = asyncio.create_task(self._watch(scope, shift), name="watch assignment")
-            if (version := self._student.version(scope)) is not None:  # of an earlier shift
-                POLICY_VERSION.labels("sampler", scope.job_id).set(version)
             try:
                 await shift.run()
             finally:
                 self._shift, self._doing = None, "idle"
-                POLICY_VERSION.remove_by_labels({"role": "sampler"})
                 await cancel_all([watch])
                 if shift.is_closed:
                     self._closed = scope

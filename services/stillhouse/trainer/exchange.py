@@ -96,6 +96,7 @@ class Exchange:
         """Ids of the entries on `scored` that were taken and not removed."""
         self.last_arrival = time.monotonic()
         self.num_failed = 0
+        self.last_failure = rollout_pb2.Failure()
         self.num_ended = 0
 
     async def open(self) -> None:
@@ -316,7 +317,8 @@ class Exchange:
         sample = pending.take(answer)
         if sample is not None:
             self.num_ended += 1
-            self.num_failed += sample.is_failed
+            if sample.is_failed:
+                self.num_failed, self.last_failure = self.num_failed + 1, sample.score.failed
             if pending.future.done():
                 self._forget(pending)
 
@@ -380,9 +382,10 @@ class Exchange:
             JobFailedError: says how many of how many, and the bound.
         """
         if self.num_failed > max_fraction * max(self.num_ended, 1):
+            last = self.last_failure
             raise JobFailedError(
-                f"{self.num_failed} of {self.num_ended} samples failed, more than max_failed_fraction "
-                f"{max_fraction:g}; the events of the job name the reasons"
+                f"{self.num_failed} of {self.num_ended} samples failed, over max_failed_fraction {max_fraction:g}; "
+                f"the last one by the {last.service}, {last.reason}: {last.message}; see the events sample.failed"
             )
 
 

@@ -53,7 +53,10 @@ def read_step(path: Path) -> JournalledStep:
         raise CorruptError(f"{path} is empty")
     header = journal_pb2.StepHeader.FromString(records[0])
     if header.schema_version != SCHEMA_VERSION:
-        raise CorruptError(f"{path} has journal version {header.schema_version}, this program reads {SCHEMA_VERSION}")
+        raise CorruptError(
+            f"{path} has journal version {header.schema_version}, this program reads {SCHEMA_VERSION}; "
+            "let a trainer of a newer Stillhouse go on with the job"
+        )
     scores = [journal_pb2.JournalRecord.FromString(record).score for record in records[1:]]
     if len(scores) != header.num_samples:
         raise CorruptError(f"{path} holds {len(scores)} samples, its header says {header.num_samples}")

@@ -122,7 +122,7 @@ class Look:
         wait_s = self.start.ctx.settings.preflight_wait_s
         alive = await self.start.ctx.registry.services("sampler")
         if not alive:
-            return [], "no sampler is running; `stillhouse ps` shows what runs"
+            return [], "no sampler answers; `stillhouse services` shows what runs"
         try:
             async with asyncio.timeout(wait_s):
                 await self.start.samplers.wait_for_min()
@@ -189,7 +189,7 @@ class Look:
         task = self.start.stages.task(name, entry)
         services = await self.start.ctx.registry.services("teacher")
         if not services:
-            return await self._skip(OF_TEACHERS, "no teacher service is running; `stillhouse ps` shows what runs")
+            return await self._skip(OF_TEACHERS, "no teacher service answers; `stillhouse services` shows what runs")
         said: list[Said] = []
         for info in services:
             try:

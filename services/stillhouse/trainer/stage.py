@@ -90,7 +90,7 @@ class Stage:
     def samples(self, scored: Sequence[ScoredSample], step: int) -> list[TrainSample]:
         """What `step` of the job trains on, masks included."""
         if not scored:
-            raise JobFailedError("every sample of the step failed; the events of the job name the reasons")
+            raise JobFailedError("every sample of the step failed; its events sample.failed say why")
         temperature = self.spec.sampling.temperature
         advantages = outcomes(scored, self.rewards.spec) if self.rewards is not None else {}
         samples = []

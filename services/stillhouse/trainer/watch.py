@@ -40,6 +40,7 @@ SILENT_S: Final = 60.0
 """Time without a token or batch after which a computation counts as silent: twice a slow forward pass on a CPU."""
 NO_PROGRESS_S: Final = 120.0
 """Time without a score after which services that only load or pull count for nothing."""
+SEE_SERVICES: Final = "`stillhouse services` shows what runs, and the job goes on by itself when one is there"
 COMPUTING: Final = ("sampling", "scoring")
 PREPARING: Final = ("loading", "pulling")
 """What services say that they do, while they work for a job."""
@@ -137,11 +138,11 @@ class Watch:
         samplers = [info for info in services if info.role == "sampler"]
         teachers = [info for info in services if info.role == "teacher"]
         if self._samplers.size < self._min_samplers() and not samplers:
-            return "no_sampler", "no sampler service is running; `stillhouse ps` shows what runs"
+            return "no_sampler", f"no sampler service answers; {SEE_SERVICES}"
         if self._samplers.size == 0 and self._samplers.has_started:
             return "no_sampler", f"the job has lost its samplers, and the {len(samplers)} there are serve other jobs"
         if self._needs_teachers() and not teachers:
-            return "no_teacher", "no teacher service is running; `stillhouse ps` shows what runs"
+            return "no_teacher", f"no teacher service answers; {SEE_SERVICES}"
         ours = [info for info in samplers if self._is_ours(info)]
         return self._no_student(ours) or self._standstill([*ours, *teachers])
 

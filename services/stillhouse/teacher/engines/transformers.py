@@ -66,6 +66,11 @@ class TransformersEngine:
         ids = torch.arange(PROBE_TOKENS, device=self._device)[None] % self.vocab_size
         expected = self._model(input_ids=ids, use_cache=False).logits[0, :, : self.vocab_size].float()
         actual = self._logits(self._model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0])
+        if not bool(torch.isfinite(expected).all()):
+            raise ConflictError(
+                f"model '{entry.name}' gives NaN or infinity: its weights are damaged, or too large for {self._dtype}; "
+                "download it again, or give the teacher another dtype"
+            )
         error, size = float((actual - expected).abs().max()), float(expected.abs().max())
         # bfloat16 keeps 8 bits: the model's own logits are rounded by up to 1/256 of their size
         if not error <= (1e-3 if self._dtype == "float32" else 2e-2) * max(size, 1.0):
