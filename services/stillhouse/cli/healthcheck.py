@@ -73,5 +73,5 @@ def _channel(address: str) -> grpc.Channel:
             private_key=settings.tls_key.read_bytes(),
             certificate_chain=settings.tls_cert.read_bytes(),
         ),
-        options=_OPTIONS,
+        options=[*_OPTIONS, *settings.tls_options()],
     )

@@ -129,6 +129,9 @@ class Settings(BaseModel):
     """Private key."""
     tls_ca: Path | None = None
     """CA that signed the other services' certificates."""
+    tls_name: str = ""
+    """Name that all of these certificates carry, where services are dialled by addresses that no certificate can name
+    (pods); empty = the certificate names the address."""
     supervised: bool = False
     """Set by `stillhouse up`: stop when the supervisor dies."""
     max_body_mib: float = Field(default=1.0, gt=0, le=1024)
@@ -185,6 +188,10 @@ class Settings(BaseModel):
     def keys_path(self) -> Path:
         """The file of hashed API keys, resolved."""
         return self.api_keys_file or self.home / "api-keys.json"
+
+    def tls_options(self) -> list[tuple[str, str]]:
+        """What tells a gRPC channel which name to look for in the other side's certificate."""
+        return [("grpc.ssl_target_name_override", self.tls_name)] if self.tls_name else []
 
     def check_internal_token(self) -> None:
         """Refuse to start a service without the internal credential."""

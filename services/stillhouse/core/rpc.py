@@ -282,10 +282,11 @@ class Peers:
         key = (address, stub_class)
         if key not in self._peers:  # type: ignore[comparison-overlap]
             credentials = _channel_credentials(self._settings)
+            options = [*_CLIENT_OPTIONS, *self._settings.tls_options()]
             channel = (
-                grpc.aio.secure_channel(address, credentials, options=_CLIENT_OPTIONS)
+                grpc.aio.secure_channel(address, credentials, options=options)
                 if credentials
-                else grpc.aio.insecure_channel(address, options=_CLIENT_OPTIONS)
+                else grpc.aio.insecure_channel(address, options=options)
             )
             self._peers[key] = Peer(channel, stub_class(channel), self._settings.internal_token, what)  # type: ignore[index]
         return self._peers[key]  # type: ignore[index]
