@@ -11,7 +11,6 @@ names its epoch and is refused when a newer claim exists; terminal states never 
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -154,8 +153,7 @@ class JobStore:
             )
         )
         if event and made in ("", value):
-            path = self.artifacts.job(record.id).events
-            await asyncio.to_thread(append_jsonl, path, [{"id": event_id, **event}])
+            append_jsonl(self.artifacts.job(record.id).events, [{"id": event_id, **event}])
         return made
 
     async def get(self, job_id: str) -> JobRecord:
