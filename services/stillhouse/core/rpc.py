@@ -35,7 +35,7 @@ from stillhouse.core.errors import (
     WireError,
     lookup,
 )
-from stillhouse.core.telemetry import RPC_SECONDS
+from stillhouse.core.metrics import RPC_SECONDS
 
 CHUNK_BYTES: Final = 1 << 20
 """Part size of streamed payloads: Python gRPC is fastest at 256 KiB to 4 MiB, ten times slower in one big message."""
@@ -118,11 +118,12 @@ class _Edge(grpc.aio.ServerInterceptor):
 
 def _guard_unary(behavior: Any, method: str, is_known: bool) -> Any:
     async def guarded(request: Any, context: grpc.aio.ServicerContext) -> Any:
-        with _timed(method):
+        with _timed(method) as call:
             try:
                 _require(is_known, method)
                 return await behavior(request, context)
             except Exception as error:
+                call.code = _status(error).name
                 await _abort(context, method, error)
 
     return guarded
@@ -130,12 +131,13 @@ def _guard_unary(behavior: Any, method: str, is_known: bool) -> Any:
 
 def _guard_stream(behavior: Any, method: str, is_known: bool) -> Any:
     async def guarded(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
-        with _timed(method):
+        with _timed(method) as call:
             try:
                 _require(is_known, method)
                 async for part in behavior(request, context):
                     yield part
             except Exception as error:
+                call.code = _status(error).name
                 await _abort(context, method, error)
 
     return guarded
@@ -149,13 +151,19 @@ def _require(is_known: bool, method: str) -> None:
         )
 
 
+def _status(error: Exception) -> grpc.StatusCode:
+    if isinstance(error, NotImplementedError):
+        return grpc.StatusCode.UNIMPLEMENTED
+    return getattr(grpc.StatusCode, lookup(GRPC_STATUS, error, "INTERNAL"))
+
+
 async def _abort(context: grpc.aio.ServicerContext, method: str, error: Exception) -> None:
     if isinstance(error, grpc.aio.AbortError):
         raise error
     if isinstance(error, NotImplementedError) and not isinstance(error, StillhouseError):
         # raised by the generated base class of a service
         error = UnimplementedError(f"{method} is part of the contract and not implemented yet")
-    status = getattr(grpc.StatusCode, lookup(GRPC_STATUS, error, "INTERNAL"))
+    status = _status(error)
     if isinstance(error, StillhouseError):
         await context.abort(status, error.message, trailing_metadata=((CODE_KEY, error.code),))
     # an error nobody planned: details go to the log, the caller learns only that it happened
@@ -164,16 +172,19 @@ async def _abort(context: grpc.aio.ServicerContext, method: str, error: Exceptio
 
 
 class _timed:
-    """Observes the duration of a call, by method and outcome."""
+    """Observes the duration of a call, by method and status. A caller that leaves ends it in its middle: CANCELLED."""
 
     def __init__(self, method: str) -> None:
         self._method = method
+        self.code = "OK"
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> _timed:
         self._start = time.monotonic()
+        return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:
-        RPC_SECONDS.labels(self._method, "error" if kind else "ok").observe(time.monotonic() - self._start)
+        code = "CANCELLED" if kind and self.code == "OK" else self.code
+        RPC_SECONDS.labels(self._method, code).observe(time.monotonic() - self._start)
 
 
 class Server:

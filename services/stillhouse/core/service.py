@@ -20,7 +20,7 @@ from typing import Any, Final, Protocol
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from stillhouse.core import telemetry
+from stillhouse.core import metrics, telemetry
 from stillhouse.core.blobs import Artifacts
 from stillhouse.core.checkpoints import Models
 from stillhouse.core.config import Settings, load_settings
@@ -161,8 +161,8 @@ async def serve(ctx: Context, build: Callable[[Context], App]) -> None:
     server = Server(ctx.settings)
     app.register(server)
     address = await server.start()
-    metrics_address = telemetry.serve_metrics(ctx.settings)
-    telemetry.BUILD_INFO.labels(ctx.role, VERSION).set(1)
+    metrics_address = metrics.serve_metrics(ctx.settings, ctx.role)
+    metrics.BUILD_INFO.labels(ctx.role, VERSION).set(1)
     await server.set_ready(True)
     if telemetry.job_logs is not None:
         telemetry.job_logs.current = lambda: app.state()[1]

@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stillhouse.core.config import Settings
 from stillhouse.core.errors import MediaTypeError, StillhouseError, TooLargeError
-from stillhouse.core.telemetry import HTTP_SECONDS
+from stillhouse.core.metrics import HTTP_SECONDS
 from stillhouse.gateway.auth import OPEN_PATHS, Authenticator, Caller
 from stillhouse.gateway.limits import RateLimiter
 from stillhouse.gateway.problems import problem_response

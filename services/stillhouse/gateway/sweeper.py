@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import shutil
 import time
-from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -31,7 +30,7 @@ from stillhouse.core.queue.jobs import IDEMPOTENCY_TTL_S, JobRecord
 from stillhouse.core.queue.registry import ServiceInfo
 from stillhouse.core.queue.streams import Scope
 from stillhouse.core.service import Context
-from stillhouse.core.telemetry import QUEUE_ENTRIES
+from stillhouse.gateway import gauges
 from stillhouse.gateway.deleting import finish_deletions
 from stillhouse.gateway.jobs import FINAL, final_fields, initial_record, read_final, with_evaluations, write_final
 from stillhouse.gateway.pausing import RESTING, keep_wish, rebuilt_paused
@@ -92,7 +91,10 @@ class Sweeper:
             try:
                 if await self.hold():
                     await self.sweep()
+                else:
+                    gauges.forget()
             except (RedisError, OSError, StillhouseError) as error:
+                gauges.forget()
                 self._ctx.log.warning("sweep failed", error=str(error))
             try:
                 async with asyncio.timeout(SWEEP_S):
@@ -126,7 +128,8 @@ class Sweeper:
             with suppress(ConflictError):  # a trainer came back in this very moment
                 await self._look_after(record, trainers)
         self._orphans = {job.id: self._orphans[job.id] for job in active if job.id in self._orphans}
-        await self._measure(active)
+        await gauges.measure(self._ctx, active)
+        await asyncio.to_thread(gauges.measure_disk, self._ctx)
 
     async def _look_after(self, record: JobRecord, trainers: Mapping[str, ServiceInfo]) -> None:
         """Act on a job that has been without a trainer for longer than a takeover takes."""
@@ -307,16 +310,3 @@ class Sweeper:
         twin.job_json.unlink()
         twin.root.rmdir()  # refuses a folder that was filled meanwhile
         return True
-
-    async def _measure(self, active: list[JobRecord]) -> None:
-        entries: Counter[str] = Counter(prompts=0, rollouts=0, scored=0)
-        for record in active:
-            if record.epoch == 0:  # nobody had it: it has no streams
-                continue
-            streams: Any = await self._ctx.redis.smembers(keys.streams(record.id, record.epoch))
-            for raw in streams:
-                stream = raw.decode()
-                stage = stream.removeprefix(f"{keys.job(record.id)}:{record.epoch}:").partition(":")[0]
-                entries[stage] += await self._ctx.queue.length(stream)
-        for stage, number in entries.items():
-            QUEUE_ENTRIES.labels(stage).set(number)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from stillhouse.core.errors import ENGINE_ERRORS, EngineDeadError
 from stillhouse.core.failpoints import failpoint
+from stillhouse.core.metrics import BATCH_SAMPLES, SCORE_SECONDS, SCORED_TOKENS
 from stillhouse.core.pulse import BULK
-from stillhouse.core.telemetry import SCORE_SECONDS, SCORED_TOKENS
 from stillhouse.core.worker import ComputeThread
 from stillhouse.teacher.accounts import Accounts
 from stillhouse.teacher.batching import plan_batches
@@ -123,6 +123,7 @@ class Scorer:
         self.accounts.scored(job_id, tokens, seconds)
         SCORED_TOKENS.inc(tokens)
         SCORE_SECONDS.observe(seconds)
+        BATCH_SAMPLES.observe(len(items))
         return results, seconds / len(items)
 
 

@@ -25,6 +25,7 @@ from stillhouse.core.checkpoints import read_references
 from stillhouse.core.errors import ConflictError, JobFailedError, LeaseLostError, StillhouseError
 from stillhouse.core.evaluations import read_best, read_stop, stop_step
 from stillhouse.core.failpoints import failpoint
+from stillhouse.core.metrics import CLAIMS_ENDED, forget_job
 from stillhouse.core.queue.jobs import JobRecord
 from stillhouse.core.queue.streams import Scope
 from stillhouse.core.queue.turns import CLAIMABLE
@@ -141,6 +142,8 @@ class Lead:
             await self._start.close()
             if self._trackers is not None:
                 await asyncio.to_thread(self._trackers.close)
+            forget_job(self.scope.job_id)
+            CLAIMS_ENDED.labels("lost" if end is None else end.status.replace(" ", "_")).inc()
         if end is not None:
             await self._ends.write(
                 end, self._start.exchange, step=self.run_.step_done if self.run_ is not None else self._record.step
