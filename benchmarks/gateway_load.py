@@ -62,14 +62,8 @@ class Connection:
         return int(head[9:12]), await self._reader.readexactly(length)
 
 
-async def post_jobs(
-    target: Target, make_body: Callable[[int], bytes], total: int, connections: int, keyed: bool, rate: float = 0.0
-):
-    """`total` jobs over so many connections, and beside them /healthz every 20 ms; (posts, probes, seconds).
-
-    Rate 0: each connection posts as soon as it has its answer (closed loop). Else so many arrive a second, evenly, and
-    the time of each counts from when it should have been sent: one that found no connection free has waited, too.
-    """
+async def post_jobs(target: Target, make_body: Callable[[int], bytes], total: int, connections: int, keyed: bool):
+    """`total` jobs over so many connections, and beside them /healthz every 20 ms; (posts, probes, seconds)."""
     posts, probes = Answers(), Answers()
     numbers = iter(range(total))
     stamp = time.time_ns()
@@ -82,10 +76,9 @@ async def post_jobs(
                 head = target.head(
                     "POST", "/v1/jobs", "Content-Type: application/json", f"Content-Length: {len(body)}", *extra
                 )
-                due = began + number / rate if rate else time.perf_counter()
-                await asyncio.sleep(max(0.0, due - time.perf_counter()))
+                started = time.perf_counter()
                 status, _ = await connection.ask(head + body)
-                posts.add(status, time.perf_counter() - due)
+                posts.add(status, time.perf_counter() - started)
 
     async def probe() -> None:
         async with Connection(target) as connection:
@@ -95,12 +88,12 @@ async def post_jobs(
                 probes.add(status, time.perf_counter() - started)
                 await asyncio.sleep(0.02)
 
-    began = time.perf_counter()
+    started = time.perf_counter()
     probing = asyncio.create_task(probe())
     async with asyncio.timeout(DEADLINE_S):
         await asyncio.gather(*(worker() for _ in range(connections)))
     probing.cancel()
-    return posts, probes, time.perf_counter() - began
+    return posts, probes, time.perf_counter() - started
 
 
 class Followers:

@@ -27,7 +27,6 @@ POLICIES: Final[dict[str, Policy]] = {
         wiring.ports,
         wiring.selectors,
         wiring.references,
-        wiring.queries,
         wiring.namespaces,
         wiring.availability,
         edges.network,
