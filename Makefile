@@ -56,8 +56,9 @@ demo: $(VENV)/.demo
 example: $(VENV)/.demo
 	$(BIN)/python examples/run.py $(NAME) $(if $(SHORT),--short)
 
+# tests/k8s runs in `make check`.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not full and not compose" -n $(WORKERS) --dist worksteal
+	$(BIN)/python -m pytest -m "not full and not compose" --ignore tests/k8s -n $(WORKERS) --dist worksteal
 
 test-full: $(VENV)/.vllm
 	$(BIN)/python -m pytest -m full

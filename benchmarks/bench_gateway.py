@@ -2,10 +2,12 @@
 
 A gateway process and a queue server that syncs every write, in a temporary folder; one process sends. A body has eight
 inline rows, or names a file of 400 rows. Each job is on disk (job.json, its folder, the queue server's log) before its
-answer. Processor time is the gateway's own, user and system, from /proc: it means the same on a busy machine, where
-rates and latencies do not.
+answer. Closed loop: each of 32 connections posts again as soon as it has its answer, so that its time is 32 / rate
+whatever the gateway does. Paced: so many posts a second arrive, and the time of each counts from when it was to be
+sent, whether or not a connection was free then. Processor time is the gateway's own, user and system, from /proc: it
+means the same on a busy machine, where rates and latencies do not.
 
-    python benchmarks/bench_gateway.py                                # all of it, a minute
+    python benchmarks/bench_gateway.py                                # all of it, ten minutes
     python benchmarks/bench_gateway.py --out benchmarks/results/gateway_MACHINE_MONTH
     python benchmarks/bench_gateway.py --posts 200 --seconds 3 --rounds 1    # to see that it works
 """
@@ -15,6 +17,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import datetime
+import itertools
 import json
 import os
 import platform
@@ -44,6 +47,8 @@ from stillhouse.core.queue.streams import Scope  # noqa: E402
 from stillhouse.core.service import open_context  # noqa: E402
 
 CONNECTIONS = 32
+PACES = (0.0, 100.0, 120.0, 150.0)
+"""Arrivals a second; 0 = closed loop."""
 WARM_UP = 64
 """Posts before those that count."""
 FOLLOWERS = 200
@@ -145,12 +150,13 @@ BODIES = {"8 rows": _post_inline, "file of 400 rows": _post_file}
 """What is posted, by name."""
 
 
-def measure_posts(deployment: Deployment, what: str, keyed: bool, posts: int) -> dict[str, Any]:
-    """Jobs as fast as CONNECTIONS that wait for their answers post them."""
+def measure_posts(deployment: Deployment, what: str, keyed: bool, posts: int, rate: float = 0.0) -> dict[str, Any]:
+    """Jobs as fast as CONNECTIONS that wait for their answers post them, or `rate` a second."""
     make_body = BODIES[what](deployment)
     asyncio.run(post_jobs(deployment.target, make_body, WARM_UP, CONNECTIONS, keyed))
     with spent(deployment) as processor:
-        answers, probes, seconds = asyncio.run(post_jobs(deployment.target, make_body, posts, CONNECTIONS, keyed))
+        load = post_jobs(deployment.target, make_body, posts, CONNECTIONS, keyed, rate)
+        answers, probes, seconds = asyncio.run(load)
     assert answers.statuses == {201: posts}, answers.statuses
     return {
         "posts_per_s": posts / seconds,
@@ -229,6 +235,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--posts", type=int, default=1000, help="per case and round")
+    parser.add_argument("--paces", type=float, nargs="+", default=PACES, help="arrivals a second; 0 = closed loop")
     parser.add_argument("--seconds", type=float, default=10.0, help="of following, per case and round")
     parser.add_argument("--only", choices=["posts", "followers"], default=None)
     parser.add_argument("--out", type=Path, default=None, help="results/NAME without ending")
@@ -240,10 +247,11 @@ def main() -> None:
                 figures = asyncio.run(follow(deployment, args.seconds, num_jobs))
             result["cases"].setdefault(f"{FOLLOWERS} followers of {num_jobs} jobs", []).append(figures)
         for what in BODIES if args.only != "followers" else ():
-            for keyed in (False, True):
+            for keyed, pace in itertools.product((False, True), args.paces):
                 with deployed() as deployment:
-                    figures = measure_posts(deployment, what, keyed, args.posts)
-                name = f"POST /v1/jobs, {what}{', with key' if keyed else ''}"
+                    figures = measure_posts(deployment, what, keyed, args.posts, pace)
+                how = f"{pace:g} arrive a second" if pace else "closed loop"
+                name = f"POST /v1/jobs, {what}{', with key' if keyed else ''}, {how}"
                 result["cases"].setdefault(name, []).append(figures)
     result["machine"]["load at the end"] = f"{os.getloadavg()[0]:.1f}"
     if args.out is not None:

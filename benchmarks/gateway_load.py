@@ -62,8 +62,14 @@ class Connection:
         return int(head[9:12]), await self._reader.readexactly(length)
 
 
-async def post_jobs(target: Target, make_body: Callable[[int], bytes], total: int, connections: int, keyed: bool):
-    """`total` jobs over so many connections, and beside them /healthz every 20 ms; (posts, probes, seconds)."""
+async def post_jobs(
+    target: Target, make_body: Callable[[int], bytes], total: int, connections: int, keyed: bool, rate: float = 0.0
+):
+    """`total` jobs over so many connections, and beside them /healthz every 20 ms; (posts, probes, seconds).
+
+    Rate 0: each connection posts as soon as it has its answer (closed loop). Else so many arrive a second, evenly, and
+    the time of each counts from when it should have been sent: one that found no connection free has waited, too.
+    """
     posts, probes = Answers(), Answers()
     numbers = iter(range(total))
     stamp = time.time_ns()
@@ -76,9 +82,10 @@ async def post_jobs(target: Target, make_body: Callable[[int], bytes], total: in
                 head = target.head(
                     "POST", "/v1/jobs", "Content-Type: application/json", f"Content-Length: {len(body)}", *extra
                 )
-                started = time.perf_counter()
+                due = began + number / rate if rate else time.perf_counter()
+                await asyncio.sleep(max(0.0, due - time.perf_counter()))
                 status, _ = await connection.ask(head + body)
-                posts.add(status, time.perf_counter() - started)
+                posts.add(status, time.perf_counter() - due)
 
     async def probe() -> None:
         async with Connection(target) as connection:
@@ -88,12 +95,12 @@ async def post_jobs(target: Target, make_body: Callable[[int], bytes], total: in
                 probes.add(status, time.perf_counter() - started)
                 await asyncio.sleep(0.02)
 
-    started = time.perf_counter()
+    began = time.perf_counter()
     probing = asyncio.create_task(probe())
     async with asyncio.timeout(DEADLINE_S):
         await asyncio.gather(*(worker() for _ in range(connections)))
     probing.cancel()
-    return posts, probes, time.perf_counter() - started
+    return posts, probes, time.perf_counter() - began
 
 
 class Followers:

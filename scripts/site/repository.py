@@ -63,7 +63,7 @@ def shown_files() -> Iterator[Path]:
     waiting = list(pages())
     while waiting:
         path = waiting.pop()
-        if path not in found:
+        if path not in found and path.exists():  # else mkdocs names the page and the link
             found.add(path)
             waiting += links(path) if path.suffix == ".md" else []
     yield from sorted(found)
@@ -72,7 +72,7 @@ def shown_files() -> Iterator[Path]:
 def place(path: Path) -> str:
     """Name of a file of the repository in the site's sources, `reference/x.md` or `repository/examples/y.md`."""
     name = path.relative_to(ROOT).as_posix()
-    if name.startswith("docs/") and path.is_file():
+    if name.startswith("docs/") and not path.is_dir():
         return name.removeprefix("docs/")
     if path.is_dir():
         has_page = (path / "README.md").is_file()

@@ -50,6 +50,13 @@ def anchor(operation: Document) -> str:
     return operation["summary"].lower().replace(" ", "-")
 
 
+def shown(name: str) -> str:
+    """A schema's name for people: `Page_Job_` is a page of Job."""
+    if not name.startswith("Page_"):
+        return name
+    return "Page of objects" if "dict" in name else f"Page of {name[5:-1]}"
+
+
 def _first(operation: Document) -> str:
     return _cell(operation.get("description", "").split("\n\n")[0])
 
@@ -68,7 +75,8 @@ def _operation(method: str, path: str, operation: Document) -> str:
         parts += ["**Body:** " + ", ".join(_media(body["content"]))]
     for status, response in operation["responses"].items():
         gives = ", ".join(_media(response.get("content", {})))
-        parts += [f"**{status}:** {gives or response['description']}"]
+        meaning = "Errors" if status == "default" else status
+        parts += [f"**{meaning}:** {gives or response['description']}"]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -85,7 +93,7 @@ def _media(content: Document) -> Iterator[str]:
 
 
 def _schema(name: str, schema: Document) -> str:
-    parts = [f"## {name}", schema.get("description", "")]
+    parts = [f"## {shown(name)}", schema.get("description", "")]
     if fields := schema.get("properties"):
         required = schema.get("required", [])
         rows = [_field(field, value, field in required) for field, value in fields.items()]
@@ -104,7 +112,7 @@ def _type(schema: Document) -> str:
     """A schema in a few words, with links to those that have a name."""
     if ref := schema.get("$ref"):
         name = ref.rpartition("/")[2]
-        return f"[{name}](schemas.md#{name.lower()})"
+        return f"[{shown(name)}](schemas.md#{shown(name).lower().replace(' ', '-')})"
     for key in ("anyOf", "oneOf"):
         if key in schema:
             return " or ".join(dict.fromkeys(_type(one) for one in schema[key]))

@@ -13,6 +13,7 @@ from typing import Final
 import yaml
 
 from stillhouse.core.config import PREFIX, Settings
+from stillhouse.core.metrics import BY_ROLE, COMMON
 from stillhouse.core.service import SERVER_GRACE_S
 from stillhouse.v1 import sampler_pb2, teacher_pb2, trainer_pb2
 from tests.k8s.rendered import ROOT
@@ -82,6 +83,13 @@ def exposed() -> frozenset[int]:
     """Ports that the images name."""
     lines = re.findall(r"^EXPOSE (.+)$", (ROOT / "docker/Dockerfile").read_text(), re.MULTILINE)
     return frozenset(int(port) for line in lines for port in line.split())
+
+
+@cache
+def metrics() -> frozenset[str]:
+    """Names of all series that services export."""
+    registries = [COMMON, *BY_ROLE.values()]
+    return frozenset(name for registry in registries for name in registry._names_to_collectors)  # no public way
 
 
 @cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Final
 
 from pydantic import ValidationError
@@ -257,7 +258,8 @@ def writable(rendered: Rendered) -> Iterator[Finding]:
             PREFIX + "HOME", facts.HOME
         )
         volumes = {one["name"]: one for one in pod.spec.get("volumes", [])}
-        claim = volumes.get(paths.get(home, ""), {}).get("persistentVolumeClaim", {}).get("claimName", "")
+        mount = max((path for path in paths if Path(home).is_relative_to(path)), key=len, default="")
+        claim = volumes.get(paths.get(mount, ""), {}).get("persistentVolumeClaim", {}).get("claimName", "")
         if pod.component in facts.ROLES:
             claims[pod.where] = claim
     for where, claim in claims.items():

@@ -27,6 +27,7 @@ POLICIES: Final[dict[str, Policy]] = {
         wiring.ports,
         wiring.selectors,
         wiring.references,
+        wiring.queries,
         wiring.namespaces,
         wiring.availability,
         edges.network,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Final
 
@@ -207,6 +208,14 @@ def _targets(one: Object) -> Iterator[tuple[str, str]]:
         case "ClusterQueue":
             flavors = (flavor for group in spec["resourceGroups"] for flavor in group["flavors"])
             yield from (("ResourceFlavor", flavor["name"]) for flavor in flavors)
+
+
+def queries(rendered: Rendered) -> Iterator[Finding]:
+    """What is scaled by, or alerted on, is exported: a misspelt metric has no value and no error."""
+    for one in rendered.kind("ScaledObject", "PrometheusRule"):
+        for name in sorted(set(re.findall(r"\bstillhouse_\w+", str(one["spec"])))):
+            if name not in facts.metrics():
+                yield Finding(title(one), f"asks for {name}, which no service exports", "see core/metrics.py")
 
 
 CLUSTER_WIDE: Final = ("Namespace", "ClusterIssuer", "ClusterQueue", "ResourceFlavor", "PriorityClass", "StorageClass")

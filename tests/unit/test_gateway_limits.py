@@ -14,6 +14,7 @@ from redis.asyncio import Redis
 from stillhouse.core.keys import create_key
 from stillhouse.core.queue import keys
 from stillhouse.core.queue.quotas import WINDOW_MS, Quotas
+from stillhouse.gateway.routes import deadline
 from tests.gateway_kit import Gateway, make_spec, open_gateway, problem
 
 TOKENS = 3 * 2 * 1 * 8
@@ -128,6 +129,30 @@ async def test_one_idempotency_key_takes_one_place(gateway: Gateway) -> None:
     async with client(gateway, "few", active_jobs=20) as http:
         answers = await asyncio.gather(*(submit(http, **{"Idempotency-Key": "same"}) for _ in range(8)))
         assert len({answer.json()["id"] for answer in answers}) == 1
+        usage = (await http.get("/v1/keys/me")).json()["usage"]
+        assert (usage["active_jobs"], usage["daily_tokens"]) == (1, TOKENS)
+
+
+async def test_a_job_that_is_recorded_after_its_deadline_counts(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a slow queue server would give jobs for nothing."""
+    create, answers = gateway.ctx.jobs.create, asyncio.Event()
+
+    async def create_slowly(*args: Any, **options: Any) -> str:
+        made = await create(*args, **options)
+        await answers.wait()
+        return made
+
+    monkeypatch.setattr(gateway.ctx.jobs, "create", create_slowly)
+    async with client(gateway, "daily", daily_tokens=2 * TOKENS) as http:
+        with monkeypatch.context() as hurried:
+            hurried.setattr(deadline, "REQUEST_TIMEOUT_S", 0.3)
+            assert "may be done all the same" in problem(await submit(http, **{"Idempotency-Key": "a"}), 503)["detail"]
+        answers.set()
+        again = await submit(http, **{"Idempotency-Key": "a"})
+        assert again.status_code == 201
+        assert [job["id"] for job in (await http.get("/v1/jobs")).json()["data"]] == [again.json()["id"]]
         usage = (await http.get("/v1/keys/me")).json()["usage"]
         assert (usage["active_jobs"], usage["daily_tokens"]) == (1, TOKENS)
 

@@ -13,9 +13,9 @@ from prometheus_client import generate_latest
 from redis.exceptions import OutOfMemoryError, ResponseError
 from structlog.testing import capture_logs
 
+from stillhouse.core.metrics import exported
 from stillhouse.core.queue.jobs import STATUSES
 from stillhouse.core.schemas import Status
-from stillhouse.core.telemetry import METRICS
 from stillhouse.gateway.problems import problem_response
 from tests.gateway_kit import Gateway, add_model, make_spec, open_gateway, problem
 
@@ -290,7 +290,7 @@ async def test_a_broken_file_of_keys_is_logged(gateway: Gateway) -> None:
 
 async def test_an_invented_method_gets_no_time_series_of_its_own(gateway: Gateway) -> None:
     await gateway.http.request("BREW", "/v1/jobs")
-    metrics = generate_latest(METRICS).decode()
+    metrics = generate_latest(exported("gateway")).decode()
     assert "BREW" not in metrics
     assert 'method="other"' in metrics
 

@@ -11,6 +11,7 @@ import pytest
 from stillhouse.core.spec import JobSpec
 from stillhouse.gateway import judging, validation
 from stillhouse.gateway.references import NamedModels
+from stillhouse.gateway.rows import Rows
 from tests.gateway_kit import Gateway, add_model, make_spec, open_gateway
 
 TWO = [{"prompt": "one"}, {"prompt": "two"}]
@@ -138,7 +139,7 @@ def test_slow_patterns_are_left_to_the_workers(monkeypatch: pytest.MonkeyPatch) 
         spec = JobSpec.model_validate(grpo(*rows))
         stage = spec.stages[0]
         assert stage.data.rows is not None
-        source = validation.Source("data", stage.data, list(stage.data.rows), [*range(len(rows))], 10, stage)
+        source = validation.Source("data", stage.data, Rows(stage.data.rows, range(len(rows))), 10, stage)
         case = validation.Case(spec, NamedModels(), [source], None, [])
         return [finding.param for finding in judging.check_verifiers(case)]
 

@@ -11,11 +11,11 @@ import pytest
 
 from stillhouse.core.blobs import read_json, sealed, unsealed, write_json
 from stillhouse.core.errors import LeaseLostError
+from stillhouse.core.metrics import GATEWAY
 from stillhouse.core.queue import keys
 from stillhouse.core.queue.jobs import IDEMPOTENCY_TTL_S
 from stillhouse.core.queue.registry import ServiceInfo
 from stillhouse.core.queue.streams import Scope
-from stillhouse.core.telemetry import METRICS
 from stillhouse.gateway import sweeper as sweeper_module
 from stillhouse.gateway.sweeper import Sweeper
 from tests.gateway_kit import Gateway, make_spec, open_gateway
@@ -288,7 +288,7 @@ async def test_queue_gauges(gateway: Gateway) -> None:
     await queue.add(scope, rollouts, "r", b"x")
     await Sweeper(gateway.ctx).sweep()
     values = {
-        stage: METRICS.get_sample_value("stillhouse_queue_entries", {"stage": stage})
+        stage: GATEWAY.get_sample_value("stillhouse_queue_entries", {"stage": stage})
         for stage in ("prompts", "rollouts", "scored")
     }
     assert values == {"prompts": 3, "rollouts": 1, "scored": 0}

@@ -183,7 +183,7 @@ async def test_nodes_meet_in_any_order_and_drain_together(nodes: Nodes) -> None:
     await nodes.are("running")
     follower.stop.set()
     assert await nodes.ended(1) == ""
-    assert await nodes.ended(0) == "node 1 was asked to stop; to be started again"
+    assert await nodes.ended(0) == "this node ends, to be started again: node 1 was asked to stop"
     assert (nodes.folder / "done").exists(), "its rank was let go, not killed"
 
 
@@ -193,8 +193,7 @@ async def test_nodes_end_with_one_of_them_and_meet_again(nodes: Nodes) -> None:
     await nodes.are("running")
     nodes.tasks.pop(1).cancel()
     nodes.start(1)  # maybe before node 0 has noticed anything
-    assert "node 1 (127.0.0.2, " in (said := await nodes.ended(0))
-    assert "is over; to be started again" in said
+    assert "to be started again: without node 1 (127.0.0.2, " in await nodes.ended(0)
     assert nodes.state(1) == "waiting", "the roll of the earlier start is not taken for the new one"
     nodes.start(0)
     await nodes.are("running")

@@ -35,9 +35,10 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,13 @@ SEAL = "sha256"
 def sealed(document: dict[str, Any]) -> dict[str, Any]:
     """The document with the hash of everything else in it, for files that nothing else names by hash."""
     return {**document, SEAL: _seal(document)}
+
+
+def sealed_line(texts: Mapping[str, str]) -> bytes:
+    """A sealed document in one line, of the JSON text of each of its values (keys of objects sorted): what is large
+    and known as text is not encoded again."""
+    inner = ", ".join(f'"{name}": {texts[name]}' for name in sorted(texts))
+    return f'{{{inner}, "{SEAL}": "{sha256_bytes(f"{{{inner}}}".encode())}"}}\n'.encode()
 
 
 def unsealed(path: Path) -> dict[str, Any]:
@@ -319,25 +327,35 @@ class Artifacts:
         return sorted(path.parent.name for path in (self.root / "jobs").glob("*/job.json"))
 
 
+def _below(name: str) -> cached_property[Path]:
+    """A path below `root`, made when it is asked for: most callers want one of many."""
+
+    def path(job: JobArtifacts) -> Path:
+        return job.root / name
+
+    return cached_property(path)
+
+
 class JobArtifacts:
     """Paths of one job."""
 
+    job_json = _below("job.json")
+    events = _below("events.jsonl")
+    metrics = _below("metrics.jsonl")
+    evaluations = _below("evaluations")
+    epochs = _below("epochs")
+    references = _below("references.json")
+    models = _below("models")
+    logs = _below("logs")
+    pinned = _below("pinned.json")
+    best_checkpoint = _below("best_checkpoint.json")
+    stop = _below("stop.json")
+    final = _below("final.json")
+    paused = _below("paused.json")
+    preflight = _below("preflight.json")
+
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.job_json = root / "job.json"
-        self.events = root / "events.jsonl"
-        self.metrics = root / "metrics.jsonl"
-        self.evaluations = root / "evaluations"
-        self.epochs = root / "epochs"
-        self.references = root / "references.json"
-        self.models = root / "models"
-        self.logs = root / "logs"
-        self.pinned = root / "pinned.json"
-        self.best_checkpoint = root / "best_checkpoint.json"
-        self.stop = root / "stop.json"
-        self.final = root / "final.json"
-        self.paused = root / "paused.json"
-        self.preflight = root / "preflight.json"
 
     def epoch(self, epoch: int) -> Path:
         """Folder of one claim of the job."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import struct
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,6 +33,8 @@ CODE_KEYS: Final = (
     "quantization_config",
 )
 """config.json keys that make a loader run foreign code or fetch kernels, or that mean quantised weights."""
+KEPT_MODELS: Final = 32
+"""Models whose small files stay in memory."""
 FORBIDDEN_SUFFIXES: Final = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".py", ".h5", ".msgpack")
 """Formats that can carry code, and code itself."""
 
@@ -315,10 +318,26 @@ def read_chat_template(folder: Path) -> str | None:
     return template
 
 
+def chat_template(entry: ModelEntry) -> str | None:
+    """The chat template of a registered model, read once: one that is registered again has another hash."""
+    return _chat_template(entry.path, entry.sha256)
+
+
+@lru_cache(maxsize=KEPT_MODELS)
+def _chat_template(path: str, sha256: str) -> str | None:
+    return read_chat_template(Path(path))
+
+
 def end_ids(entry: ModelEntry) -> list[int]:
-    """Token ids that end a completion, of a model that need not name any: generation_config.json, then config.json."""
+    """Token ids that end a completion, of a model that need not name any: generation_config.json, then config.json.
+    Read once."""
+    return list(_end_ids(entry.path, entry.sha256))
+
+
+@lru_cache(maxsize=KEPT_MODELS)
+def _end_ids(path_of_model: str, sha256: str) -> list[int]:
     for name in ("generation_config.json", "config.json"):
-        path = Path(entry.path) / name
+        path = Path(path_of_model) / name
         if path.is_file():
             value = json.loads(path.read_bytes()).get("eos_token_id")
             if value is not None:

@@ -10,7 +10,7 @@ import asyncio
 import hmac
 import random
 import time
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any, Final
 
 import grpc
@@ -21,7 +21,6 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from stillhouse.core import errors
-from stillhouse.core.calls import calling, serving
 from stillhouse.core.config import Settings
 from stillhouse.core.errors import (
     GRPC_STATUS,
@@ -36,7 +35,7 @@ from stillhouse.core.errors import (
     WireError,
     lookup,
 )
-from stillhouse.core.telemetry import RPC_SECONDS
+from stillhouse.core.metrics import RPC_SECONDS
 
 CHUNK_BYTES: Final = 1 << 20
 """Part size of streamed payloads: Python gRPC is fastest at 256 KiB to 4 MiB, ten times slower in one big message."""
@@ -105,40 +104,40 @@ class _Edge(grpc.aio.ServerInterceptor):
         is_known = hmac.compare_digest(presented, self._expected)
         if handler.unary_unary is not None:
             return grpc.unary_unary_rpc_method_handler(
-                _guard_unary(handler.unary_unary, method, is_known, metadata),
+                _guard_unary(handler.unary_unary, method, is_known),
                 handler.request_deserializer,
                 handler.response_serializer,
             )
         assert handler.unary_stream is not None, f"{method}: only unary and server-stream calls exist"
         return grpc.unary_stream_rpc_method_handler(
-            _guard_stream(handler.unary_stream, method, is_known, metadata),
+            _guard_stream(handler.unary_stream, method, is_known),
             handler.request_deserializer,
             handler.response_serializer,
         )
 
 
-def _guard_unary(behavior: Any, method: str, is_known: bool, metadata: Mapping[str, Any]) -> Any:
+def _guard_unary(behavior: Any, method: str, is_known: bool) -> Any:
     async def guarded(request: Any, context: grpc.aio.ServicerContext) -> Any:
-        with _timed(method):
+        with _timed(method) as call:
             try:
                 _require(is_known, method)
-                with serving(method, metadata):
-                    return await behavior(request, context)
+                return await behavior(request, context)
             except Exception as error:
+                call.code = _status(error).name
                 await _abort(context, method, error)
 
     return guarded
 
 
-def _guard_stream(behavior: Any, method: str, is_known: bool, metadata: Mapping[str, Any]) -> Any:
+def _guard_stream(behavior: Any, method: str, is_known: bool) -> Any:
     async def guarded(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
-        with _timed(method):
+        with _timed(method) as call:
             try:
                 _require(is_known, method)
-                with serving(method, metadata):
-                    async for part in behavior(request, context):
-                        yield part
+                async for part in behavior(request, context):
+                    yield part
             except Exception as error:
+                call.code = _status(error).name
                 await _abort(context, method, error)
 
     return guarded
@@ -152,13 +151,19 @@ def _require(is_known: bool, method: str) -> None:
         )
 
 
+def _status(error: Exception) -> grpc.StatusCode:
+    if isinstance(error, NotImplementedError):
+        return grpc.StatusCode.UNIMPLEMENTED
+    return getattr(grpc.StatusCode, lookup(GRPC_STATUS, error, "INTERNAL"))
+
+
 async def _abort(context: grpc.aio.ServicerContext, method: str, error: Exception) -> None:
     if isinstance(error, grpc.aio.AbortError):
         raise error
     if isinstance(error, NotImplementedError) and not isinstance(error, StillhouseError):
         # raised by the generated base class of a service
         error = UnimplementedError(f"{method} is part of the contract and not implemented yet")
-    status = getattr(grpc.StatusCode, lookup(GRPC_STATUS, error, "INTERNAL"))
+    status = _status(error)
     if isinstance(error, StillhouseError):
         await context.abort(status, error.message, trailing_metadata=((CODE_KEY, error.code),))
     # an error nobody planned: details go to the log, the caller learns only that it happened
@@ -167,16 +172,19 @@ async def _abort(context: grpc.aio.ServicerContext, method: str, error: Exceptio
 
 
 class _timed:
-    """Observes the duration of a call, by method and outcome."""
+    """Observes the duration of a call, by method and status. A caller that leaves ends it in its middle: CANCELLED."""
 
     def __init__(self, method: str) -> None:
         self._method = method
+        self.code = "OK"
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> _timed:
         self._start = time.monotonic()
+        return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:
-        RPC_SECONDS.labels(self._method, "error" if kind else "ok").observe(time.monotonic() - self._start)
+        code = "CANCELLED" if kind and self.code == "OK" else self.code
+        RPC_SECONDS.labels(self._method, code).observe(time.monotonic() - self._start)
 
 
 class Server:
@@ -236,7 +244,6 @@ class Peer:
         self._channel = channel
         self._stub = stub
         self._metadata = ((TOKEN_KEY, f"Bearer {token}"),)
-        self._service = f"/stillhouse.v1.{type(stub).__name__.removesuffix('Stub')}/"
         self.what = what
 
     async def unary(self, method: str, request: Any, *, timeout_s: float, retry_s: float = 0.0) -> Any:
@@ -249,9 +256,7 @@ class Peer:
         pause_s = 0.1
         while True:
             try:
-                with calling(self._service + method) as along:
-                    metadata = self._metadata + along
-                    return await getattr(self._stub, method)(request, timeout=timeout_s, metadata=metadata)
+                return await getattr(self._stub, method)(request, timeout=timeout_s, metadata=self._metadata)
             except grpc.aio.AioRpcError as error:
                 typed = _typed(error, f"{self.what} {method}")
                 if not isinstance(typed, UnavailableError) or time.monotonic() + pause_s > give_up_at:
@@ -262,16 +267,14 @@ class Peer:
 
     async def stream(self, method: str, request: Any, *, timeout_s: float) -> AsyncIterator[Any]:
         """Parts of the answer, in order. A broken stream is the caller's to start again."""
+        call = getattr(self._stub, method)(request, timeout=timeout_s, metadata=self._metadata)
         try:
-            with calling(self._service + method) as along:
-                call = getattr(self._stub, method)(request, timeout=timeout_s, metadata=self._metadata + along)
-                try:
-                    async for part in call:
-                        yield part
-                finally:
-                    call.cancel()
+            async for part in call:
+                yield part
         except grpc.aio.AioRpcError as error:
             raise _typed(error, f"{self.what} {method}") from None
+        finally:
+            call.cancel()
 
     async def close(self) -> None:
         """Close the channel."""

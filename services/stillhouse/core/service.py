@@ -20,7 +20,7 @@ from typing import Any, Final, Protocol
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from stillhouse.core import telemetry, tracing
+from stillhouse.core import metrics, telemetry
 from stillhouse.core.blobs import Artifacts
 from stillhouse.core.checkpoints import Models
 from stillhouse.core.config import Settings, load_settings
@@ -128,7 +128,6 @@ def main(role: str, build: Callable[[Context], App]) -> None:
     elif settings.supervised:
         die_with_parent()
     install_from_environment(role, log)
-    tracing.start(role, instance, log)
     try:
         asyncio.run(_run_process(settings, role, instance, log, build))
         return
@@ -136,7 +135,6 @@ def main(role: str, build: Callable[[Context], App]) -> None:
         log.error("service failed", error=error.message, code=error.code)
     except Exception:  # the one place of the process that catches everything
         log.exception("service crashed")
-    tracing.stop()
     telemetry.flush_logs()
     os._exit(1)  # not sys.exit: that waits for the compute thread, which may never end
 
@@ -163,8 +161,8 @@ async def serve(ctx: Context, build: Callable[[Context], App]) -> None:
     server = Server(ctx.settings)
     app.register(server)
     address = await server.start()
-    metrics_address = telemetry.serve_metrics(ctx.settings)
-    telemetry.BUILD_INFO.labels(ctx.role, VERSION).set(1)
+    metrics_address = metrics.serve_metrics(ctx.settings, ctx.role)
+    metrics.BUILD_INFO.labels(ctx.role, VERSION).set(1)
     await server.set_ready(True)
     if telemetry.job_logs is not None:
         telemetry.job_logs.current = lambda: app.state()[1]

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, Final
 
 from stillhouse.core.explain import Finding
-from stillhouse.core.models import ModelEntry, read_chat_template
+from stillhouse.core.models import ModelEntry, chat_template
 from stillhouse.core.spec import FullVocabularyLoss, JobSpec, PolicyGradientLoss, StageSpec
 from stillhouse.core.vocabulary import difference
 
@@ -79,9 +78,9 @@ def lineage(student: ModelEntry, teachers: Mapping[str, ModelEntry]) -> Iterator
 
 def templates(student: ModelEntry, teachers: Mapping[str, ModelEntry]) -> Iterator[Finding]:
     """Chat templates that are not the same text: each model then reads prompts in its own way."""
-    ours = read_chat_template(Path(student.path))
+    ours = chat_template(student)
     for name, teacher in teachers.items():
-        theirs = read_chat_template(Path(teacher.path))
+        theirs = chat_template(teacher)
         if ours is None or theirs == ours or difference(student, teacher):
             continue
         param = f"teachers.{name}.model"

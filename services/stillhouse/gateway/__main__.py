@@ -18,7 +18,7 @@ from typing import Any, Final
 import uvicorn
 from redis.exceptions import RedisError
 
-from stillhouse.core import telemetry, tracing
+from stillhouse.core import metrics, telemetry
 from stillhouse.core.config import Settings, load_settings
 from stillhouse.core.errors import ConfigError, StillhouseError
 from stillhouse.core.failpoints import install_from_environment
@@ -56,7 +56,6 @@ def main() -> None:
     if settings.supervised:
         die_with_parent()
     install_from_environment(ROLE, log)
-    tracing.start(ROLE, instance, log)
     try:
         asyncio.run(serve(settings, instance, log, listener))
     except Exception:  # the one place of the process that catches everything
@@ -101,7 +100,7 @@ async def serve(settings: Settings, instance: str, log: Any, listener: socket.so
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
     address = f"{settings.advertise_host or settings.host}:{listener.getsockname()[1]}"
-    telemetry.BUILD_INFO.labels(ROLE, VERSION).set(1)
+    metrics.BUILD_INFO.labels(ROLE, VERSION).set(1)
     if settings.auth == "none":
         log.warning("authentication is off: whoever reaches this port may use it")
     log.info("ready", address=address)

@@ -18,6 +18,7 @@ from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 from redis.exceptions import RedisError
 
 from stillhouse.core.errors import NotFoundError
+from stillhouse.core.metrics import SSE_FOLLOWERS
 from stillhouse.core.queue import keys
 from stillhouse.core.queue.jobs import TERMINAL
 from stillhouse.core.queue.streams import pairs
@@ -102,6 +103,7 @@ class Tails:
         """
         follower = Follower()
         tail = self._tails.setdefault(job_id, Tail())
+        SSE_FOLLOWERS.inc()
         tail.followers.add(follower)  # before the history is read: what comes meanwhile is held
         try:
             await self._start(job_id, tail)
@@ -117,6 +119,7 @@ class Tails:
         except (RedisError, OSError, NotFoundError) as error:
             self._ctx.log.warning("event stream cut", job_id=job_id, error=str(error))
         finally:
+            SSE_FOLLOWERS.dec()
             tail.followers.discard(follower)
             if not tail.followers and self._tails.get(job_id) is tail:
                 del self._tails[job_id]

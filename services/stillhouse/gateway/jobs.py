@@ -19,8 +19,17 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Final
 
-from stillhouse.core import checkpoints, tracing
-from stillhouse.core.blobs import JobArtifacts, new_id, sealed, sha256_bytes, unsealed, write_atomic, write_json
+from stillhouse.core import checkpoints
+from stillhouse.core.blobs import (
+    JobArtifacts,
+    new_id,
+    sealed,
+    sealed_line,
+    sha256_bytes,
+    unsealed,
+    write_atomic,
+    write_json,
+)
 from stillhouse.core.errors import ConflictError, CorruptError, NotFoundError, SpecError
 from stillhouse.core.evaluations import read_best, read_stop
 from stillhouse.core.failpoints import failpoint
@@ -44,6 +53,8 @@ _PREFLIGHTS: Final = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefl
 """One at a time: each holds all rows of a job's files in memory and counts tokens on all cores."""
 _CHECKING: Final = threading.Lock()
 """Small jobs are checked one after the other, too: threads that compute side by side take the event loop's turns."""
+_ACCEPTING: Final[set[asyncio.Task[Any]]] = set()
+"""Submissions under way; a task that nobody holds may be collected before it ends."""
 _WRITERS: Final = ThreadPoolExecutor(max_workers=32, thread_name_prefix="accept")
 """Each mostly waits for the disk, which syncs what many ask for at once in about the time of one."""
 
@@ -69,11 +80,16 @@ class Submission:
         return sha256_bytes(f"{self.caller.owner}\n{self.idempotency_key}".encode()) if self.idempotency_key else ""
 
     @cached_property
+    def text(self) -> str:
+        """The document as text, the same for specs that mean the same."""
+        return json.dumps(self.document, sort_keys=True)
+
+    @cached_property
     def body_sha256(self) -> str:
         """Same for bodies that mean the same."""
         kind = "" if self.kind == "distillation" else f"{self.kind}\n"
         kind += f"{self.origin.job_id}/{self.origin.checkpoint}\n" if self.origin else ""
-        return sha256_bytes((kind + json.dumps(self.document, sort_keys=True)).encode())
+        return sha256_bytes((kind + self.text).encode())
 
 
 async def look_at(ctx: Context, spec: JobSpec, caller: Caller) -> Preflight:
@@ -107,18 +123,24 @@ async def submit(ctx: Context, submission: Submission) -> tuple[JobRecord, bool]
         owner=submission.caller.owner,
         kind=submission.kind,
         priority=submission.spec.priority,
-        traceparent=tracing.traceparent(),
         **_begun(submission.origin.as_json() if submission.origin else None),
     )
+    # not cut off half-way by the route's deadline: what is on disk would become a job that nobody counted
+    work = asyncio.create_task(_admit_and_create(ctx, submission, record))
+    _ACCEPTING.add(work)
+    work.add_done_callback(_ACCEPTING.discard)
+    return await asyncio.shield(work)
+
+
+async def _admit_and_create(ctx: Context, submission: Submission, record: JobRecord) -> tuple[JobRecord, bool]:
+    """Count a job and create it. It counts from then on if it is on disk, where the sweeper finds it, too: also when
+    the queue server's answer to its creation was lost."""
     await limits.admit(ctx, submission.caller, record, submission.spec)
-    is_made = False
     try:
-        made, is_replay = await _create(ctx, submission, record)
-        is_made = not is_replay
+        return await _create(ctx, submission, record)
     finally:
-        if not is_made:
+        if not ctx.artifacts.job(record.id).job_json.is_file():
             await limits.take_back(ctx, record, submission.spec)
-    return made, is_replay
 
 
 async def _create(ctx: Context, submission: Submission, record: JobRecord) -> tuple[JobRecord, bool]:
@@ -129,11 +151,9 @@ async def _create(ctx: Context, submission: Submission, record: JobRecord) -> tu
         "created_at": record.created_at,
         "owner": record.owner,
         "kind": record.kind,
-        "spec": record.spec,
         "stop_step": record.stop_step,
         "idempotency": [token, body_sha256],
         **({"origin": submission.origin.as_json()} if submission.origin else {}),
-        **({"traceparent": record.traceparent} if record.traceparent else {}),
     }
     await _check_and_write(ctx, submission, document)
     failpoint("gateway.job_json_written")
@@ -146,7 +166,6 @@ async def _create(ctx: Context, submission: Submission, record: JobRecord) -> tu
     if made and made != f"{record.id}:{body_sha256}":  # a request with the same key was faster
         await asyncio.to_thread(shutil.rmtree, ctx.artifacts.job(record.id).root, ignore_errors=True)
         return await _replay(ctx, made, submission), True
-    ctx.log.info("job accepted", job_id=record.id, kind=record.kind)
     return record, False
 
 
@@ -162,23 +181,24 @@ async def _check_and_write(ctx: Context, submission: Submission, document: dict[
         def check_and_write() -> None:
             with _CHECKING:
                 references = check()
-            _write_job_json(ctx, document, references)
+            _write_job_json(ctx, submission, document, references)
 
         await loop.run_in_executor(_WRITERS, check_and_write)
     else:
         references = await loop.run_in_executor(_PREFLIGHTS, check)
-        await loop.run_in_executor(_WRITERS, _write_job_json, ctx, document, references)
+        await loop.run_in_executor(_WRITERS, _write_job_json, ctx, submission, document, references)
 
 
-def _write_job_json(ctx: Context, document: dict[str, Any], references: Mapping[str, checkpoints.Settled]) -> None:
-    """Make an accepted job durable."""
+def _write_job_json(
+    ctx: Context, submission: Submission, document: dict[str, Any], references: Mapping[str, checkpoints.Settled]
+) -> None:
+    """Make an accepted job durable: `document` and its spec."""
     job = ctx.artifacts.job(document["id"])
     try:
-        if "origin" in document:  # before job.json, which makes the folder a job
-            old = ctx.artifacts.job(document["origin"]["job_id"])
-            references = link(Origin.from_json(document["origin"]), old, job)
-        # in one line: the slow encoder that indents would be half of what accepting a job costs
-        write_atomic(job.job_json, json.dumps(sealed(document), sort_keys=True).encode() + b"\n")
+        if submission.origin:  # before job.json, which makes the folder a job
+            references = link(submission.origin, ctx.artifacts.job(submission.origin.job_id), job)
+        texts = {name: json.dumps(value, sort_keys=True) for name, value in document.items()}
+        write_atomic(job.job_json, sealed_line({**texts, "spec": submission.text}))
         if references:
             checkpoints.settle(job, references)
         for settled in references.values():  # named only now, so retention may have been faster
@@ -218,7 +238,6 @@ async def retry(ctx: Context, record: JobRecord, checkpoint: str, submission: Su
     origin = await asyncio.get_running_loop().run_in_executor(
         _PREFLIGHTS, choose, ctx.artifacts.job(record.id), record, checkpoint
     )
-    tracing.current().link(record.traceparent)
     made, is_replay = await submit(ctx, replace(submission, origin=origin))
     if not is_replay:
         message = f"goes on from {origin.checkpoint} of job {record.id}, at step {origin.step}"
@@ -234,7 +253,6 @@ def initial_record(document: dict[str, Any]) -> JobRecord:
         status="queued",
         kind=document.get("kind", "distillation"),
         priority=int(document["spec"].get("priority", 0)),
-        traceparent=document.get("traceparent", ""),
         **fields,
         **_begun(document.get("origin")),
     )

@@ -53,7 +53,6 @@ def check_mixtures(case: Case) -> Iterator[Finding]:
     """Several teachers judge a sample only where the loss asks for scores."""
     for source in case.training:
         silent = source.stage is not None and source.stage.loss.payload() == "none"
-        for index, row in enumerate(source.rows if silent else ()):
-            if len(routed := case.teachers_of(row)) > 1:
-                message = f"{source.name(index)} names the teachers {routed}, the loss asks none for scores"
-                yield Finding(source.where(index), message, "name one")
+        for index, row in source.table.where(lambda row: len(case.teachers_of(row)) > 1) if silent else ():
+            message = f"{source.name(index)} names the teachers {case.teachers_of(row)}, the loss asks none for scores"
+            yield Finding(source.where(index), message, "name one")

@@ -10,6 +10,7 @@ from stillhouse.core.explain import Finding
 from stillhouse.core.models import ModelEntry
 from stillhouse.core.spec import Row
 from stillhouse.core.vocabulary import difference, tokenizer_of
+from stillhouse.gateway.rows import conversation_text, teacher_text
 
 if TYPE_CHECKING:
     from stillhouse.gateway.validation import Case, Source
@@ -27,11 +28,12 @@ def check_lengths(case: Case) -> Iterator[Finding]:
     is refused here certainly does not fit. Teachers with another tokenizer count when they read."""
     counted = _with_the_students_tokens(case)
     for source in case.sources():
+        if _all_fit(case, source):
+            continue
         readers = list(_readers(case, source, counted))
         fix = "shorten the prompt or lower max_tokens" + (
             " or loss.k" if source.stage and source.stage.loss.record_top_k() else ""
         )
-        # a token is at least a byte of text in practically every tokenizer: short texts need no counting
         long = [reader for reader in readers if len(reader.text.encode()) + source.max_tokens > reader.limit]
         for start in range(0, len(long), COUNT_BATCH):
             batch = long[start : start + COUNT_BATCH]
@@ -43,6 +45,14 @@ def check_lengths(case: Case) -> Iterator[Finding]:
                         f"are more than {reader.what} of {reader.limit}",
                         fix,
                     )
+
+
+def _all_fit(case: Case, source: Source) -> bool:
+    """A token is at least a byte of text in practically every tokenizer: short texts need no counting."""
+    models = [entry for entry in (case.student, *case.teachers.values()) if entry is not None]
+    limit = min([source.queue_tokens(), *(entry.max_sequence_length for entry in models)])
+    added = [len(spec.system_prompt.encode()) + 1 for spec in case.spec.teachers.values() if spec.system_prompt]
+    return source.table.longest_bytes + max(added, default=0) + source.max_tokens <= limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +80,7 @@ def _readers(case: Case, source: Source, teachers: Mapping[str, ModelEntry]) -> 
         student_what = f"the longest rollout the queue carries ({MAX_ROLLOUT_BYTES >> 10} KiB)"
     is_read = source.stage is None or source.stage.needs_teacher()
     for index, row in enumerate(source.rows):
-        text = "\n".join(message["content"] for message in row.conversation())
+        text = conversation_text(row)
         yield _Reader(index, text, student_limit, student_what)
         for name in case.teachers_of(row) if is_read else ():
             teacher = teachers.get(name)
@@ -82,7 +92,7 @@ def _readers(case: Case, source: Source, teachers: Mapping[str, ModelEntry]) -> 
 
 def _teacher_text(row: Row, system_prompt: str | None) -> str | None:
     if row.teacher_prompt is not None:
-        return "\n".join(message.content for message in row.teacher_prompt)
+        return teacher_text(row)
     if system_prompt is not None:
         turns = [message["content"] for message in row.conversation() if message["role"] != "system"]
         return "\n".join([system_prompt, *turns])

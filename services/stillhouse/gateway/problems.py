@@ -22,6 +22,7 @@ from starlette.exceptions import HTTPException
 from stillhouse.core.blobs import is_no_space
 from stillhouse.core.errors import HTTP_STATUS, MalformedError, RateError, SpecError, StillhouseError, lookup
 from stillhouse.core.explain import Finding, explain
+from stillhouse.core.metrics import PROBLEMS
 from stillhouse.core.spec import JobSpec
 from stillhouse.core.spec_generate import GenerateRequest
 from stillhouse.core.spec_score import ScoreRequest
@@ -118,6 +119,7 @@ def problem_response(error: BaseException, path: str, request_id: str) -> JSONRe
         status, code, detail = 500, "internal", ""
     if status == 500:
         code, detail, param = "internal", "unexpected error; the log has the details under this request_id", None
+    PROBLEMS.labels(code).inc()
     return _render(status, code, detail, param, findings, path, request_id, headers)
 
 

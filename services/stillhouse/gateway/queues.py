@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
+from google.protobuf.message import DecodeError
 from redis.exceptions import ResponseError
 
 from stillhouse.core.models import ModelEntry
@@ -72,8 +73,15 @@ async def _rollouts(ctx: Context) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for member in await redis.smembers(keys.TEACHERS):
         for stream, task in (await redis.hgetall(keys.teacher(member.decode()))).items():
-            found.setdefault(rollout_pb2.TeacherTask.FromString(task).model, []).append(stream.decode())
+            found.setdefault(_model_of(task), []).append(stream.decode())
     return found
+
+
+def _model_of(task: bytes) -> str:
+    try:
+        return rollout_pb2.TeacherTask.FromString(task).model
+    except DecodeError:  # no teacher can read it either; its entries wait all the same
+        return ""
 
 
 async def _streams(ctx: Context, role: str, model: str, streams: Sequence[str], group: str) -> Queue:

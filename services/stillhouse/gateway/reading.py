@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stillhouse.core import suspicions
 from stillhouse.core.explain import Finding
-from stillhouse.core.models import ModelEntry, end_ids, read_chat_template
+from stillhouse.core.models import ModelEntry, chat_template, end_ids
 
 if TYPE_CHECKING:
     from stillhouse.gateway.validation import Case
@@ -44,7 +42,7 @@ def check_template_arguments(case: Case) -> Iterator[Finding]:
     for source in case.sources():
         arguments = source.data.chat_template_kwargs
         yield from _unknown(f"{source.param}.chat_template_kwargs", "", arguments, case.student)
-        for index, row in enumerate(source.rows):
+        for index, row in source.table.where(lambda row: row.chat_template_kwargs):
             whose = f"{source.name(index)}: "
             yield from _unknown(source.where(index), whose, row.chat_template_kwargs, case.student)
     for name, spec in case.spec.teachers.items():
@@ -55,15 +53,9 @@ def check_template_arguments(case: Case) -> Iterator[Finding]:
 
 def _unknown(param: str, whose: str, arguments: Mapping[str, Any], reader: ModelEntry) -> Iterator[Finding]:
     for name in arguments:
-        if not re.search(rf"\b{name}\b", _template(reader.path, reader.sha256)):
+        if not re.search(rf"\b{name}\b", chat_template(reader) or ""):
             message = f"{whose}the chat template of '{reader.name}' reads no argument '{name}'"
             yield Finding(param, message, "correct its name, or leave it out")
-
-
-@lru_cache(maxsize=8)
-def _template(path: str, sha256: str) -> str:
-    """`sha256` makes a model that was registered again a new one."""
-    return read_chat_template(Path(path)) or ""
 
 
 def check_ends(case: Case) -> Iterator[Finding]:

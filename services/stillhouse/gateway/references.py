@@ -111,7 +111,7 @@ def check_stage_teachers(case: Case) -> Iterator[Finding]:
             continue
         index = stages.index(source.stage.name) if source.stage else 0
         when = f"stage '{source.stage.name}'" if source.stage else "held-out evaluation, from the first step on,"
-        for number, row in enumerate(source.rows):
+        for number, row in source.table.where(lambda row, source=source: ends and case.drawn(source, row)):
             for teacher in case.drawn(source, row):
                 if ends.get(teacher, -1) >= index:
                     message = f"{source.name(number)} asks the teacher '{teacher}' in {when} and that is "

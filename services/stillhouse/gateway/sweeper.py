@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import shutil
 import time
-from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -31,13 +30,15 @@ from stillhouse.core.queue.jobs import IDEMPOTENCY_TTL_S, JobRecord
 from stillhouse.core.queue.registry import ServiceInfo
 from stillhouse.core.queue.streams import Scope
 from stillhouse.core.service import Context
-from stillhouse.core.telemetry import QUEUE_ENTRIES
+from stillhouse.gateway import gauges
 from stillhouse.gateway.deleting import finish_deletions
 from stillhouse.gateway.jobs import FINAL, final_fields, initial_record, read_final, with_evaluations, write_final
 from stillhouse.gateway.pausing import RESTING, keep_wish, rebuilt_paused
 
 SWEEP_S: Final = 2.0
 """Time between sweeps."""
+SLICE: Final = 20
+"""Jobs that are looked at before requests have their turn: a millisecond or two."""
 LEASE_MS: Final = 10_000
 """The sweeper's own lease: five sweeps, so that another replica takes over ten seconds after a crash."""
 STALLING: Final = ("validating", "starting", "running", "stalled")
@@ -90,7 +91,10 @@ class Sweeper:
             try:
                 if await self.hold():
                     await self.sweep()
+                else:
+                    gauges.forget()
             except (RedisError, OSError, StillhouseError) as error:
+                gauges.forget()
                 self._ctx.log.warning("sweep failed", error=str(error))
             try:
                 async with asyncio.timeout(SWEEP_S):
@@ -117,12 +121,15 @@ class Sweeper:
         await self._rebuild()
         active = await self._ctx.jobs.get_many(await self._ctx.jobs.active_ids())
         trainers = {info.instance: info for info in await self._ctx.registry.services("trainer")}
-        for record in active:
+        for number, record in enumerate(active):
+            if number % SLICE == 0:
+                await asyncio.sleep(0)
             await self._keep_wish(record)
             with suppress(ConflictError):  # a trainer came back in this very moment
                 await self._look_after(record, trainers)
         self._orphans = {job.id: self._orphans[job.id] for job in active if job.id in self._orphans}
-        await self._measure(active)
+        await gauges.measure(self._ctx, active)
+        await asyncio.to_thread(gauges.measure_disk, self._ctx)
 
     async def _look_after(self, record: JobRecord, trainers: Mapping[str, ServiceInfo]) -> None:
         """Act on a job that has been without a trainer for longer than a takeover takes."""
@@ -240,12 +247,10 @@ class Sweeper:
         active = set(await self._ctx.jobs.active_ids())
         self._settled &= known
         for job_id in on_disk:
-            if job_id in self._settled:
+            if job_id in self._settled or job_id in active:
                 continue
             final = self._ctx.artifacts.job(job_id).root / FINAL
             try:
-                if job_id in active:
-                    continue
                 if job_id not in known:
                     await self._rebuild_one(job_id)
                 elif final.is_file():
@@ -305,16 +310,3 @@ class Sweeper:
         twin.job_json.unlink()
         twin.root.rmdir()  # refuses a folder that was filled meanwhile
         return True
-
-    async def _measure(self, active: list[JobRecord]) -> None:
-        entries: Counter[str] = Counter(prompts=0, rollouts=0, scored=0)
-        for record in active:
-            if record.epoch == 0:  # nobody had it: it has no streams
-                continue
-            streams: Any = await self._ctx.redis.smembers(keys.streams(record.id, record.epoch))
-            for raw in streams:
-                stream = raw.decode()
-                stage = stream.removeprefix(f"{keys.job(record.id)}:{record.epoch}:").partition(":")[0]
-                entries[stage] += await self._ctx.queue.length(stream)
-        for stage, number in entries.items():
-            QUEUE_ENTRIES.labels(stage).set(number)

@@ -6,8 +6,6 @@ What needs the models themselves is checked by a trainer: see trainer/preflight.
 
 from __future__ import annotations
 
-import json
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -40,7 +38,7 @@ from stillhouse.gateway.references import (
     check_start,
     look_up_models,
 )
-from stillhouse.gateway.rows import rows_of
+from stillhouse.gateway.rows import Rows, rows_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +48,7 @@ class Source:
     param: str
     """Path of the data source in the spec."""
     data: DataSpec
-    rows: list[Row]
-    lines: list[int]
-    """Line of each row in the file; position for inline rows."""
+    table: Rows
     max_tokens: int
     """Longest completion to a row of this source, tokens."""
     stage: StageSpec | None
@@ -71,6 +67,10 @@ class Source:
         return max(0, MAX_ROLLOUT_BYTES - self.max_tokens * self.recorded_bytes()) // BYTES_PER_TOKEN
 
     @property
+    def rows(self) -> Sequence[Row]:
+        return self.table.rows
+
+    @property
     def file(self) -> str | None:
         return self.data.file
 
@@ -80,7 +80,7 @@ class Source:
 
     def name(self, index: int) -> str:
         """A row, for people."""
-        return f"line {self.lines[index]} of {self.file}" if self.file else f"row {index}"
+        return f"line {self.table.lines[index]} of {self.file}" if self.file else f"row {index}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,15 +131,20 @@ Looks = Callable[[Case], Iterator[Finding]]
 class Inspection:
     """What was found."""
 
-    checks: list[Check]
-    """Every check, also those that found nothing."""
-    findings: list[Finding]
-    """What refuses the job."""
+    found: list[tuple[str, str, list[Finding]]]
+    """(name, what it proves, what it found) of every check."""
     case: Case
+
+    def errors(self) -> list[Finding]:
+        """What refuses the job."""
+        return [finding for _, _, findings in self.found for finding in findings if not finding.is_warning]
 
     def report(self) -> Preflight:
         """For people."""
-        return Preflight(is_live=False, verdict=worst(self.checks), checks=self.checks, estimate=self._estimate())
+        checks = []
+        for name, proves, findings in self.found:
+            checks += [as_check(name, each) for each in findings] or [Check(name=name, verdict="ok", message=proves)]
+        return Preflight(is_live=False, verdict=worst(checks), checks=checks, estimate=self._estimate())
 
     def _estimate(self) -> Estimate | None:
         teachers = self.case.known_teachers()
@@ -151,14 +156,7 @@ class Inspection:
 def inspect(spec: JobSpec, models: Models, reach: Reach) -> Inspection:
     """All checks of a job. Blocks for as long as counting tokens takes: call it in a thread."""
     case = look_up(spec, models, reach)
-    checks, errors = [], []
-    for name, proves, check in CHECKS:
-        findings = list(islice(check(case), MAX_FINDINGS))
-        errors += [finding for finding in findings if not finding.is_warning]
-        checks += [as_check(name, finding) for finding in findings]
-        if not findings:
-            checks.append(Check(name=name, verdict="ok", message=proves))
-    return Inspection(checks, errors, case)
+    return Inspection([(name, proves, list(islice(check(case), MAX_FINDINGS))) for name, proves, check in CHECKS], case)
 
 
 def as_check(name: str, finding: Finding) -> Check:
@@ -180,8 +178,8 @@ def preflight(spec: JobSpec, models: Models, reach: Reach) -> dict[str, Settled]
         InvalidError: every finding with path, both sides and the fix.
     """
     inspection = inspect(spec, models, reach)
-    if inspection.findings:
-        raise InvalidError(inspection.findings)
+    if errors := inspection.errors():
+        raise InvalidError(errors)
     return inspection.case.models.settled
 
 
@@ -199,14 +197,13 @@ def look_up(spec: JobSpec, models: Models, reach: Reach) -> Case:
 
     def source(param: str, data: DataSpec, max_tokens: int, stage: StageSpec | None = None) -> Source:
         if data.rows is not None:
-            return Source(param, data, list(data.rows), list(range(len(data.rows))), max_tokens, stage)
+            return Source(param, data, Rows(data.rows, range(len(data.rows))), max_tokens, stage)
         assert data.file is not None, "a data source has rows or a file"
         path = models.artifacts.file(data.file)
         if not reach.has_file(data.file):
             missing.append((f"{param}.file", data.file))
-            return Source(param, data, [], [], max_tokens, stage)
-        lines, rows = rows_of(path)
-        return Source(param, data, list(rows), list(lines), max_tokens, stage)
+            return Source(param, data, Rows((), ()), max_tokens, stage)
+        return Source(param, data, rows_of(path), max_tokens, stage)
 
     training = [
         source(f"stages.{index}.data", stage.data, stage.sampling.max_tokens, stage)
@@ -233,7 +230,7 @@ def check_routes(case: Case) -> Iterator[Finding]:
     names = sorted(case.spec.teachers)
     have = ", ".join(names) or "none"
     for source in case.sources():
-        for index, row in enumerate(source.rows):
+        for index, row in source.table.where(lambda row: not set(case.teachers_of(row) or [""]) <= set(names)):
             routed = case.teachers_of(row)
             if not routed and names:
                 message = f"{source.name(index)} names no teacher and the job has {have}"
@@ -253,7 +250,7 @@ def check_teachers_used(case: Case) -> Iterator[Finding]:
             message = "the loss asks no teacher, and there is no held-out evaluation that would"
             yield Finding(f"teachers.{name}", message, "remove it, or add evaluation.data")
         return
-    rows = [(source, row) for source in case.training for row in source.rows]
+    rows = [(source, row) for source in case.training for row, _ in source.table.examples()]
     used = {name for _, row in rows for name in case.teachers_of(row)}
     drawn = {name for source, row in rows for name in case.drawn(source, row)}
     for name in case.spec.teachers:
@@ -267,13 +264,13 @@ def check_teachers_used(case: Case) -> Iterator[Finding]:
 def check_mix(case: Case) -> Iterator[Finding]:
     """Every domain of a mix is a teacher of the job and has rows."""
     for source in case.training:
-        rows = Counter(case.domain_of(row) for row in source.rows)
+        rows = {case.domain_of(row) for row, _ in source.table.examples()}
         for name in source.data.mix or ():
             param = f"{source.param}.mix.{name}"
             if name not in case.spec.teachers:
                 have = ", ".join(sorted(case.spec.teachers)) or "none"
                 yield Finding(param, f"there is no teacher '{name}', the job has {have}", "use one of these names")
-            elif rows and not rows[name]:
+            elif rows and name not in rows:
                 message = f"no row is routed to '{name}'; there are rows for {', '.join(sorted(rows))}"
                 yield Finding(param, message, "remove its share, or route rows to it")
 
@@ -283,29 +280,23 @@ def check_completions(case: Case) -> Iterator[Finding]:
     for source in case.training:
         if source.stage is None or not source.stage.reads_completions():
             continue
-        for index, row in enumerate(source.rows):
-            if not (row.completion or "").strip():
-                message = f"{source.name(index)}: 'completion' is {'missing' if row.completion is None else 'empty'}, "
-                message += f"and the stage trains on it (on_policy_fraction {source.stage.on_policy_fraction:g})"
-                yield Finding(source.where(index), message, "add it, or set off_policy_source to teacher")
+        for index, row in source.table.where(lambda row: not (row.completion or "").strip()):
+            message = f"{source.name(index)}: 'completion' is {'missing' if row.completion is None else 'empty'}, "
+            message += f"and the stage trains on it (on_policy_fraction {source.stage.on_policy_fraction:g})"
+            yield Finding(source.where(index), message, "add it, or set off_policy_source to teacher")
 
 
 def check_held_out(case: Case) -> Iterator[Finding]:
     """Held-out prompts are not trained on: the result would mean nothing."""
     if case.evaluation is None:
         return
-    seen = {_identity(row): source.name(i) for source in case.training for i, row in enumerate(source.rows)}
-    for index, row in enumerate(case.evaluation.rows):
-        if (twin := seen.get(_identity(row))) is not None:
-            yield Finding(
-                case.evaluation.where(index),
-                f"held-out {case.evaluation.name(index)} is also a training prompt ({twin})",
-                "remove it from one of the two",
-            )
-
-
-def _identity(row: Row) -> str:
-    return json.dumps(row.conversation(), sort_keys=True)
+    held_out = case.evaluation
+    for prompt, index in held_out.table.prompts.items():
+        for source in case.training:
+            if (twin := source.table.prompts.get(prompt)) is not None:
+                message = f"held-out {held_out.name(index)} is also a training prompt ({source.name(twin)})"
+                yield Finding(held_out.where(index), message, "remove it from one of the two")
+                break
 
 
 def check_evaluation_size(case: Case) -> Iterator[Finding]:

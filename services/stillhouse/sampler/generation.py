@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ import numpy as np
 
 from stillhouse.core.errors import EngineDeadError
 from stillhouse.core.failpoints import failpoint
-from stillhouse.core.telemetry import SAMPLED_TOKENS
+from stillhouse.core.metrics import COMPLETION_TOKENS, RUNNING_SEQUENCES, SAMPLE_SECONDS, SAMPLED_TOKENS
 from stillhouse.core.weights import order
 from stillhouse.sampler.engines.base import Engine, Piece, SampleRequest
 from stillhouse.v1 import weights_pb2
@@ -138,6 +139,8 @@ class Generator:
         """
         left = {completion.key: completion for completion in completions}
         self._running |= dict.fromkeys(left, engine)
+        RUNNING_SEQUENCES.set(len(self._running))
+        started = time.monotonic()
         try:
             pieces = engine.generate([completion.request for completion in completions], alone=alone)
             async with aclosing(pieces):
@@ -149,9 +152,13 @@ class Generator:
                     SAMPLED_TOKENS.inc(len(piece.ids))
                     if completion.finish_reason:
                         del left[piece.key], self._running[piece.key]
+                        RUNNING_SEQUENCES.set(len(self._running))
+                        SAMPLE_SECONDS.observe(time.monotonic() - started)
+                        COMPLETION_TOKENS.observe(len(completion.completion_ids))
                         yield completion
             if left:
                 raise EngineDeadError(f"the engine ended before {len(left)} of its completions did")
         finally:
             for key in left:
                 self._running.pop(key, None)
+            RUNNING_SEQUENCES.set(len(self._running))

@@ -18,6 +18,7 @@ from google.protobuf.message import DecodeError
 
 from stillhouse.core.errors import TooLargeError, WireError
 from stillhouse.core.failpoints import failpoint
+from stillhouse.core.metrics import SAMPLED_ROLLOUTS, SAMPLER_DROPPED
 from stillhouse.core.queue import keys
 from stillhouse.core.queue.claims import QUEUE_ERRORS, Claims
 from stillhouse.core.queue.client import BLOCK_MS
@@ -25,7 +26,6 @@ from stillhouse.core.queue.streams import Entry, Outcome, Scope
 from stillhouse.core.rollouts import rollout_mark, sample_id, score_mark
 from stillhouse.core.service import Context
 from stillhouse.core.tasks import cancel_all
-from stillhouse.core.telemetry import DROPPED, SAMPLED_ROLLOUTS
 from stillhouse.core.worker import pause, unless
 from stillhouse.sampler.engines.base import SampleRequest
 from stillhouse.sampler.generation import Completion, Generator
@@ -218,7 +218,7 @@ class Shift:
             group = pb.PromptGroup.FromString(entry.payload)
         except DecodeError as error:
             self._log.error("unreadable prompt group dropped", entry=entry.id, error=str(error))
-            DROPPED.labels("sampler", "unreadable").inc()
+            SAMPLER_DROPPED.labels("unreadable").inc()
             await self._drop(entry)
             return None
         problem = ""
@@ -269,13 +269,11 @@ class Shift:
     async def _serve(self, work: Work) -> None:
         """Write a group until it is done or halted. One that fails is not kept: that would be progress."""
         try:
-            with work.span() as span:
-                self._pin()
-                ensure = self._student.ensure(self._scope, at_least=work.min_version, exactly=work.pinned_version)
-                if await unless(work.halted, ensure):
-                    span.set({"stillhouse.policy_version": self._student.version(self._scope) or 0})
-                    work.is_writing = True
-                    await self._write(work)
+            self._pin()
+            ensure = self._student.ensure(self._scope, at_least=work.min_version, exactly=work.pinned_version)
+            if await unless(work.halted, ensure):
+                work.is_writing = True
+                await self._write(work)
         except BaseException:
             self._works.pop(work.entry.id, None)
             raise
@@ -325,10 +323,10 @@ class Shift:
         self._log.warning("sample failed", sample_id=name, reason=reason, message=message)
         mark = score_mark(name, score.rollout.teacher, score.rollout.attempt)
         outcome = await self._ctx.queue.hand_over(scope, work.entry, target, mark, payload, last=is_last, dead=payload)
-        self._settle(work, index, outcome)
+        self._settle(work, index, outcome, is_failed=True)
 
-    def _settle(self, work: Work, index: int, outcome: Outcome) -> None:
-        SAMPLED_ROLLOUTS.labels(outcome.value.lower()).inc()
+    def _settle(self, work: Work, index: int, outcome: Outcome, *, is_failed: bool = False) -> None:
+        SAMPLED_ROLLOUTS.labels("failed" if is_failed else outcome.value.lower()).inc()
         del work.completions[index]
         self._changed.set()
         if not work.completions:

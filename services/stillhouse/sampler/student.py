@@ -16,13 +16,13 @@ from typing import Final
 
 from stillhouse.core.errors import AuthError, ConflictError, StaleWeightsError, StillhouseError, WeightsError
 from stillhouse.core.failpoints import failpoint
+from stillhouse.core.metrics import POLICY_VERSION, WEIGHT_PULL_SECONDS, WEIGHT_PULLS
 from stillhouse.core.models import ModelEntry, verify_files
 from stillhouse.core.pulls import Weights, fetch_weights, leader
 from stillhouse.core.pulse import BULK
 from stillhouse.core.queue.streams import Scope
 from stillhouse.core.service import Context
 from stillhouse.core.tasks import to_its_end
-from stillhouse.core.telemetry import POLICY_VERSION, WEIGHT_PULL_SECONDS, WEIGHT_PULLS
 from stillhouse.core.tensors import DTYPE_NAMES, itemsize
 from stillhouse.core.worker import ComputeThread
 from stillhouse.sampler.engines.base import Engine, LoadEngine
@@ -232,7 +232,7 @@ class Student:
         self.weights, self.weights_job = weights.ref, scope.job_id
         WEIGHT_PULLS.inc()
         WEIGHT_PULL_SECONDS.observe(time.monotonic() - started)
-        POLICY_VERSION.labels("sampler").set(weights.ref.policy_version)
+        POLICY_VERSION.labels("sampler", scope.job_id).set(weights.ref.policy_version)
         self._ctx.log.info(
             "weights pulled",
             job_id=scope.job_id,

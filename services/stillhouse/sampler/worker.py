@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from typing import Final
 
-from stillhouse.core import tracing
 from stillhouse.core.errors import AuthError, StillhouseError
 from stillhouse.core.failpoints import failpoint
+from stillhouse.core.metrics import POLICY_VERSION
 from stillhouse.core.queue.claims import QUEUE_ERRORS, Claims
 from stillhouse.core.queue.streams import Scope
 from stillhouse.core.service import Context
@@ -94,20 +94,18 @@ class SamplerWorker:
 
     async def _serve(self, scope: Scope) -> None:
         """Work for a job until the process stops or the job is no longer ours."""
-        record = await self._ctx.jobs.get(scope.job_id)
-        with tracing.within(record.traceparent, job_id=scope.job_id, epoch=scope.epoch):
-            await self._work(scope)
-
-    async def _work(self, scope: Scope) -> None:
         settings = self._ctx.settings
         log = self._ctx.log.bind(job_id=scope.job_id, epoch=scope.epoch)
         async with Claims(self._ctx.queue, self._ctx.instance, settings.lease_s, log) as claims:
             shift = self._shift = Shift(self._ctx, self._student, self._generator, scope, claims)
             watch = asyncio.create_task(self._watch(scope, shift), name="watch assignment")
+            if (version := self._student.version(scope)) is not None:  # of an earlier shift
+                POLICY_VERSION.labels("sampler", scope.job_id).set(version)
             try:
                 await shift.run()
             finally:
                 self._shift, self._doing = None, "idle"
+                POLICY_VERSION.remove_by_labels({"role": "sampler"})
                 await cancel_all([watch])
                 if shift.is_closed:
                     self._closed = scope

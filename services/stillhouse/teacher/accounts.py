@@ -9,7 +9,7 @@ from collections import OrderedDict
 from contextlib import suppress
 from typing import Final
 
-from stillhouse.core.telemetry import JOB_LOADS, JOB_SCORE_SECONDS, JOB_TOKENS
+from stillhouse.core.metrics import JOB_LOADS, JOB_SCORE_SECONDS, JOB_TOKENS
 from stillhouse.v1.teacher_pb2 import TeacherAccount
 
 MAX_JOBS: Final = 1000

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from stillhouse.core.blobs import xxh3
 from stillhouse.core.errors import NotFoundError
+from stillhouse.core.metrics import BLOB_BYTES
 from stillhouse.core.queue.streams import Scope
 from stillhouse.core.rpc import CHUNK_BYTES, chunks
 from stillhouse.core.spill import SpillFolder
-from stillhouse.core.telemetry import BLOB_BYTES
 from stillhouse.v1 import tensor_pb2
 
 

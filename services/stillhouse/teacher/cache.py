@@ -13,7 +13,7 @@ from typing import Final
 
 import numpy as np
 
-from stillhouse.core.telemetry import CACHE_BYTES, CACHE_HITS
+from stillhouse.core.metrics import CACHE_BYTES, CACHE_HITS, CACHE_MISSES
 from stillhouse.teacher.engines.base import Scored, ScoreItem
 
 MAX_SHARE: Final = 1 / 8
@@ -34,11 +34,10 @@ class ScoreCache:
 
     def find(self, model: tuple[str, ...], item: ScoreItem) -> Scored | None:
         """The score of `item` by a model (sha256 of its files, of its weights, dtype), if it is here."""
-        if not self._scores:
-            return None
-        key = _key(model, item)
+        key = _key(model, item) if self._scores else b""
         found = self._scores.get(key)
         if found is None:
+            CACHE_MISSES.inc()
             return None
         self._scores.move_to_end(key)
         self.hits += 1

@@ -12,11 +12,11 @@ from collections.abc import Collection
 from typing import Any
 
 from stillhouse.core.errors import StaleWeightsError, StillhouseError
+from stillhouse.core.metrics import POLICY_VERSION
 from stillhouse.core.pulls import Weights, fetch_weights, leader
 from stillhouse.core.pulse import BULK
 from stillhouse.core.queue.streams import Scope
 from stillhouse.core.service import Context
-from stillhouse.core.telemetry import POLICY_VERSION
 from stillhouse.core.weights import order
 from stillhouse.core.worker import ComputeThread
 from stillhouse.teacher.pool import Resident
@@ -31,6 +31,8 @@ class Follower:
         self._compute = compute
         self._hints: dict[str, weights_pb2.WeightsRef] = {}
         """Newest average heard of, by job."""
+        self._served: set[str] = set()
+        """Jobs with a policy version on /metrics."""
 
     def hint(self, job_id: str, ref: weights_pb2.WeightsRef) -> None:
         """There is a newer average."""
@@ -39,7 +41,10 @@ class Follower:
             self._hints[job_id] = ref
 
     def forget_others(self, job_ids: Collection[str]) -> None:
-        """Drop the hints of all jobs but these."""
+        """Drop the hints and metrics of all jobs but these."""
+        for job_id in self._served.difference(job_ids):
+            POLICY_VERSION.remove_by_labels({"role": "teacher", "job_id": job_id})
+        self._served.intersection_update(job_ids)
         self._hints = {job_id: ref for job_id, ref in self._hints.items() if job_id in job_ids}
 
     async def follow(self, resident: Resident, task: rollout_pb2.TeacherTask, at_least: int) -> None:
@@ -80,7 +85,8 @@ class Follower:
             resident.weights = None  # unnamed while they are being replaced
             await self._compute.run(_load_into, resident.engine, weights, patience=BULK)
         resident.weights = weights.ref
-        POLICY_VERSION.labels("teacher").set(weights.ref.policy_version)
+        POLICY_VERSION.labels("teacher", task.job_id).set(weights.ref.policy_version)
+        self._served.add(task.job_id)
         self._ctx.log.info(
             "average pulled",
             job_id=task.job_id,

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Final
 
 from stillhouse.core.errors import ConflictError, EngineStartError, OverloadedError
+from stillhouse.core.metrics import BUDGET_BYTES, MODEL_BYTES, MODEL_LOAD_SECONDS, MODEL_LOADS
 from stillhouse.core.models import ModelEntry, ModelRegistry, verify_files
-from stillhouse.core.telemetry import MODEL_LOAD_SECONDS, MODEL_LOADS
 from stillhouse.core.tensors import DTYPE_NAMES, dtype_name, itemsize
 from stillhouse.teacher.engines.base import Engine
 from stillhouse.teacher.schedule import ModelKey, Stream
@@ -66,6 +66,7 @@ class ModelPool:
         self._verified: set[str] = set()
         self._loads: dict[str, teacher_pb2.ModelLoads] = {}
         self.budget_bytes = budget_bytes
+        BUDGET_BYTES.set(budget_bytes)
 
     def get(self, task: TeacherTask, keep: Collection[ModelKey] = ()) -> tuple[Resident, float]:
         """The model of a task, loaded if it is not in memory, and the seconds that this took (0 = it was there). Models
@@ -163,6 +164,7 @@ class ModelPool:
         loads.load_s += load_s
         MODEL_LOADS.labels(entry.name).inc()
         MODEL_LOAD_SECONDS.observe(load_s)
+        MODEL_BYTES.set(sum(resident.size_bytes for resident in self._residents.values()))
 
 
 def model_bytes(entry: ModelEntry, dtype: str) -> int:

@@ -12,13 +12,13 @@ from google.protobuf.message import DecodeError
 
 from stillhouse.core.errors import NotFoundError, StillhouseError, TooLargeError, WireError
 from stillhouse.core.failpoints import failpoint
+from stillhouse.core.metrics import SCORED_ROLLOUTS, TEACHER_DROPPED
 from stillhouse.core.queue import keys
 from stillhouse.core.queue.claims import NO_WAIT_MS, Claims
 from stillhouse.core.queue.client import BLOCK_MS
 from stillhouse.core.queue.streams import Entry, Outcome, Scope
 from stillhouse.core.rollouts import score_mark
 from stillhouse.core.service import Context
-from stillhouse.core.telemetry import DROPPED, SCORED_ROLLOUTS
 from stillhouse.core.worker import pause, run_turns
 from stillhouse.teacher.ahead import ReadAhead
 from stillhouse.teacher.blobstore import BlobStore
@@ -227,7 +227,7 @@ class TeacherWorker:
             rollout = pb.Rollout.FromString(entry.payload)
         except DecodeError as error:
             self._ctx.log.error("unreadable rollout dropped", entry=entry.id, error=str(error))
-            DROPPED.labels("teacher", "unreadable").inc()
+            TEACHER_DROPPED.labels("unreadable").inc()
             await self._ctx.queue.ack_delete([entry])
             claims.finish(entry)
             return []

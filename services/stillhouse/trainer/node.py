@@ -81,10 +81,10 @@ class NodeProcess:
         """
         reason = ""
         try:
-            if (roll := await self._meet()) is not None:
-                await self._run_ranks(roll)
+            if (roll := await self._meet()) is not None and (reason := await self._run_ranks(roll)):
+                raise UnavailableError(f"this node ends, to be started again: {reason}")
         except StillhouseError as error:
-            reason = error.message
+            reason = reason or error.message
             raise
         finally:
             with suppress(RedisError, OSError):
@@ -164,7 +164,8 @@ class NodeProcess:
 
     # -- running ------------------------------------------------------------------------------------------------------
 
-    async def _run_ranks(self, roll: Roll) -> None:
+    async def _run_ranks(self, roll: Roll) -> str:
+        """Gives why they ended; empty if this node was asked to stop."""
         self._others.begin()
         ranks = await self._start(roll)
         self._log.info("all nodes are there; ranks start", pid=ranks.pid, roll=roll.id, ranks=self._ranks)
@@ -174,8 +175,7 @@ class NodeProcess:
             if ranks.returncode is None:
                 ranks.kill()  # its ranks ask Linux to die with it
             code = await ranks.wait()
-        if not self.stop.is_set():
-            raise UnavailableError(f"{why or f'the ranks of this node ended with code {code}'}; to be started again")
+        return "" if self.stop.is_set() else why or f"its ranks ended with code {code}"
 
     async def _start(self, roll: Roll) -> Process:
         options = (
@@ -204,7 +204,7 @@ class NodeProcess:
                 if self._number == 0:
                     ranks.terminate()  # rank 0 commits with the help of the others, then lets them go
             if state != "over" and (over := self._others.over(roll)):
-                state, why = "over", f"{over} is over" if state == "running" else why
+                state, why = "over", f"without {over}" if state == "running" else why
                 deadline = min(deadline, time.monotonic() + END_S)
                 self._log.warning("another node is over; the ranks of this one end", node=over)
             with suppress(TimeoutError):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final
 
-from stillhouse.core import telemetry, tracing
+from stillhouse.core import metrics as exported
 from stillhouse.core.queue.jobs import JobStore
 from stillhouse.core.queue.streams import Scope
 
@@ -60,8 +61,7 @@ class Progress:
         """Time a phase of the step; what no phase covers counts as waiting for rollouts."""
         start, before, self.phase = time.monotonic(), self.phase, phase
         try:
-            with tracing.span(phase):
-                yield
+            yield
         finally:
             self.phase = before
             self._phases[phase] = self._phases.get(phase, 0.0) + time.monotonic() - start
@@ -115,7 +115,7 @@ class Progress:
         await self._jobs.metric(self._scope, step, metrics, stage=self.stage)
         self.on_metrics(step, metrics)
         await self._jobs.update(self._scope, step=step, progress=progress, usage=self._rounded_usage())
-        self._gauges(metrics)
+        self._export(step, metrics, progress["bottleneck"])
 
     def _timings(self, wall_s: float) -> dict[str, float]:
         timings = {
@@ -125,15 +125,22 @@ class Progress:
         timings["time/wait_s"] = max(0.0, wall_s - sum(timings.values()))
         timings["time/step_s"] = wall_s
         for name, value in timings.items():
-            telemetry.STEP_SECONDS.labels(name.removeprefix("time/").removesuffix("_s")).observe(value)
+            exported.STEP_SECONDS.labels(name.removeprefix("time/").removesuffix("_s")).observe(value)
         return timings
 
-    def _gauges(self, metrics: Mapping[str, float]) -> None:
+    def _export(self, step: int, metrics: Mapping[str, float], bottleneck: str) -> None:
+        """For /metrics. A step says nothing about what it has no value of: a skipped one has no loss."""
         job_id = self._scope.job_id
-        telemetry.TRAIN_LOSS.labels(job_id).set(metrics.get("loss/total", float("nan")))
-        telemetry.REVERSE_KL.labels(job_id).set(metrics.get("loss/reverse_kl/mean", float("nan")))
-        telemetry.STALENESS.labels(job_id).set(metrics.get("staleness/max", 0.0))
-        telemetry.LAST_STEP.set_to_current_time()
+        exported.STEPS.inc()
+        exported.SKIPPED_STEPS.inc(metrics.get("step/skipped", 0.0))
+        exported.TRAINED_TOKENS.inc(metrics.get("tokens/trained", 0.0))
+        for name, gauge in exported.OF_STEP.items():
+            gauge.labels(job_id).set(metrics.get(name, math.nan))
+        exported.JOB_STEP.labels(job_id).set(step)
+        exported.JOB_STEPS.labels(job_id).set(self.stop_step)
+        exported.LAST_STEP.labels(job_id).set_to_current_time()
+        for role in exported.ROLES:
+            exported.BOTTLENECK.labels(job_id, role).set(role == bottleneck)
 
     def _rounded_usage(self) -> dict[str, float]:
         return {name: round(value, 2) for name, value in self.usage.items()}

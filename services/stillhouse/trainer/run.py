@@ -13,6 +13,7 @@ from stillhouse.core.blobs import JobArtifacts
 from stillhouse.core.errors import NonFiniteError
 from stillhouse.core.evaluations import folder_of, read_best
 from stillhouse.core.failpoints import failpoint
+from stillhouse.core.metrics import COMMITS, FAILED_SAMPLES, POLICY_VERSION
 from stillhouse.core.queue.jobs import JobStore
 from stillhouse.core.queue.streams import Scope
 from stillhouse.core.spec import JobSpec, StageSpan
@@ -196,6 +197,7 @@ class Run:
         for sample in (sample for group in groups for sample in group.samples if sample.is_failed):
             failed = sample.score.failed
             self.progress.usage["failed_samples"] += 1
+            FAILED_SAMPLES.inc()
             await self.jobs.event(
                 self.scope.job_id,
                 "sample.failed",
@@ -290,6 +292,7 @@ class Run:
             if self.followed is not None:
                 await self.followed.publish(step, self.learner.followed_arrays)
             await self.publisher.publish(step, await self.learner.state_arrays())
+        POLICY_VERSION.labels("trainer", self.scope.job_id).set(step)
         if self._metrics:
             await self.progress.step_done(step, self._metrics, self._busy)
             self._metrics = {}
@@ -338,6 +341,7 @@ class Run:
             needed=lambda: manifests.size_bytes(self.artifacts, base),
         )
         failpoint("trainer.committed")
+        COMMITS.inc()
         self._last_commit, self._last_commit_at = ref, time.monotonic()
         await self.jobs.update(self.scope, committed_step=step)
         await self.jobs.event(

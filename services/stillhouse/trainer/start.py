@@ -11,6 +11,7 @@ from typing import Any
 
 from stillhouse.core.blobs import JobArtifacts
 from stillhouse.core.errors import PreflightError
+from stillhouse.core.metrics import REWINDS
 from stillhouse.core.models import ModelEntry, verify_files
 from stillhouse.core.pulse import BULK
 from stillhouse.core.queue.jobs import JobRecord
@@ -320,6 +321,7 @@ class Start:
         if self.scope.epoch > 1 and not (
             self.record.retry_of and not self.record.trainer
         ):  # else it is the first claim
+            REWINDS.inc()
             await self.ctx.jobs.event(
                 self.scope.job_id,
                 "job.rewound",

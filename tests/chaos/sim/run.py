@@ -16,7 +16,7 @@ from random import Random
 from typing import Any
 from unittest import mock
 
-from stillhouse.core import blobs, failpoints, service, telemetry
+from stillhouse.core import blobs, failpoints, metrics, service
 from stillhouse.gateway import jobs as gateway_jobs
 from stillhouse.trainer import app as trainer_app
 from stillhouse.trainer import memory as trainer_memory
@@ -119,7 +119,7 @@ def _in_place_of_heavy_parts(world: World) -> Iterator[None]:
     real_hold = trainer_publish.Publisher.hold
     with (
         mock.patch.object(service, "Server", _server),
-        mock.patch.object(telemetry, "serve_metrics", _no_address),
+        mock.patch.object(metrics, "serve_metrics", _no_address),
         mock.patch.object(trainer_preflight, "Renderer", ToyRenderer),
         mock.patch.object(trainer_tokens, "end_ids", _end_ids),
         mock.patch.object(trainer_app.gc, "collect", _nothing),

@@ -12,6 +12,8 @@ from fastapi.routing import APIRoute
 REQUEST_TIMEOUT_S: Final = 20.0
 """Time to make an answer: twice what the queue server's restart may take. Sending a stream does not count."""
 
+HINT: Final = "what was asked for may be done all the same: try again, to create a job with the same Idempotency-Key"
+
 
 class DeadlineRoute(APIRoute):
     """A route whose handler has REQUEST_TIMEOUT_S; then the caller gets a 503 instead of silence."""
@@ -27,6 +29,6 @@ class DeadlineRoute(APIRoute):
             except TimeoutError:
                 if not deadline.expired():
                     raise
-                raise HTTPException(503, f"the answer took longer than {REQUEST_TIMEOUT_S:g} s; try again") from None
+                raise HTTPException(503, f"the answer took longer than {REQUEST_TIMEOUT_S:g} s; {HINT}") from None
 
         return limited

@@ -43,21 +43,18 @@ class ListQuery(BaseModel):
     """By creation time; desc = newest first."""
 
 
-@router.post("", status_code=201)
+@router.post("", status_code=201, response_model=Job)
 async def create_job(
     ctx: Ctx,
     caller: ByCaller,
-    response: Response,
     spec: Annotated[JobSpec, Body()],
     idempotency_key: Annotated[str, Header(description="Repeat a request with the same key: one job, one answer")] = "",
-) -> Job:
+) -> Response:
     """Submit a job. When this answers, the job is durable; what can be checked without the models was checked."""
     submission = jobs.Submission(spec, caller, idempotency_key)
     record, is_replay = await jobs.submit(ctx, submission)
-    response.headers["Location"] = f"/v1/jobs/{record.id}"
-    if is_replay:
-        response.headers["Idempotent-Replayed"] = "true"
-    return job_view(record)
+    headers = {"Location": f"/v1/jobs/{record.id}"} | ({"Idempotent-Replayed": "true"} if is_replay else {})
+    return Response(job_view(record).model_dump_json(), 201, headers, "application/json")
 
 
 @router.post(

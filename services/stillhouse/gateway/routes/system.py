@@ -12,9 +12,9 @@ from redis.exceptions import RedisError
 
 from stillhouse.core import recipes
 from stillhouse.core.errors import UnavailableError
+from stillhouse.core.metrics import exported
 from stillhouse.core.schemas import Health, Model, Page, Recipe, Services, Verifier
 from stillhouse.core.service import VERSION
-from stillhouse.core.telemetry import METRICS
 from stillhouse.core.verifiers import verifiers
 from stillhouse.gateway import queues
 from stillhouse.gateway.deps import ByCaller, Ctx
@@ -23,6 +23,7 @@ from stillhouse.gateway.views import verifier_view
 
 router = APIRouter(prefix="/v1", tags=["system"], route_class=DeadlineRoute)
 open_router = APIRouter(tags=["health"])
+_METRICS: Final = exported("gateway")
 READY_TIMEOUT_S: Final = 2.0
 """A probe wants an answer, not patience."""
 
@@ -89,4 +90,4 @@ async def readyz(ctx: Ctx) -> Health:
 @open_router.get("/metrics", response_class=Response)
 async def metrics() -> Response:
     """Prometheus metrics of this process."""
-    return Response(generate_latest(METRICS), media_type=CONTENT_TYPE_LATEST)
+    return Response(generate_latest(_METRICS), media_type=CONTENT_TYPE_LATEST)
