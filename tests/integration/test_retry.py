@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
+
 import pytest
 
 from stillhouse.core.blobs import JobArtifacts, sha256_file
-from stillhouse.core.errors import ConflictError, NotFoundError
+from stillhouse.core.errors import ConflictError, CorruptError, NotFoundError, SpecError
 from stillhouse.core.oracle.verify import verify_job
 from stillhouse.core.queue.jobs import JobRecord
 from stillhouse.core.spec import JobSpec
@@ -21,8 +24,8 @@ def exported(artifacts: JobArtifacts, record: JobRecord) -> str:
     return sha256_file(artifacts.export(record.epoch) / "model.safetensors")
 
 
-def submission(record: JobRecord) -> jobs.Submission:
-    return jobs.Submission(JobSpec.model_validate(record.spec), Caller(""), "")
+def submission(record: JobRecord, key: str = "") -> jobs.Submission:
+    return jobs.Submission(JobSpec.model_validate(record.spec), Caller(""), key)
 
 
 async def test_a_retried_job_ends_as_the_first_did_also_when_that_is_deleted(deployment: Cluster) -> None:
@@ -52,6 +55,33 @@ async def test_a_retried_job_ends_as_the_first_did_also_when_that_is_deleted(dep
     assert second.result is not None
     assert second.result["evaluation"]["reverse_kl"]["before"] is not None
     assert "began at step 2" in " ".join(verify_job(artifacts, second).notes)
+
+
+async def test_the_same_key_gives_the_same_job_and_a_past_that_is_damaged_leaves_nothing(
+    deployment: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ctx = deployment.ctx
+    spec = job_spec(checkpoint={"every_steps": 1, "keep_last": 4}, stages__0__schedule={"steps": 4})
+    first, artifacts = await deployment.succeeded(await deployment.submit(spec))
+    two, three = [f"ckpt_{ref.epoch}-{ref.name}" for ref in list_manifests(artifacts) if ref.step in (2, 3)]
+    failed = replace(first, status="failed")  # it may go on from its newest checkpoint then
+    made, is_replay = await jobs.retry(ctx, failed, "", submission(first, "again"))
+    assert (made.step, is_replay) == (4, False)
+    newest = list_manifests(artifacts)[-1]
+    shutil.rmtree(artifacts.manifests(newest.epoch) / newest.name)  # another one is the newest now
+    again, is_replay = await jobs.retry(ctx, failed, "", submission(first, "again"))
+    assert (again.id, is_replay) == (made.id, True)
+    with pytest.raises(SpecError, match="was used for job"):
+        await jobs.retry(ctx, failed, two, submission(first, "again"))
+
+    def damaged(*_: object) -> None:
+        raise CorruptError("a journal does not verify")
+
+    before = set(ctx.artifacts.job_ids())
+    monkeypatch.setattr(jobs, "link", lambda origin, old, new: (new.root.mkdir(parents=True), damaged()))
+    with pytest.raises(CorruptError):
+        await jobs.retry(ctx, failed, three, submission(first))
+    assert {path.name for path in artifacts.root.parent.iterdir()} == before
 
 
 async def test_only_what_has_ended_is_tried_again(deployment: Cluster) -> None:

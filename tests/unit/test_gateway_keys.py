@@ -99,3 +99,21 @@ async def test_authentication_that_is_off_makes_no_keys(redis_url: str, tmp_path
     async with open_gateway(redis_url, tmp_path, auth="none") as gateway:
         assert (await gateway.http.get("/v1/keys/me")).json()["scopes"] == ["read", "write", "admin"]
         problem(await gateway.http.post("/v1/keys", json={"name": "x"}), 409)
+
+
+async def test_who_may_not_manage_keys_is_told_at_once_what_it_takes(gateway: Gateway) -> None:
+    read = headers(gateway, "r", scopes=["read"])
+    for method, path in (("POST", "/v1/keys"), ("DELETE", "/v1/keys/r"), ("GET", "/v1/keys")):
+        refused = problem(await gateway.http.request(method, path, headers=read), 403)
+        assert "the scope 'admin'" in refused["detail"], method
+    assert "the scope 'write'" in problem(await gateway.http.post("/v1/jobs", json={}, headers=read), 403)["detail"]
+
+
+async def test_a_page_behind_another_owners_job_does_not_tell_that_there_is_one(gateway: Gateway) -> None:
+    alice, bob = headers(gateway, "alice"), headers(gateway, "bob")
+    job = (await gateway.http.post("/v1/jobs", json=make_spec(), headers=alice)).json()["id"]
+    for path in ("/v1/fine_tuning/jobs", "/v1/jobs"):
+        assert (await gateway.http.get(path, params={"after": job}, headers=alice)).status_code == 200
+        theirs = problem(await gateway.http.get(path, params={"after": job}, headers=bob), 404)
+        none = problem(await gateway.http.get(path, params={"after": "job_00000000000000000000"}, headers=bob), 404)
+        assert theirs["detail"].replace(job, "job_00000000000000000000") == none["detail"]

@@ -145,3 +145,20 @@ async def test_metrics_as_fewer_points(gateway: Gateway) -> None:
     assert (rows[0][:3], rows[0][-1]) == (["epoch", "first_step", "step"], "loss")
     assert [(row[1], row[2], row[-1]) for row in rows[1:]] == [("1", "5", "3.0"), ("6", "10", "8.0")]
     problem(await gateway.http.get(f"/v1/jobs/{job}/metrics", params={"resolution": 0}), 422)
+
+
+async def test_checkpoints_and_problems_of_others_are_not_named(gateway: Gateway) -> None:
+    job = (await gateway.submit()).json()["id"]
+    checkpoint = f"{job}/ckpt_1-00000002-00000000"
+    await beat(gateway, "teacher", models=f"big {checkpoint}", problem=f"model '{checkpoint}' does not verify")
+    await beat(gateway, "sampler", models="big", problem="model 'big' changed since it was registered")
+
+    async def shown(caller: Caller) -> dict[str, tuple[str, str]]:
+        found = (await services_for(gateway.ctx, caller)).data
+        return {each.role: (each.extra["models"], each.extra["problem"]) for each in found}
+
+    own = await shown(Caller("tester"))
+    assert own["teacher"] == (f"big {checkpoint}", f"model '{checkpoint}' does not verify")
+    other = await shown(Caller("bob", ("read",)))
+    assert other["teacher"] == ("big", "it concerns another owner's job")
+    assert other["sampler"] == own["sampler"] == ("big", "model 'big' changed since it was registered")

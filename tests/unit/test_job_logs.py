@@ -227,3 +227,43 @@ async def test_a_stream_is_cut_and_resumed_without_loss(gateway: Gateway, monkey
         f"/v1/jobs/{job_id}/logs", params={"follow": True}, headers={"Last-Event-ID": ids[0]}
     )
     assert [line.removeprefix("id: ") for line in resumed.text.splitlines() if line.startswith("id: ")] == ids[1:]
+
+
+def test_pages_read_of_a_long_file_what_they_show(artifacts: Artifacts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job_logs, "NEAR_BYTES", 512)
+    folder = artifacts.job(JOB).logs
+    folder.mkdir()
+    for service in ("sampler", "teacher"):  # ids 100, 101, ...; those of the teacher between the sampler's
+        lines = [_line(f"{100 + number}-{service[0]}", service, "x" * (number % 50)) for number in range(2000)]
+        (folder / f"{service}-0.jsonl").write_text("".join(lines) + '{"id": "99')
+    every = LogReader(folder).read()
+    assert len(every) == 4000
+    parsed: list[bytes] = []
+    parse = job_logs._parsed
+    monkeypatch.setattr(job_logs, "_parsed", lambda text: parsed.append(text) or parse(text))
+    for place in (0, 1, 17, 1999, 2500, 3990, 3999):
+        parsed.clear()
+        page = LogReader(folder).read(after=every[place]["id"], most=20)
+        assert page[:20] == every[place + 1 : place + 21]
+        assert len(parsed) < 200, "of 4000"
+        assert LogReader(folder).read(after=every[place]["id"]) == every[place + 1 :]
+    assert len(LogReader(folder, "teacher").read(after=every[0]["id"], most=20)) == 20
+
+
+def _line(line_id: str, service: str, message: str) -> str:
+    line = {"id": line_id, "created_at": 1.0, "service": service, "instance": f"{service}-0", "level": "info"}
+    return json.dumps({**line, "message": message, "data": {}}) + "\n"
+
+
+def test_a_reader_that_began_behind_an_id_goes_on_with_what_comes(artifacts: Artifacts) -> None:
+    kept = JobLogs(artifacts, "sampler", "sampler-0")
+    for number in range(3):
+        keep(kept, str(number))
+    kept.flush()
+    reader = LogReader(artifacts.job(JOB).logs)
+    first = LogReader(artifacts.job(JOB).logs).read()[0]["id"]
+    assert [line["message"] for line in reader.read(after=first)] == ["1", "2"]
+    assert reader.read() == []
+    keep(kept, "3")
+    kept.flush()
+    assert [line["message"] for line in reader.read()] == ["3"]

@@ -10,6 +10,7 @@ file's.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import queue
@@ -20,7 +21,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 from stillhouse.core.blobs import Artifacts, append_lines
 
@@ -32,6 +33,8 @@ MAX_WAITING: Final = 2_000
 """Lines that wait for the disk; further ones are dropped."""
 TAIL_BYTES: Final = 1 << 20
 """Read of each file when only its last lines are wanted."""
+NEAR_BYTES: Final = 1 << 16
+"""So near to a place in a file is good enough: what is read too much is left out."""
 _JOB: Final = re.compile(r"job_[a-z0-9]{8,40}")  # what does not match never becomes a path
 _APART: Final = frozenset({"event", "level", "timestamp", "service", "instance", "job_id"})
 
@@ -135,19 +138,26 @@ class LogReader:
     _offsets: dict[int, int] = field(default_factory=dict)
     """inode -> bytes read: a file that is full keeps it under its new name."""
 
-    def read(self, *, only_tails: bool = False) -> list[dict[str, Any]]:
-        """Lines that came since the last call, in order of their ids; of long files the end, if only that is wanted."""
+    def read(self, *, only_tails: bool = False, after: str = "", most: int | None = None) -> list[dict[str, Any]]:
+        """Lines that came since the last call, in order of their ids.
+
+        The first call may skip what is old: `only_tails` = of long files the end, `after` = lines up to that id. With
+        `most`, of each file no more than the first so many.
+        """
         found: list[dict[str, Any]] = []
         for path in self.folder.glob("*.jsonl"):
             try:
-                found += self._new_lines(path, TAIL_BYTES if only_tails else 0)
+                lines = self._new_lines(path, TAIL_BYTES if only_tails else 0, after)
+                wanted = (line for line in lines if self._is_wanted(line) and order(line["id"]) > order(after))
+                found += itertools.islice(wanted, most)
             except FileNotFoundError:  # it has just become the old one: read under that name, or next time
                 continue
-        if self.service:
-            found = [line for line in found if self.service in (line["service"], line["instance"])]
         return sorted(found, key=lambda line: order(line["id"]))
 
-    def _new_lines(self, path: Path, tail: int) -> Iterator[dict[str, Any]]:
+    def _is_wanted(self, line: Mapping[str, Any]) -> bool:
+        return not self.service or self.service in (line["service"], line["instance"])
+
+    def _new_lines(self, path: Path, tail: int, after: str) -> Iterator[dict[str, Any]]:
         facts = path.stat()
         if self._offsets.get(facts.st_ino) == facts.st_size:  # as mostly, when it is followed
             return
@@ -156,14 +166,36 @@ class LogReader:
             begin = self._offsets.get(facts.st_ino, 0)
             if begin > facts.st_size:  # another file with the same inode
                 begin = 0
-            start = max(begin, facts.st_size - tail) if tail else begin
-            stream.seek(start)
-            data = stream.read(facts.st_size - start)
-        end = data.rfind(b"\n") + 1  # what is being written at this moment comes next time
-        self._offsets[facts.st_ino] = start + end
-        for text in data[:end].splitlines():
-            if line := _parsed(text):
-                yield line
+            if after and not begin:
+                begin = _behind(stream, facts.st_size, order(after))
+            place = max(begin, facts.st_size - tail) if tail else begin
+            stream.seek(place)
+            while place < facts.st_size and (text := stream.readline()).endswith(b"\n"):
+                place += len(text)
+                self._offsets[facts.st_ino] = place  # what is being written at this moment comes next time
+                if line := _parsed(text):
+                    yield line
+
+
+def _behind(stream: BinaryIO, size: int, after: tuple[int, str]) -> int:
+    """Where the lines behind an id begin, or a little before: ids of a file ever grow, so halves are enough to look at.
+
+    A line that does not tell its id counts as one behind.
+    """
+    low, high = 0, size
+    while high - low > NEAR_BYTES:
+        middle = (low + high) // 2
+        stream.seek(middle)
+        stream.readline()  # the rest of a line
+        line = _parsed(stream.readline())
+        if line is not None and order(line["id"]) <= after:
+            low = middle
+        else:
+            high = middle
+    stream.seek(low)
+    if low:
+        stream.readline()
+    return stream.tell()
 
 
 def _parsed(text: bytes) -> dict[str, Any] | None:

@@ -48,6 +48,20 @@ async def own_job(
     return record
 
 
+async def check_place(ctx: Context, caller: Caller, job_id: str) -> None:
+    """A page of jobs goes on behind a job that its reader may see, or that is deleted.
+
+    Raises:
+        NotFoundError: it is another owner's: that it exists is not told.
+    """
+    try:
+        owner = (await ctx.jobs.get(job_id)).owner
+    except NotFoundError:
+        return  # the list says so, unless it knows the place
+    if not caller.may_see(owner):
+        raise NotFoundError(f"no job '{job_id}'", param="after")
+
+
 Ctx = Annotated[Context, Depends(get_context)]
 ByCaller = Annotated[Caller, Depends(get_caller)]
 OwnJob = Annotated[JobRecord, Depends(own_job)]

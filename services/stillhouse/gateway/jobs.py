@@ -30,7 +30,7 @@ from stillhouse.core.blobs import (
     write_atomic,
     write_json,
 )
-from stillhouse.core.errors import ConflictError, CorruptError, NotFoundError, SpecError
+from stillhouse.core.errors import ConflictError, CorruptError, NotFoundError, SpecError, StillhouseError
 from stillhouse.core.evaluations import read_best, read_stop
 from stillhouse.core.failpoints import failpoint
 from stillhouse.core.queue import keys
@@ -204,8 +204,8 @@ def _write_job_json(
         for settled in references.values():  # named only now, so retention may have been faster
             if checkpoints.parse(settled.model):
                 checkpoints.locate(ctx.artifacts, settled.model)
-    except (OSError, NotFoundError):
-        shutil.rmtree(job.root, ignore_errors=True)  # no half job stays on a full disk
+    except (OSError, StillhouseError):  # a full disk; a past that is deleted, or damaged, just now
+        shutil.rmtree(job.root, ignore_errors=True)  # no half job stays
         raise
 
 
@@ -235,15 +235,32 @@ async def retry(ctx: Context, record: JobRecord, checkpoint: str, submission: Su
         raise ConflictError(f"job {record.id} is '{record.status}': only a finished job is retried; cancel it first")
     if record.kind != "distillation":
         raise ConflictError(f"job {record.id} trains nothing: send POST /v1/jobs/validate?live=true again")
-    origin = await asyncio.get_running_loop().run_in_executor(
-        _PREFLIGHTS, choose, ctx.artifacts.job(record.id), record, checkpoint
-    )
+    origin = await _chosen_before(ctx, record, checkpoint, submission)
+    if origin is None:
+        origin = await asyncio.get_running_loop().run_in_executor(
+            _PREFLIGHTS, choose, ctx.artifacts.job(record.id), record, checkpoint
+        )
     made, is_replay = await submit(ctx, replace(submission, origin=origin))
     if not is_replay:
         message = f"goes on from {origin.checkpoint} of job {record.id}, at step {origin.step}"
         facts = {"from": record.id, "checkpoint": origin.checkpoint, "step": origin.step}
         await ctx.jobs.event(made.id, "job.retried", message, **facts)
     return made, is_replay
+
+
+async def _chosen_before(ctx: Context, record: JobRecord, checkpoint: str, submission: Submission) -> Origin | None:
+    """The checkpoint that an earlier request with this key chose; by now another may be newer, or that one gone."""
+    token = submission.token()
+    earlier: Any = await ctx.redis.get(keys.idempotency(token)) if token else None
+    if earlier is None:
+        return None
+    try:
+        made = await asyncio.to_thread(unsealed, ctx.artifacts.job(earlier.decode().partition(":")[0]).job_json)
+    except (NotFoundError, CorruptError):
+        return None
+    origin = Origin.from_json(made["origin"]) if "origin" in made else None
+    is_same = origin is not None and origin.job_id == record.id and checkpoint in ("", origin.checkpoint)
+    return origin if is_same else None
 
 
 def initial_record(document: dict[str, Any]) -> JobRecord:

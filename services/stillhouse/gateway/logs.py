@@ -35,10 +35,10 @@ def log_view(line: Mapping[str, Any]) -> LogLine:
 
 def read_logs(ctx: Context, job_id: str, *, service: str, after: str, tail: int) -> Page[LogLine]:
     """The last `tail` lines, or the next ones after an id; oldest first."""
-    lines = LogReader(ctx.artifacts.job(job_id).logs, service).read(only_tails=not after)
+    reader = LogReader(ctx.artifacts.job(job_id).logs, service)
     if not after:
-        return Page(data=[log_view(line) for line in lines[-tail:]])
-    lines = [line for line in lines if order(line["id"]) > order(after)]
+        return Page(data=[log_view(line) for line in reader.read(only_tails=True)[-tail:]])
+    lines = reader.read(after=after, most=tail + 1)
     return Page(data=[log_view(line) for line in lines[:tail]], has_more=len(lines) > tail)
 
 
@@ -51,8 +51,8 @@ async def follow_logs(ctx: Context, job_id: str, *, service: str, after: str, ta
                   client reconnects with the last id
     """
     reader = LogReader(ctx.artifacts.job(job_id).logs, service)
-    waiting = await asyncio.to_thread(reader.read, only_tails=not after)
-    waiting = [line for line in waiting if order(line["id"]) > order(after)] if after else waiting[-tail:]
+    waiting = await asyncio.to_thread(reader.read, only_tails=not after, after=after)
+    waiting = waiting if after else waiting[-tail:]
     spoken_at = heard_at = time.monotonic()
     while not ctx.stop.is_set():
         held_from = time.time_ns() - int(HOLD_S * 1e9)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
 from google.protobuf.message import DecodeError
 from redis.exceptions import ResponseError
 
+from stillhouse.core.errors import NotFoundError
 from stillhouse.core.models import ModelEntry
 from stillhouse.core.queue import keys
 from stillhouse.core.queue.jobs import JobRecord
+from stillhouse.core.queue.registry import ServiceInfo
 from stillhouse.core.schemas import Model, Queue, Services
 from stillhouse.core.service import Context
 from stillhouse.gateway.deps import Caller
@@ -22,6 +25,7 @@ from stillhouse.v1 import rollout_pb2
 
 ROLES: Final = ("trainer", "sampler", "teacher")
 """Those that take work from queues."""
+_JOB_ID: Final = re.compile(r"job_[a-z0-9]{8,40}")
 
 
 async def services(ctx: Context, caller: Caller) -> Services:
@@ -30,10 +34,30 @@ async def services(ctx: Context, caller: Caller) -> Services:
     hidden = {record.id for record in records if not caller.may_see(record.owner)}
     queues = await read_queues(ctx, records)
     of_role = {queue.role: queue for queue in by_role(queues)}
-    infos = [
-        replace(each, job_id="" if each.job_id in hidden else each.job_id) for each in await ctx.registry.services()
-    ]
+    infos = [await _shown(ctx, each, caller, hidden) for each in await ctx.registry.services()]
     return Services(data=[service_view(info, of_role.get(info.role)) for info in infos], queues=queues)
+
+
+async def _shown(ctx: Context, info: ServiceInfo, caller: Caller, hidden: Collection[str]) -> ServiceInfo:
+    """A service without what names jobs that the caller may not see: the one it works for, checkpoints that it has
+    loaded, its problem.
+    """
+    extra = dict(info.extra)
+    named = set(_JOB_ID.findall(f"{extra.get('models', '')} {extra.get('problem', '')}"))
+    secret = {job_id for job_id in named if not await _may_see(ctx, job_id, caller)}
+    if secret:
+        models = extra.get("models", "").split()
+        extra["models"] = " ".join(name for name in models if name.partition("/")[0] not in secret)
+        if secret.intersection(_JOB_ID.findall(extra.get("problem", ""))):
+            extra["problem"] = "it concerns another owner's job"
+    return replace(info, job_id="" if info.job_id in hidden else info.job_id, extra=extra)
+
+
+async def _may_see(ctx: Context, job_id: str, caller: Caller) -> bool:
+    try:
+        return caller.may_see((await ctx.jobs.get(job_id)).owner)
+    except NotFoundError:
+        return "admin" in caller.scopes
 
 
 async def read_queues(ctx: Context, records: Sequence[JobRecord]) -> list[Queue]:

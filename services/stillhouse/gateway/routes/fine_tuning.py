@@ -18,7 +18,7 @@ from stillhouse.core.schemas.openai import FineTuningCheckpoint, FineTuningEvent
 from stillhouse.core.service import Context
 from stillhouse.gateway import files, jobs, pausing
 from stillhouse.gateway.checkpoints import list_checkpoints
-from stillhouse.gateway.deps import ByCaller, Caller, Ctx, OwnJob
+from stillhouse.gateway.deps import ByCaller, Caller, Ctx, OwnJob, check_place
 from stillhouse.gateway.events import newest_events, read_events
 from stillhouse.gateway.openai.request import FineTuningRequest, RefusedError, to_spec, translated
 from stillhouse.gateway.openai.views import fine_tuning_checkpoint, fine_tuning_event, fine_tuning_view
@@ -99,6 +99,8 @@ async def list_fine_tuning_jobs(ctx: Ctx, request: Request, caller: ByCaller) ->
     wanted = {name[9:-1]: value for name, value in request.query_params.items() if name.startswith("metadata[")}
     plain = {name: value for name, value in request.query_params.items() if not name.startswith("metadata[")}
     query = _page_query(plain)
+    if query.after:
+        await check_place(ctx, caller, query.after)
     found: list[JobRecord] = []
     after = query.after
     while len(found) <= query.limit:

@@ -13,11 +13,9 @@ from stillhouse.core.blobs import unsealed
 from stillhouse.core.errors import NotFoundError
 from stillhouse.core.explain import explain
 from stillhouse.core.schemas import Job, Page, Preflight, Status
-from stillhouse.core.service import Context
 from stillhouse.core.spec import JobSpec
 from stillhouse.gateway import deleting, jobs, pausing
-from stillhouse.gateway.auth import Caller
-from stillhouse.gateway.deps import ByCaller, Ctx, OwnJob
+from stillhouse.gateway.deps import ByCaller, Ctx, OwnJob, check_place
 from stillhouse.gateway.problems import InvalidError
 from stillhouse.gateway.routes.deadline import DeadlineRoute
 from stillhouse.gateway.validation import misshapen
@@ -106,7 +104,7 @@ async def list_jobs(ctx: Ctx, caller: ByCaller, query: Annotated[ListQuery, Quer
     Pages stay in place while jobs come and go; `after` may name a job that was deleted lately.
     """
     if query.after:
-        await _is_visible(ctx, caller, query.after)
+        await check_place(ctx, caller, query.after)
     is_admin = "admin" in caller.scopes
     if query.owner and not is_admin and query.owner != caller.owner:
         return Page(data=[], has_more=False)
@@ -119,16 +117,6 @@ async def list_jobs(ctx: Ctx, caller: ByCaller, query: Annotated[ListQuery, Quer
     )
     data = [job_view(record, with_rows=False) for record in found[: query.limit]]
     return Page(data=data, has_more=len(found) > query.limit)
-
-
-async def _is_visible(ctx: Context, caller: Caller, job_id: str) -> None:
-    """A page goes on behind a job that its reader may see, or that is deleted."""
-    try:
-        owner = (await ctx.jobs.get(job_id)).owner
-    except NotFoundError:
-        return  # the list says so, unless it knows the place
-    if not caller.may_see(owner):
-        raise NotFoundError(f"no job '{job_id}'", param="after")
 
 
 @router.get("/{job_id}")
