@@ -10,7 +10,7 @@ import asyncio
 import hmac
 import random
 import time
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from typing import Any, Final
 
 import grpc
@@ -21,6 +21,7 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from stillhouse.core import errors
+from stillhouse.core.calls import calling, serving
 from stillhouse.core.config import Settings
 from stillhouse.core.errors import (
     GRPC_STATUS,
@@ -104,24 +105,25 @@ class _Edge(grpc.aio.ServerInterceptor):
         is_known = hmac.compare_digest(presented, self._expected)
         if handler.unary_unary is not None:
             return grpc.unary_unary_rpc_method_handler(
-                _guard_unary(handler.unary_unary, method, is_known),
+                _guard_unary(handler.unary_unary, method, is_known, metadata),
                 handler.request_deserializer,
                 handler.response_serializer,
             )
         assert handler.unary_stream is not None, f"{method}: only unary and server-stream calls exist"
         return grpc.unary_stream_rpc_method_handler(
-            _guard_stream(handler.unary_stream, method, is_known),
+            _guard_stream(handler.unary_stream, method, is_known, metadata),
             handler.request_deserializer,
             handler.response_serializer,
         )
 
 
-def _guard_unary(behavior: Any, method: str, is_known: bool) -> Any:
+def _guard_unary(behavior: Any, method: str, is_known: bool, metadata: Mapping[str, Any]) -> Any:
     async def guarded(request: Any, context: grpc.aio.ServicerContext) -> Any:
         with _timed(method) as call:
             try:
                 _require(is_known, method)
-                return await behavior(request, context)
+                with serving(method, metadata):
+                    return await behavior(request, context)
             except Exception as error:
                 call.code = _status(error).name
                 await _abort(context, method, error)
@@ -129,13 +131,14 @@ def _guard_unary(behavior: Any, method: str, is_known: bool) -> Any:
     return guarded
 
 
-def _guard_stream(behavior: Any, method: str, is_known: bool) -> Any:
+def _guard_stream(behavior: Any, method: str, is_known: bool, metadata: Mapping[str, Any]) -> Any:
     async def guarded(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
         with _timed(method) as call:
             try:
                 _require(is_known, method)
-                async for part in behavior(request, context):
-                    yield part
+                with serving(method, metadata):
+                    async for part in behavior(request, context):
+                        yield part
             except Exception as error:
                 call.code = _status(error).name
                 await _abort(context, method, error)
@@ -244,6 +247,7 @@ class Peer:
         self._channel = channel
         self._stub = stub
         self._metadata = ((TOKEN_KEY, f"Bearer {token}"),)
+        self._service = f"/stillhouse.v1.{type(stub).__name__.removesuffix('Stub')}/"
         self.what = what
 
     async def unary(self, method: str, request: Any, *, timeout_s: float, retry_s: float = 0.0) -> Any:
@@ -256,7 +260,9 @@ class Peer:
         pause_s = 0.1
         while True:
             try:
-                return await getattr(self._stub, method)(request, timeout=timeout_s, metadata=self._metadata)
+                with calling(self._service + method) as along:
+                    metadata = self._metadata + along
+                    return await getattr(self._stub, method)(request, timeout=timeout_s, metadata=metadata)
             except grpc.aio.AioRpcError as error:
                 typed = _typed(error, f"{self.what} {method}")
                 if not isinstance(typed, UnavailableError) or time.monotonic() + pause_s > give_up_at:
@@ -267,14 +273,16 @@ class Peer:
 
     async def stream(self, method: str, request: Any, *, timeout_s: float) -> AsyncIterator[Any]:
         """Parts of the answer, in order. A broken stream is the caller's to start again."""
-        call = getattr(self._stub, method)(request, timeout=timeout_s, metadata=self._metadata)
         try:
-            async for part in call:
-                yield part
+            with calling(self._service + method) as along:
+                call = getattr(self._stub, method)(request, timeout=timeout_s, metadata=self._metadata + along)
+                try:
+                    async for part in call:
+                        yield part
+                finally:
+                    call.cancel()
         except grpc.aio.AioRpcError as error:
             raise _typed(error, f"{self.what} {method}") from None
-        finally:
-            call.cancel()
 
     async def close(self) -> None:
         """Close the channel."""

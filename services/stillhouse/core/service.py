@@ -20,7 +20,7 @@ from typing import Any, Final, Protocol
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from stillhouse.core import metrics, telemetry
+from stillhouse.core import metrics, telemetry, tracing
 from stillhouse.core.blobs import Artifacts
 from stillhouse.core.checkpoints import Models
 from stillhouse.core.config import Settings, load_settings
@@ -128,6 +128,7 @@ def main(role: str, build: Callable[[Context], App]) -> None:
     elif settings.supervised:
         die_with_parent()
     install_from_environment(role, log)
+    tracing.start(role, instance, log)
     try:
         asyncio.run(_run_process(settings, role, instance, log, build))
         return
@@ -135,6 +136,7 @@ def main(role: str, build: Callable[[Context], App]) -> None:
         log.error("service failed", error=error.message, code=error.code)
     except Exception:  # the one place of the process that catches everything
         log.exception("service crashed")
+    tracing.stop()
     telemetry.flush_logs()
     os._exit(1)  # not sys.exit: that waits for the compute thread, which may never end
 

@@ -18,7 +18,7 @@ from typing import Any, Final
 import uvicorn
 from redis.exceptions import RedisError
 
-from stillhouse.core import metrics, telemetry
+from stillhouse.core import metrics, telemetry, tracing
 from stillhouse.core.config import Settings, load_settings
 from stillhouse.core.errors import ConfigError, StillhouseError
 from stillhouse.core.failpoints import install_from_environment
@@ -56,6 +56,7 @@ def main() -> None:
     if settings.supervised:
         die_with_parent()
     install_from_environment(ROLE, log)
+    tracing.start(ROLE, instance, log)
     try:
         asyncio.run(serve(settings, instance, log, listener))
     except Exception:  # the one place of the process that catches everything

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Final
 
-from stillhouse.core import checkpoints
+from stillhouse.core import checkpoints, tracing
 from stillhouse.core.blobs import (
     JobArtifacts,
     new_id,
@@ -123,6 +123,7 @@ async def submit(ctx: Context, submission: Submission) -> tuple[JobRecord, bool]
         owner=submission.caller.owner,
         kind=submission.kind,
         priority=submission.spec.priority,
+        traceparent=tracing.traceparent(),
         **_begun(submission.origin.as_json() if submission.origin else None),
     )
     # not cut off half-way by the route's deadline: what is on disk would become a job that nobody counted
@@ -154,6 +155,7 @@ async def _create(ctx: Context, submission: Submission, record: JobRecord) -> tu
         "stop_step": record.stop_step,
         "idempotency": [token, body_sha256],
         **({"origin": submission.origin.as_json()} if submission.origin else {}),
+        **({"traceparent": record.traceparent} if record.traceparent else {}),
     }
     await _check_and_write(ctx, submission, document)
     failpoint("gateway.job_json_written")
@@ -166,6 +168,7 @@ async def _create(ctx: Context, submission: Submission, record: JobRecord) -> tu
     if made and made != f"{record.id}:{body_sha256}":  # a request with the same key was faster
         await asyncio.to_thread(shutil.rmtree, ctx.artifacts.job(record.id).root, ignore_errors=True)
         return await _replay(ctx, made, submission), True
+    ctx.log.info("job accepted", job_id=record.id, kind=record.kind)
     return record, False
 
 
@@ -240,6 +243,7 @@ async def retry(ctx: Context, record: JobRecord, checkpoint: str, submission: Su
         origin = await asyncio.get_running_loop().run_in_executor(
             _PREFLIGHTS, choose, ctx.artifacts.job(record.id), record, checkpoint
         )
+    tracing.current().link(record.traceparent)
     made, is_replay = await submit(ctx, replace(submission, origin=origin))
     if not is_replay:
         message = f"goes on from {origin.checkpoint} of job {record.id}, at step {origin.step}"
@@ -270,6 +274,7 @@ def initial_record(document: dict[str, Any]) -> JobRecord:
         status="queued",
         kind=document.get("kind", "distillation"),
         priority=int(document["spec"].get("priority", 0)),
+        traceparent=document.get("traceparent", ""),
         **fields,
         **_begun(document.get("origin")),
     )

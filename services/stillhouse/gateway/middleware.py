@@ -6,16 +6,17 @@ Plain ASGI and not Starlette's BaseHTTPMiddleware, because that one buffers stre
 from __future__ import annotations
 
 import asyncio
-import re
 import secrets
 import time
+from contextlib import AbstractContextManager
 from typing import Any, Final
 
-import structlog
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from stillhouse.core import tracing
+from stillhouse.core.calls import PLAIN_ID
 from stillhouse.core.config import Settings
 from stillhouse.core.errors import MediaTypeError, StillhouseError, TooLargeError
 from stillhouse.core.metrics import HTTP_SECONDS
@@ -52,7 +53,7 @@ class Edge:
             return
         request = Request(scope)
         given = request.headers.get("x-request-id", "")
-        request_id = given if re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given) else f"req_{secrets.token_hex(8)}"
+        request_id = given if PLAIN_ID.fullmatch(given) else f"req_{secrets.token_hex(8)}"
         scope.setdefault("state", {}).update(request_id=request_id, caller=Caller(""))
         status = 0
 
@@ -61,10 +62,12 @@ class Edge:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message.setdefault("headers", []).append((b"x-request-id", request_id.encode()))
+                if span.traceparent:
+                    message["headers"].append((tracing.HEADER.encode(), span.traceparent.encode()))
             await send(message)
 
         started = time.monotonic()
-        with structlog.contextvars.bound_contextvars(request_id=request_id):
+        with _span(scope, request, request_id) as span:
             try:
                 authorization = request.headers.get("authorization", "")
                 caller = self._authenticator.caller(scope["path"], authorization)
@@ -86,13 +89,17 @@ class Edge:
                     raise
                 await problem_response(error, scope["path"], request_id)(scope, receive, send_tagged)
             finally:
-                self._record(scope, status, time.monotonic() - started)
+                self._record(scope, status, time.monotonic() - started, span)
 
-    def _record(self, scope: Scope, status: int, seconds: float) -> None:
+    def _record(self, scope: Scope, status: int, seconds: float, span: tracing.Span) -> None:
         # the route's template, not the path: ids in a label would make one time series per job
         route = getattr(scope.get("route"), "path", "none")
         method = scope["method"] if scope["method"] in METHODS else "other"
         HTTP_SECONDS.labels(method, route, str(status)).observe(seconds)
+        span.rename(f"{method} {route}" if route != "none" else method)
+        span.set({"http.route": route, "http.response.status_code": status})
+        if status >= 500:
+            span.fail(str(status))
         if scope["path"] not in OPEN_PATHS or status >= 500:
             self._log.info(
                 "request",
@@ -109,6 +116,16 @@ def needed_scope(path: str) -> str:
     """What changing something at a path takes. Said before the route is looked for: a key with less is told at once
     what it needs in the end."""
     return "admin" if path.startswith(KEYS_PATH) else "write"
+
+
+def _span(scope: Scope, request: Request, request_id: str) -> AbstractContextManager[tracing.Span]:
+    """The span of a request, and its id in every log line; probes have none."""
+    parent = request.headers.get(tracing.HEADER, "")
+    if scope["path"] in OPEN_PATHS or not tracing.is_on():
+        return tracing.within(parent, request_id=request_id)
+    method = scope["method"] if scope["method"] in METHODS else "_OTHER"
+    about = {"http.request.method": method, "url.scheme": scope["scheme"], "url.path": scope["path"]}
+    return tracing.span(method, kind="server", parent=parent, attributes=about, request_id=request_id)
 
 
 class JsonBody:

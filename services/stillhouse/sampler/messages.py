@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Final
 
+from stillhouse.core import tracing
 from stillhouse.core.errors import WireError
 from stillhouse.core.queue import keys
 from stillhouse.core.queue.streams import Scope
@@ -81,6 +82,7 @@ def make_rollout(group: pb.PromptGroup, index: int, completion: Completion, sour
     rollout.weights_sha256 = completion.spans[-1][1].sha256 if completion.spans else ""
     rollout.sampler = source.instance
     rollout.sample_s = completion.sample_s
+    rollout.traceparent = tracing.traceparent()  # whoever scores it has to do with who wrote it
     return rollout
 
 

@@ -269,11 +269,13 @@ class Shift:
     async def _serve(self, work: Work) -> None:
         """Write a group until it is done or halted. One that fails is not kept: that would be progress."""
         try:
-            self._pin()
-            ensure = self._student.ensure(self._scope, at_least=work.min_version, exactly=work.pinned_version)
-            if await unless(work.halted, ensure):
-                work.is_writing = True
-                await self._write(work)
+            with work.span() as span:
+                self._pin()
+                ensure = self._student.ensure(self._scope, at_least=work.min_version, exactly=work.pinned_version)
+                if await unless(work.halted, ensure):
+                    span.set({"stillhouse.policy_version": self._student.version(self._scope) or 0})
+                    work.is_writing = True
+                    await self._write(work)
         except BaseException:
             self._works.pop(work.entry.id, None)
             raise

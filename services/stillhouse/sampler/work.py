@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Final
 
+from stillhouse.core import tracing
 from stillhouse.core.queue.streams import Entry
 from stillhouse.core.rollouts import SCHEMA_VERSION
 from stillhouse.sampler.generation import Completion
@@ -77,6 +79,18 @@ class Work:
             return any(o.pinned_version is not None and o.pinned_version < self.min_version for o in others)
         is_behind = version is not None and version > pinned
         return any(is_behind or o.min_version > pinned or o.pinned_version not in (None, pinned) for o in others)
+
+    def span(self) -> AbstractContextManager[tracing.Span]:
+        """Around its writing: a child of what planned it, and linked to it."""
+        about = {
+            **tracing.TAKEN_PROMPTS,
+            "messaging.message.id": self.entry.id,
+            "stillhouse.samples": len(self.completions),
+            "stillhouse.deliveries": self.entry.deliveries,
+            "stillhouse.was_held": self.entry.was_held,
+        }
+        asked, group = self.group.traceparent, self.group.group_id
+        return tracing.span("sample", kind="consumer", parent=asked, links=[asked], attributes=about, group=group)
 
     def resume(self, parts: Sequence[bytes]) -> None:
         """Go on from what an earlier holder kept.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Final
 
+from stillhouse.core import tracing
 from stillhouse.core.errors import AuthError, StillhouseError
 from stillhouse.core.failpoints import failpoint
 from stillhouse.core.metrics import POLICY_VERSION
@@ -94,6 +95,11 @@ class SamplerWorker:
 
     async def _serve(self, scope: Scope) -> None:
         """Work for a job until the process stops or the job is no longer ours."""
+        record = await self._ctx.jobs.get(scope.job_id)
+        with tracing.within(record.traceparent, job_id=scope.job_id, epoch=scope.epoch):
+            await self._work(scope)
+
+    async def _work(self, scope: Scope) -> None:
         settings = self._ctx.settings
         log = self._ctx.log.bind(job_id=scope.job_id, epoch=scope.epoch)
         async with Claims(self._ctx.queue, self._ctx.instance, settings.lease_s, log) as claims:

@@ -62,6 +62,7 @@ def make_item(rollout: pb.Rollout, read_ids: list[int] | None = None, spans: Spa
         half=spec.dtype in HALF_DTYPES,
         target_ids=targets,
         spans=spans,
+        traceparent=rollout.traceparent,
     )
 
 

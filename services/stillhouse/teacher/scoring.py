@@ -6,7 +6,9 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Collection, Sequence
 from dataclasses import dataclass
+from typing import Any, Final
 
+from stillhouse.core import tracing
 from stillhouse.core.errors import ENGINE_ERRORS, EngineDeadError
 from stillhouse.core.failpoints import failpoint
 from stillhouse.core.metrics import BATCH_SAMPLES, SCORE_SECONDS, SCORED_TOKENS
@@ -20,6 +22,9 @@ from stillhouse.teacher.engines.base import Head, Scored, ScoreItem, Unscored
 from stillhouse.teacher.pool import ModelPool, Resident
 from stillhouse.teacher.schedule import ModelKey
 from stillhouse.v1 import rollout_pb2
+
+MAX_NAMED: Final = 64
+"""Samples that the span of a batch names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +100,8 @@ class Scorer:
         for batch in plan_batches([items[index].length for index in left], 0 if is_exact else budget):
             indices = [left[number] for number in batch]
             chosen = [items[index] for index in indices]
-            results, score_s = await self._score(resident, chosen, job_id)
+            with tracing.span("score", **_about(resident, chosen), job_id=job_id):
+                results, score_s = await self._score(resident, chosen, job_id)
             for item, result in zip(chosen, results, strict=True):
                 if isinstance(result, Scored) and not is_exact:
                     self.cache.keep(identity, item, result)
@@ -125,6 +131,16 @@ class Scorer:
         SCORE_SECONDS.observe(seconds)
         BATCH_SAMPLES.observe(len(items))
         return results, seconds / len(items)
+
+
+def _about(resident: Resident, items: Sequence[ScoreItem]) -> dict[str, Any]:
+    """Of the span of a batch: linked to all who asked for one of its items."""
+    about = {
+        "stillhouse.model": resident.entry.name,
+        "stillhouse.samples": len(items),
+        "stillhouse.sample_ids": [item.key for item in items[:MAX_NAMED]],
+    }
+    return {"kind": "consumer", "links": [item.traceparent for item in items], "attributes": about}
 
 
 def _checked_score(resident: Resident, items: Sequence[ScoreItem]) -> list[Scored | Unscored]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from stillhouse.core import tracing
 from stillhouse.trainer.scored import PendingGroup, ScoredSample
 from stillhouse.v1 import rollout_pb2
 
@@ -39,6 +40,13 @@ def attempted(rollout: rollout_pb2.Rollout, attempt: int, epoch: int) -> rollout
     again.CopyFrom(rollout)
     again.attempt, again.epoch = attempt, epoch
     return again
+
+
+def mark_again(rollout: rollout_pb2.Rollout, attempt: int) -> None:
+    """A point in the trace: the sample is tried again; linked is whoever wrote or planned it before."""
+    ids = {"job_id": rollout.job_id, "sample_id": rollout.sample_id}
+    with tracing.span("again", links=[rollout.traceparent], attributes={"stillhouse.attempt": attempt}, **ids):
+        pass
 
 
 def alone(group: rollout_pb2.PromptGroup | None, rollout: rollout_pb2.Rollout, attempt: int) -> rollout_pb2.PromptGroup:

@@ -20,13 +20,9 @@ from typing import Any, Final
 
 from redis.exceptions import OutOfMemoryError, RedisError
 
+from stillhouse.core import tracing
 from stillhouse.core.blobs import xxh3
-from stillhouse.core.errors import (
-    JobFailedError,
-    LeaseLostError,
-    StillhouseError,
-    WireError,
-)
+from stillhouse.core.errors import JobFailedError, LeaseLostError, StillhouseError, WireError
 from stillhouse.core.failpoints import failpoint
 from stillhouse.core.queue import keys
 from stillhouse.core.queue.epochs import close_epochs
@@ -35,7 +31,7 @@ from stillhouse.core.queue.streams import Entry, Outcome, QueueBackend, Scope
 from stillhouse.core.rollouts import rollout_for, rollout_mark, sample_id, score_mark, scores_of
 from stillhouse.core.rpc import Peers, collect
 from stillhouse.core.tensors import from_bytes
-from stillhouse.trainer.again import RETRY_STRIDE, alone, attempted, why_not
+from stillhouse.trainer.again import RETRY_STRIDE, alone, attempted, mark_again, why_not
 from stillhouse.trainer.scored import PendingGroup, ScoredGroup, ScoredSample
 from stillhouse.v1 import rollout_pb2, teacher_pb2, teacher_pb2_grpc
 
@@ -137,8 +133,10 @@ class Exchange:
 
     async def plan(self, group: rollout_pb2.PromptGroup) -> asyncio.Future[ScoredGroup]:
         """Put a group on the queue; the future completes when each of its samples has ended."""
-        future = self.expect(group, for_samplers=True)
-        await self._add(self._prompts, f"plan:{group.group_id}:0", group)
+        with tracing.span("plan", kind="producer", attributes=tracing.SENT_PROMPTS, group=group.group_id):
+            group.traceparent = tracing.traceparent()
+            future = self.expect(group, for_samplers=True)
+            await self._add(self._prompts, f"plan:{group.group_id}:0", group)
         failpoint("trainer.planned")
         return future
 
@@ -225,6 +223,7 @@ class Exchange:
         attempt = failed.score.rollout.attempt + RETRY_STRIDE * self._attempts[sample_id]
         pending.reopen(failed)
         self._wait_for(pending)
+        mark_again(failed.score.rollout, attempt)
         self.num_ended -= 1
         self.num_failed -= 1
         try:
@@ -354,6 +353,7 @@ class Exchange:
         await self._remove(sample.entries)
 
     async def _put_back(self, rollout: rollout_pb2.Rollout) -> None:
+        mark_again(rollout, rollout.attempt + 1)
         await self._ask(attempted(rollout, rollout.attempt + 1, self._scope.epoch))
 
     async def _ask(self, rollout: rollout_pb2.Rollout) -> None:

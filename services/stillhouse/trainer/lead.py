@@ -20,6 +20,7 @@ from typing import Any, Final
 
 from redis.exceptions import RedisError
 
+from stillhouse.core import tracing
 from stillhouse.core.blobs import is_no_space, sha256_file
 from stillhouse.core.checkpoints import read_references
 from stillhouse.core.errors import ConflictError, JobFailedError, LeaseLostError, StillhouseError
@@ -70,6 +71,8 @@ class Lead:
         self.interrupt = Interrupt()
         self.progress = Progress(scope, ctx.jobs, self.spec.stop_step())
         self.status = "validating"
+        self._traceparent = ""
+        """Of the claim."""
         self._waits = record.kind == "distillation"
         """A job waits for services that are not there; a live pre-flight says so and ends."""
         self.run_: Run | None = None
@@ -112,6 +115,18 @@ class Lead:
 
     async def lead(self) -> None:
         """Work until the job has ended, the lease is lost or the process drains. Errors end up in the job's record."""
+        about = {"job_id": self.scope.job_id, "epoch": self.scope.epoch}
+        before = self._record.traceparent
+        # over at once, so that what follows has a parent even if this process is killed
+        with tracing.span("claim", kind="consumer", parent=before, **about) as span:
+            self._traceparent = span.traceparent or before
+            if self.scope.epoch > 1:
+                span.link(before)
+                span.event("job.taken_over", {"stillhouse.previous_epoch": self.scope.epoch - 1})
+        with tracing.within(self._traceparent, **about):
+            await self._lead_on()
+
+    async def _lead_on(self) -> None:
         watch = Watch(
             self._ctx,
             self.scope,
@@ -186,9 +201,10 @@ class Lead:
             await self._guard(self.interrupt.race(self._start.look(opening, self._set_status)))
             return End("succeeded", result={"preflight": self._start.report.answer().model_dump(mode="json")})
         self._trackers = self._open_trackers()
-        run = await self._guard(self._start.run(opening, self._set_status))
-        self.run_ = run
-        await self._guard(self._start.catch_up(run))
+        with tracing.span("prepare"):
+            run = await self._guard(self._start.run(opening, self._set_status))
+            self.run_ = run
+            await self._guard(self._start.catch_up(run))
         self._is_ready = True
         await self._guard(self._train(run))
         return await self._finish(run)
@@ -264,11 +280,12 @@ class Lead:
         if run.step_done != run.stop_step:
             raise JobFailedError(f"ended at step {run.step_done} of {run.stop_step}")
         await self.progress.show("exporting")
-        exported = await self._guard(run.choose_export())
-        result = self._result(run, exported)
-        student = self._ctx.models.get(self.spec.student.model)
-        card = self._card(result)
-        await self._guard(self.space.insist("the export", lambda: run.export(Path(student.path), card)))
+        with tracing.span("export"):
+            exported = await self._guard(run.choose_export())
+            result = self._result(run, exported)
+            student = self._ctx.models.get(self.spec.student.model)
+            card = self._card(result)
+            await self._guard(self.space.insist("the export", lambda: run.export(Path(student.path), card)))
         failpoint("trainer.exported")
         return End("succeeded", result=result)
 
@@ -346,6 +363,7 @@ class Lead:
                 status_reason="",
                 status_message="",
                 stop_step=self.progress.stop_step,
+                traceparent=self._traceparent,
                 **fields,
             )
         except ConflictError:  # a wish of the user's came meanwhile

@@ -22,8 +22,9 @@ import asyncio
 from collections import deque
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Final, Generic, Protocol, TypeVar
 
+from stillhouse.core import tracing
 from stillhouse.core.spec import StageSpan
 
 GroupT = TypeVar("GroupT")
@@ -91,6 +92,8 @@ class Evaluator(Protocol):
 class Interrupted(Exception):
     """The loop was asked to stop between steps; `reason` is "cancelled", "paused" or "draining"."""
 
+    is_a_stop: Final = True
+
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
@@ -157,16 +160,18 @@ async def run_opd(span: StageSpan, first_step: int, with_: Collaborators[GroupT]
         if step >= with_.evaluator.stop_step:
             break
         interrupt.check()
-        await with_.evaluator.evaluate_if_due(step)
+        with tracing.span("step", step=step):
+            await with_.evaluator.evaluate_if_due(step)
 
-        last_step = min(step + span.max_staleness + 1, span.stop_step, with_.evaluator.stop_step)
-        while next_group < span.first_group_of(last_step):
-            in_flight.append(await with_.rollouts.start(next_group, span.min_policy_version(next_group)))
-            next_group += 1
+            last_step = min(step + span.max_staleness + 1, span.stop_step, with_.evaluator.stop_step)
+            while next_group < span.first_group_of(last_step):
+                in_flight.append(await with_.rollouts.start(next_group, span.min_policy_version(next_group)))
+                next_group += 1
 
-        groups = [await interrupt.race(in_flight.popleft()) for _ in range(span.prompts_per_step)]
-        await with_.journal.write(step, groups, next_group=span.first_group_of(step + 1))
-        await with_.rollouts.done(groups)
-        await with_.learner.step(step, groups)
-        await with_.weights.publish(step + 1)
-        await with_.checkpoints.commit_if_due(step + 1)
+            with tracing.span("wait"):
+                groups = [await interrupt.race(in_flight.popleft()) for _ in range(span.prompts_per_step)]
+            await with_.journal.write(step, groups, next_group=span.first_group_of(step + 1))
+            await with_.rollouts.done(groups)
+            await with_.learner.step(step, groups)
+            await with_.weights.publish(step + 1)
+            await with_.checkpoints.commit_if_due(step + 1)

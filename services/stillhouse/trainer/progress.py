@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 from stillhouse.core import metrics as exported
+from stillhouse.core import tracing
 from stillhouse.core.queue.jobs import JobStore
 from stillhouse.core.queue.streams import Scope
 
@@ -61,7 +62,8 @@ class Progress:
         """Time a phase of the step; what no phase covers counts as waiting for rollouts."""
         start, before, self.phase = time.monotonic(), self.phase, phase
         try:
-            yield
+            with tracing.span(phase):
+                yield
         finally:
             self.phase = before
             self._phases[phase] = self._phases.get(phase, 0.0) + time.monotonic() - start

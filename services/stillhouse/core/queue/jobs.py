@@ -81,6 +81,8 @@ class JobRecord:
     """Of its spec."""
     retry_of: str = ""
     """The job whose checkpoint this one goes on from."""
+    traceparent: str = ""
+    """The span that it goes on under: of the request that made it, then of its newest claim; '' = there is none."""
 
     @property
     def is_terminal(self) -> bool:

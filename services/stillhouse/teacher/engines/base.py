@@ -53,6 +53,8 @@ class ScoreItem:
     """[T, K] of SCORE_KIND_TARGETS; of SCORE_KIND_TOPK where these tokens are wanted beside the teacher's own."""
     spans: Spans | None = None
     """Of SCORE_KIND_SPANS, for an engine SCORE_KIND_SAMPLED: `completion_ids` are the teacher's own tokens."""
+    traceparent: str = ""
+    """The span that asked for it; the score does not depend on it."""
 
     @property
     def length(self) -> int:
