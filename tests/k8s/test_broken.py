@@ -129,6 +129,22 @@ BROKEN = [
     ),
     Broken("writable", "artifacts of its own", "Deployment/sampler", f"{POD}.volumes.@artifacts", {"emptyDir": {}}),
     Broken(
+        "probes",
+        "a probe that speaks no TLS",
+        "Deployment/sampler",
+        f"{FIRST}.readinessProbe",
+        {"grpc": {"port": 50051, "service": "stillhouse.v1.SamplerService"}},
+        "multi-gpu",
+    ),
+    Broken(
+        "availability",
+        "two that decide how many gateways there are",
+        "ScaledObject/sampler",
+        "spec.scaleTargetRef",
+        {"apiVersion": "apps/v1", "kind": "Deployment", "name": "gateway"},
+        "multi-gpu",
+    ),
+    Broken(
         "queries",
         "scales by what nobody exports",
         "ScaledObject/sampler",

@@ -79,7 +79,7 @@ def test_our_schemas_refuse_an_unknown_field_at_every_level() -> None:
             inner["unknownField"] = 1
             assert schemas.faults(changed), f"{title(one)} takes any field of {'.'.join(path) or 'itself'}"
         seen.add(one["kind"])
-    assert {"JobSet", "ScaledObject", "PodMonitor"} <= seen
+    assert {"JobSet", "ScaledObject", "PodMonitor", "PrometheusRule", "Certificate"} <= seen
 
 
 def test_the_facts_agree_among_themselves() -> None:
