@@ -20,6 +20,7 @@ from stillhouse.core.errors import (
     AuthError,
     DeadlineError,
     EngineStartError,
+    NotFoundError,
     OverloadedError,
     SpecError,
     StillhouseError,
@@ -196,6 +197,8 @@ async def _ready_teacher(ctx: Context, task: rollout_pb2.TeacherTask) -> tuple[P
             failure = UnavailableError(error.message)
         except UnimplementedError as error:
             refusal = SpecError(f"no teacher that runs gives such scores: {error.message}")
+        except NotFoundError as error:  # teachers may have registries of their own
+            failure = failure or UnavailableError(f"{info.instance} does not have the model: {error.message}")
     # one that may yet score comes first: a refusal is for good
     raise (
         failure

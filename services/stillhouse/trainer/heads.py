@@ -7,7 +7,14 @@ import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, Final
 
-from stillhouse.core.errors import DeadlineError, PreflightError, UnavailableError, UnimplementedError, WireError
+from stillhouse.core.errors import (
+    DeadlineError,
+    NotFoundError,
+    PreflightError,
+    UnavailableError,
+    UnimplementedError,
+    WireError,
+)
 from stillhouse.core.models import ModelEntry
 from stillhouse.core.queue.registry import Registry
 from stillhouse.core.queue.streams import Scope
@@ -59,7 +66,8 @@ async def ensure_loaded(registry: Registry, peers: Peers, task: rollout_pb2.Teac
     fail because a node restarts, or because other teachers were started than before.
 
     Raises:
-        PreflightError: the job's first claim finds teachers, and the engine of none can do what it asks.
+        PreflightError: the job's first claim finds teachers, and none has the model and an engine that can do what it
+            asks.
     """
     told = ""
     while True:
@@ -75,7 +83,7 @@ async def ensure_loaded(registry: Registry, peers: Peers, task: rollout_pb2.Teac
                 return peer
             except (UnavailableError, DeadlineError):
                 continue  # it died just now; its successor announces itself within seconds
-            except UnimplementedError as error:
+            except (UnimplementedError, NotFoundError) as error:  # teachers may have registries of their own
                 refusals.append(error.message)
         if refusals and len(refusals) == len(services):
             reason = f"no teacher here can serve teacher '{task.teacher}': {refusals[0]}"

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from stillhouse.core.errors import OverloadedError, StillhouseError, UnimplementedError
+from stillhouse.core.errors import NotFoundError, OverloadedError, StillhouseError, UnimplementedError
 from stillhouse.core.estimate import estimate
 from stillhouse.core.queue.registry import ServiceInfo
 from stillhouse.core.rpc import Peer
@@ -191,6 +191,7 @@ class Look:
         if not services:
             return await self._skip(OF_TEACHERS, "no teacher service answers; `stillhouse services` shows what runs")
         said: list[Said] = []
+        absent: list[str] = []
         for info in services:
             try:
                 said.append(await self._interrogate(info, task, answers, stage))
@@ -198,8 +199,12 @@ class Look:
                 await self._error("memory", f"too little memory in {info.instance}: {error.message}", name)
             except UnimplementedError as error:
                 await self._skip(OF_TEACHERS, f"{info.instance} cannot serve teacher '{name}': {error.message}")
+            except NotFoundError as error:  # teachers may have registries of their own
+                absent.append(error.message)
             except (StillhouseError, TimeoutError) as error:
                 await self._error("teachers", f"{info.instance} cannot score for teacher '{name}': {error}", name)
+        if len(absent) == len(services):
+            await self._error("teachers", f"no teacher here has the model of teacher '{name}': {absent[0]}", name)
         if said:
             await self._check_teacher(name, stage, answers, said)
 
