@@ -134,6 +134,12 @@ def test_truncation_counts_where_the_job_would_truncate(cut: int, max_tokens: in
 # -- memory and cost -------------------------------------------------------------------------------------------------
 
 
+def room(num_bytes: int, *host: int) -> list[memory.Room]:
+    if not host:
+        return [memory.Room(num_bytes, "x")]
+    return [memory.Room(num_bytes, "a GPU", "device"), *(memory.Room(each, "x", "host") for each in host)]
+
+
 def test_memory_counts_what_learns_and_refuses_only_what_cannot_fit() -> None:
     spec = JobSpec.model_validate(job_spec())
     model = entry("student").model_copy(update={"num_parameters": 1_000_000})
@@ -145,9 +151,15 @@ def test_memory_counts_what_learns_and_refuses_only_what_cannot_fit() -> None:
         "published weights": 4_000_000,
     }
     total = sum(parts.values())
-    assert memory.memory(parts, total, "x").verdict == "ok"
-    assert memory.memory(parts, total - 1, "x").verdict == "warning", "activations are an estimate"
-    assert memory.memory(parts, 19_000_000, "x").verdict == "error"
+    assert memory.memory(parts, room(total)).verdict == "ok"
+    assert memory.memory(parts, room(total - 1)).verdict == "warning", "activations are an estimate"
+    assert memory.memory(parts, room(19_000_000)).verdict == "error"
+    lies_on_host = sum(parts[name] for name in memory.HOST)
+    fits = total - lies_on_host
+    assert memory.memory(parts, room(fits, lies_on_host)).verdict == "ok"
+    assert memory.memory(parts, room(fits - 1, lies_on_host)).evidence["available_by"] == "a GPU"
+    short = memory.memory(parts, room(fits, parts["published weights"] - 1))
+    assert (short.verdict, short.evidence["available_by"]) == ("error", "x")
     lora = JobSpec.model_validate(job_spec(student={"model": "student", "lora": {"rank": 1}}))
     assert memory.needed(lora, model, {})["optimizer"] < 100_000
 

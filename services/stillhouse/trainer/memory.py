@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from stillhouse.core.estimate import WORDS, learning_parameters, score_bytes, tokens_in_flight
 from stillhouse.core.models import ModelEntry
@@ -20,7 +21,30 @@ PROMPT_TOKENS: Final = 512
 """What prompts are taken to have, at most."""
 ROLLOUT_BYTES: Final = 16
 """A completion token on its way, without its score."""
+HOST: Final = ("published weights", "samples in flight")
+"""What lies in the host's memory also where the student is on a GPU; of several ranks in that of rank 0."""
+WHAT: Final = {
+    "all": "the student, its optimizer, activations and samples in flight",
+    "device": "the student, its optimizer and activations",
+    "host": "published weights and samples in flight",
+}
+"""Room.holds -> in words."""
 GIB: Final = 1 << 30
+
+
+@dataclass(frozen=True)
+class Room:
+    """Memory that a process here can still take."""
+
+    num_bytes: int
+    source: str
+    """What says so."""
+    holds: Literal["all", "device", "host"] = "all"
+    """Which parts of a need lie there."""
+
+    def has(self, name: str) -> bool:
+        """Whether a part of a need lies there."""
+        return self.holds == "all" or (self.holds == "host") == (name in HOST)
 
 
 def needed(spec: JobSpec, student: ModelEntry, teachers: Mapping[str, ModelEntry]) -> dict[str, int]:
@@ -60,12 +84,18 @@ def _activations(spec: JobSpec, stage: StageSpec, student: ModelEntry) -> int:
     return WORDS[spec.student.dtype] * numbers * min(schedule.micro_batch_tokens, step)
 
 
-def available(limit_gib: float) -> tuple[int, str]:
-    """(bytes that a process here can still take, what says so). `limit_gib` = the setting, 0 = none."""
-    found = [(number, what) for number, what in (_device(), _machine(), _container()) if number is not None]
-    if limit_gib:
-        found.append((int(limit_gib * GIB), "the setting trainer_memory_gib"))
-    return min(found)
+def available(limit_gib: float) -> list[Room]:
+    """Where the student will be; then, if that is a GPU, the host. `limit_gib`: of the first, by settings; 0 = none."""
+    limit = (int(limit_gib * GIB) if limit_gib else None, "the setting trainer_memory_gib")
+    device, host = _device(), [_machine(), _container()]
+    if device[0] is None:
+        return [_least([*host, limit], "all")]
+    return [_least([device, limit], "device"), _least(host, "host")]
+
+
+def _least(found: Sequence[tuple[int | None, str]], holds: Literal["all", "device", "host"]) -> Room:
+    number, what = min((number, what) for number, what in found if number is not None)
+    return Room(number, what, holds)
 
 
 def _device() -> tuple[int | None, str]:
@@ -98,16 +128,22 @@ def split_by_ranks(parts: Mapping[str, int], num_ranks: int) -> dict[str, int]:
     return {name: number // num_ranks if name in split else number for name, number in parts.items()}
 
 
-def memory(parts: Mapping[str, int], has: int, source: str, num_ranks: int = 1) -> Check:
-    """The trainer has room for the job: for its weights surely, for everything probably."""
+def memory(parts: Mapping[str, int], rooms: Sequence[Room], num_ranks: int = 1) -> Check:
+    """The trainer has room for the job: for its weights surely, for everything probably. Of several rooms the check of
+    the one that is short, else of the first."""
     parts = split_by_ranks(parts, num_ranks)
-    total = sum(parts.values())
+    checks = [_fits({name: parts[name] for name in parts if room.has(name)}, room) for room in rooms]
+    return min(checks, key=lambda check: ("error", "warning", "ok").index(check.verdict))
+
+
+def _fits(parts: Mapping[str, int], room: Room) -> Check:
+    total, has = sum(parts.values()), room.num_bytes
     least = total - parts.get("activations", 0) - parts.get("samples in flight", 0)
-    evidence = {"needed_bytes": total, "available_bytes": has, "available_by": source, "parts": dict(parts)}
+    evidence = {"needed_bytes": total, "available_bytes": has, "available_by": room.source, "parts": dict(parts)}
     message = (
-        f"the trainer needs about {total / GIB:.2f} GiB for the student, its optimizer, activations and samples in "
+        f"the trainer needs about {total / GIB:.2f} GiB for {WHAT[room.holds]}, and has {has / GIB:.2f} GiB "
+        f"({room.source})"
     )
-    message += f"flight, and has {has / GIB:.2f} GiB ({source})"
     if total <= has:
         return Check(name="memory", verdict="ok", message=message, evidence=evidence)
     biggest = max(parts, key=lambda name: parts[name])

@@ -59,9 +59,9 @@ async def _suspect(start: Start, teachers: Mapping[str, ModelEntry]) -> None:
     await add("sampling", "temperature and filters are usual ones", sampling(start.spec))
     if not start.report.knows("memory"):
         limit = start.ctx.settings.trainer_memory_gib
-        has, source = await asyncio.to_thread(memory.available, limit)
+        rooms = await asyncio.to_thread(memory.available, limit)
         parts = memory.needed(start.spec, student, teachers)
-        await start.report.add(memory.memory(parts, has, source, start.learner.num_ranks))
+        await start.report.add(memory.memory(parts, rooms, start.learner.num_ranks))
         start.report.estimate = estimate(start.spec, student, teachers)
 
 

@@ -125,7 +125,7 @@ def _in_place_of_heavy_parts(world: World) -> Iterator[None]:
         mock.patch.object(trainer_app.gc, "collect", _nothing),
         mock.patch.object(gateway_jobs, "preflight", _no_references),
         mock.patch.object(trainer_publish.Publisher, "hold", hold),
-        mock.patch.object(trainer_memory, "available", return_value=(1 << 40, "the simulation")),
+        mock.patch.object(trainer_memory, "available", return_value=[trainer_memory.Room(1 << 40, "the simulation")]),
     ):
         failpoints.install(world.on_failpoint)
         try:
