@@ -38,11 +38,11 @@ def disk(free: int) -> Series:
 
 
 def steps(seconds: int, before: int = 10) -> Series:
-    """A step a minute; the last half hour's take `seconds`."""
+    """A step a minute; those after two hours take `seconds`."""
     name = "stillhouse_trainer_step_seconds"
     return {
-        f'{name}_sum{{phase="step",instance="t"}}': f"0+{before}x360 {before * 360}+{seconds}x60",
-        f'{name}_count{{phase="step",instance="t"}}': "0+1x420",
+        f'{name}_sum{{phase="step",instance="t"}}': f"0+{before}x120 {before * 120}+{seconds}x60",
+        f'{name}_count{{phase="step",instance="t"}}': "0+1x180",
     }
 
 
@@ -112,7 +112,7 @@ CASES: dict[str, tuple[int, Series, Series]] = {
     ),
     "JobStalled": (5, jobs("stalled"), jobs("running")),
     "JobStandsStill": (60, {STOPPED: "60x60"}, {STOPPED: "0+60x60"}),
-    "StepsSlower": (405, steps(30), steps(15)),
+    "StepsSlower": (145, steps(30), steps(15)),
     "TrainersDie": (
         40,
         counted("stillhouse_trainer_rewinds_total", "5x10"),

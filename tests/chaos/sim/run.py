@@ -17,6 +17,7 @@ from typing import Any
 from unittest import mock
 
 from stillhouse.core import blobs, failpoints, metrics, service
+from stillhouse.gateway import gauges
 from stillhouse.gateway import jobs as gateway_jobs
 from stillhouse.trainer import app as trainer_app
 from stillhouse.trainer import memory as trainer_memory
@@ -111,7 +112,7 @@ def _finish(loop: SimLoop, world: World) -> None:
 
 @contextmanager
 def _in_place_of_heavy_parts(world: World) -> Iterator[None]:
-    """Sockets, torch, tokenizers and the garbage collector are not simulated."""
+    """Sockets, gauges, torch, tokenizers and the garbage collector are not simulated."""
 
     def hold(publisher: Any, policy_version: int, arrays: Any) -> Any:
         return _hold(world, real_hold, publisher, policy_version, arrays)
@@ -120,6 +121,7 @@ def _in_place_of_heavy_parts(world: World) -> Iterator[None]:
     with (
         mock.patch.object(service, "Server", _server),
         mock.patch.object(metrics, "serve_metrics", _no_address),
+        mock.patch.object(gauges, "measure", _no_gauges),
         mock.patch.object(trainer_preflight, "Renderer", ToyRenderer),
         mock.patch.object(trainer_tokens, "end_ids", _end_ids),
         mock.patch.object(trainer_app.gc, "collect", _nothing),
@@ -140,7 +142,11 @@ def _server(settings: Any) -> SimServer:
     return SimServer(process)
 
 
-def _no_address(settings: Any) -> str:
+async def _no_gauges(*_: Any) -> None:
+    return
+
+
+def _no_address(settings: Any, role: str) -> str:
     return ""
 
 
