@@ -48,6 +48,7 @@ UNBOUNDED: Final = {
     "trainer/app.py _join: Ranks.join()": "PASS_TIMEOUT",
     "trainer/follow.py _follow: Ranks.join()": "PASS_TIMEOUT",
     "trainer/node.py NodeProcess._run_ranks: ranks.wait()": "torchrun was killed; this reaps it",
+    "trainer/node.py NodeProcess._watch: ranks.wait()": "looked at each BEAT_S",
     # compute threads: core/pulse.py ends the process when they make no progress for hang_s
     "core/worker.py ComputeThread.run: run_in_executor": "the pulse",
     "trainer/train.py LearnerThread.call: run_in_executor": "the pulse",

@@ -33,7 +33,7 @@ from stillhouse.core.config import Settings
 from stillhouse.core.errors import ConfigError, DeadlineError, NotFoundError, StillhouseError, UnavailableError
 from stillhouse.core.launch import node_number, ranks_per_node, torchrun
 from stillhouse.core.parent import die_with_parent
-from stillhouse.core.queue.client import connect
+from stillhouse.core.queue.client import connect_blocking
 from stillhouse.core.worker import pause
 from stillhouse.trainer.roll import Board, Node, Others, Roll
 
@@ -194,7 +194,8 @@ class NodeProcess:
     async def _watch(self, roll: Roll, ranks: Process) -> str:
         """Until the ranks have ended or have to be; gives why, if that is not their own doing."""
         state, why, deadline = "running", "", float("inf")
-        while ranks.returncode is None and time.monotonic() < deadline:
+        ended = asyncio.ensure_future(ranks.wait())
+        while not ended.done() and time.monotonic() < deadline:
             await self._try_to_say("leaving" if self.stop.is_set() else "running")
             leaving = self._others.leaving() or (f"node {self._number}" if self.stop.is_set() else "")
             if leaving and state == "running":
@@ -207,8 +208,7 @@ class NodeProcess:
                 state, why = "over", f"without {over}" if state == "running" else why
                 deadline = min(deadline, time.monotonic() + END_S)
                 self._log.warning("another node is over; the ranks of this one end", node=over)
-            with suppress(TimeoutError):
-                await asyncio.wait_for(ranks.wait(), BEAT_S)
+            await asyncio.wait({ended}, timeout=BEAT_S)
         return why
 
 
@@ -244,7 +244,7 @@ def main(settings: Settings, environ: Mapping[str, str] = os.environ) -> None:
 
 
 async def _run(settings: Settings, number: int, log: Any) -> None:
-    redis = connect(settings.redis_url)
+    redis = connect_blocking(settings.redis_url)  # no retries: the next line is one
     try:
         node = NodeProcess(settings, number, Board(redis, settings.trainer_group), log)
         loop = asyncio.get_running_loop()
