@@ -107,6 +107,28 @@ def test_nothing_outlives_a_killed_supervisor(tmp_path: Path) -> None:
     wait_until(lambda: command.processes() == [], "the services and the queue server to follow")
 
 
+def check_logs(stillhouse: Stillhouse, job_id: str) -> None:
+    """Every line of every service is JSON and says whose it is; a request is found again at the job that it made."""
+    lines = []
+    for role in ("gateway", "sampler", "teacher", "trainer"):
+        text = (stillhouse.home / "logs" / f"{role}-0.log").read_text()
+        own = [json.loads(line) for line in text.splitlines() if line]
+        assert all(line["instance"] == f"{role}-0" and line["event"] and line["timestamp"] for line in own)
+        assert [line for line in own if line.get("job_id") == job_id], f"{role} names no job"
+        lines += own
+    accepted = next(line for line in lines if line["event"] == "job accepted" and line["job_id"] == job_id)
+    request = next(
+        line for line in lines if line["event"] == "request" and line["request_id"] == accepted["request_id"]
+    )
+    assert (request["path"], request["status"]) == ("/v1/jobs", 201)
+    assert [line for line in lines if line["event"] == "weights pulled" and "group" in line]
+    text = json.dumps(lines)
+    for secret in (stillhouse.home / "run" / "internal-token", stillhouse.home / "run" / "valkey-password"):
+        assert secret.read_text().strip() not in text
+    assert json.loads((stillhouse.home / "client.json").read_text())["api_key"] not in text
+    assert "job accepted" in stillhouse("logs", job_id)
+
+
 def test_a_job_runs_from_submit_to_download(stillhouse: Stillhouse, tmp_path: Path) -> None:
     for seed, name in enumerate(("student", "teacher")):
         stillhouse("models", "add", name, str(make_tiny_model(tmp_path / name, seed=seed)))
@@ -133,6 +155,7 @@ def test_a_job_runs_from_submit_to_download(stillhouse: Stillhouse, tmp_path: Pa
     assert [line.split()[1] for line in shown if line.startswith("step ")] == ["1/3", "2/3", "3/3"]
     assert any(line.startswith("succeeded after 3 steps") for line in shown)
     assert stillhouse("watch", job_id, "--json").splitlines()[-1].startswith('{"type": "status"')
+    check_logs(stillhouse, job_id)
     assert job_id in stillhouse("jobs")
     assert json.loads(stillhouse("job", job_id, "--json"))["status"] == "succeeded"
     assert "job." in stillhouse("events", job_id)

@@ -96,10 +96,10 @@ async def test_a_job_is_one_trace_from_its_request_to_its_commit(deployment: Clu
     assert up["commit"] == ["commit", "step", "claim", "POST /v1/jobs"]
     assert up["score"][-5:] == ["sample", "plan", "step", "claim", "POST /v1/jobs"]
     for phase in ("wait", "journal", "train", "publish", "commit"):
-        steps = [by_id[span.parent.span_id].attributes or {} for span in spans.named(phase) if span.parent]
+        steps: list[Any] = [by_id[span.parent.span_id].attributes or {} for span in spans.named(phase) if span.parent]
         wanted = {0, 1} if phase != "commit" else {1}
         assert {step.get("stillhouse.step") for step in steps} - {None} == wanted, phase
-    jobs = {(span.attributes or {}).get("stillhouse.job_id") for span in spans.all if span is not post}
+    jobs = {str((span.attributes or {}).get("stillhouse.job_id")) for span in spans.all if span is not post}
     assert jobs == {job_id}
 
     plans = {span.context.span_id for span in spans.named("plan") if span.context}

@@ -42,11 +42,11 @@ def _secrets(settings: Settings) -> list[str]:
     return sorted({secret for secret in found if secret}, key=len, reverse=True)
 
 
-def _masker(secrets: Iterable[str]) -> Callable[[Any, str, str], str]:
+def _masker(secrets: Iterable[str]) -> Callable[[Any, str, Any], str]:
     """The last processor of a line: replaces credentials, also as JSON writes them."""
     written = [form for secret in secrets for form in {secret, json.dumps(secret)[1:-1]}]
 
-    def mask(_logger: Any, _method: str, line: str) -> str:
+    def mask(_logger: Any, _method: str, line: Any) -> str:
         for secret in written:
             line = line.replace(secret, "***")
         return _API_KEY.sub("stillhouse_***", line)
