@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from stillhouse.core.errors import CorruptError
+from stillhouse.core.config import Settings
+from stillhouse.core.errors import ConfigError, CorruptError
 from stillhouse.trainer import journal
 from tests.conftest import ROOT
 from tests.runbook import PAGE, failures, says
@@ -51,3 +52,9 @@ def test_a_journal_of_a_newer_program(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(CorruptError) as caught:
         journal.read_step(path)
     assert says(caught.value.message, failures()["mixed-versions"].words("a trainer's log")[0])
+
+
+def test_a_service_without_the_internal_token() -> None:
+    with pytest.raises(ConfigError) as caught:
+        Settings().check_internal_token()
+    assert says(caught.value.message, failures()["internal-token"].words("a service's log")[0])
