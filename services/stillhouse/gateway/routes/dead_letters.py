@@ -75,6 +75,8 @@ async def retry_dead_letters(ctx: Ctx, record: OwnJob, body: Annotated[LettersBo
 
     409: nothing of the job is in flight, or it is deterministic.
     """
+    if record.is_terminal:  # its trainer may lead it a moment longer
+        raise ConflictError(f"job {record.id} is '{record.status}': nothing of it is in flight any more")
     entries = await _dead(ctx, record)  # what fails again meanwhile stays
     try:
         trainer = await leader(ctx, record.id)
