@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # processes that run tests: they wait more than they compute, so more than the cores of a small machine
 WORKERS ?= 3
+FULL_WORKERS ?= 2
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: help install demo example test test-full test-compose vllm-cpu chaos bench-loss parity-trl bench-sampler check check-metrics docs fmt protos up down clean
@@ -61,7 +62,7 @@ test: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "not full and not compose" --ignore tests/k8s -n $(WORKERS) --dist worksteal
 
 test-full: $(VENV)/.vllm
-	$(BIN)/python -m pytest -m full
+	$(BIN)/python -m pytest -m full -n $(FULL_WORKERS) --dist worksteal --durations=40
 
 # Makes sure of a Docker engine and base images first (as root on Debian it installs them); see docs/compose.md.
 test-compose: $(VENV)/.dev
