@@ -87,5 +87,5 @@ def faults(operation: Any, keys: dict[str, str], examples: int) -> list[str]:
     return found
 
 
-def test_answers_are_as_documented(served: tuple[str, str]) -> None:
+def test_answers_are_as_documented(served: tuple[str, dict[str, str]]) -> None:
     assert attack(*served, examples=3) == {}

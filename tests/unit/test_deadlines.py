@@ -31,6 +31,10 @@ UNBOUNDED: Final = {
     "trainer/exchange.py Exchange.settled: trying[0].complete.wait()": "ends as samples do",
     "trainer/report.py Report.look: made": "a measurement of the pre-flight, each with a deadline",
     "trainer/trackers/base.py Feed._work: self._queue.get()": "a daemon thread, as long as the process lives",
+    **{
+        f"core/tracing.py {name}: _current.get()": "a ContextVar: nothing waits"
+        for name in ("begin", "current", "traceparent")
+    },
     # the life of a process: they end with it
     "cli/process.py Child.collect: self._popen.wait()": "the process is dead already; this reaps it",
     "cli/up.py _run_detached: process.wait()": "Ctrl-C twice ends it; the supervisor drains with a limit of its own",
