@@ -58,6 +58,7 @@ def main() -> None:
         die_with_parent()
     install_from_environment(ROLE, log)
     tracing.start(ROLE, instance, log)
+    gc.freeze()  # what is loaded by now stays: going through it again and again would hold up requests for 0.1 s
     try:
         asyncio.run(serve(settings, instance, log, listener))
     except Exception:  # the one place of the process that catches everything
@@ -103,8 +104,6 @@ async def serve(settings: Settings, instance: str, log: Any, listener: socket.so
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
     address = f"{settings.advertise_host or settings.host}:{listener.getsockname()[1]}"
-    gc.collect()
-    gc.freeze()  # what is loaded by now stays: going through it again and again would hold up requests for 0.1 s
     metrics.BUILD_INFO.labels(ROLE, VERSION).set(1)
     if settings.auth == "none":
         log.warning("authentication is off: whoever reaches this port may use it")

@@ -82,7 +82,8 @@ def make_rollout(group: pb.PromptGroup, index: int, completion: Completion, sour
     rollout.weights_sha256 = completion.spans[-1][1].sha256 if completion.spans else ""
     rollout.sampler = source.instance
     rollout.sample_s = completion.sample_s
-    rollout.traceparent = tracing.traceparent()  # whoever scores it has to do with who wrote it
+    # whoever scores it has to do with who wrote it; where that is not traced, with who asked for it
+    rollout.traceparent = tracing.traceparent() or group.traceparent
     return rollout
 
 
