@@ -56,6 +56,11 @@ class _Stdout(io.TextIOWrapper):
         return super().write(text) if threading.get_ident() == self._owner else self._others.write(text)
 
 
+_KEPT: list[_Stdout] = []
+"""All there were: `print` of another thread borrows sys.stdout without a reference (CPython 3.11); one that is freed
+under it ends the process."""
+
+
 class Shell:
     """`stillhouse ...` as a user of one gateway types it, in this process."""
 
@@ -68,6 +73,7 @@ class Shell:
     ) -> Said:
         """Run a command; fails unless it ends with `code` (None = any)."""
         out, err = _Stdout(), io.StringIO()
+        _KEPT.append(out)
         kept = {name: value for name, value in os.environ.items() if not name.startswith("STILLHOUSE_")}
         environ = {**kept, "STILLHOUSE_HOME": str(self.home), "NO_COLOR": "1", "COLUMNS": "160", **(env or {})}
         with (

@@ -270,7 +270,7 @@ def test_a_second_signal_ends_the_patience(drivers: Callable[..., Driver], tmp_p
     driver.process.send_signal(signal.SIGTERM)
     wait_until(lambda: driver.deployment.read_state()["status"] == "stopping", "the stop to begin")
     driver.process.send_signal(signal.SIGINT)
-    assert driver.process.wait(timeout=20) == 0
+    assert driver.process.wait(timeout=40) == 0
     assert "killed: a second signal" in driver.log.read_text()
 
 
@@ -303,7 +303,7 @@ def test_down_stops_everything_and_is_harmless_afterwards(
     driver = drivers([("valkey", "valkey", SLEEP), ("sampler-0", "sampler", PARENT)])
     wait_until(lambda: len(driver.pids()) == 3, "all processes")
     down.down(driver.deployment)
-    assert driver.process.wait(timeout=10) == 0
+    assert driver.process.wait(timeout=40) == 0
     assert driver.pids() == []
     assert "stopped in" in capsys.readouterr().out
     down.down(driver.deployment)

@@ -99,17 +99,17 @@ def test_series_of_a_job_go_with_its_claim() -> None:
         families = metrics.exported("trainer").collect()
         return [sample for family in families for sample in family.samples if sample.labels.get("job_id") == job_id]
 
-    for job_id in ("job_a", "job_b"):
+    for job_id in ("job_claimed", "job_of_another"):
         for gauge in metrics.OF_JOB:
             gauge.labels(job_id).set(1)
         metrics.BOTTLENECK.labels(job_id, "teacher").set(1)
         metrics.POLICY_VERSION.labels("trainer", job_id).set(1)
     with_job = [metric for metric in of(metrics.TRAINER) if "job_id" in metric._labelnames]
-    assert len(series("job_a")) == len(with_job) + 1, "a new gauge by job belongs into forget_job, too"
-    metrics.forget_job("job_a")
-    assert series("job_a") == []
-    assert len(series("job_b")) == len(with_job) + 1
-    metrics.forget_job("job_b")
+    assert len(series("job_claimed")) == len(with_job) + 1, "a new gauge by job belongs into forget_job, too"
+    metrics.forget_job("job_claimed")
+    assert series("job_claimed") == []
+    assert len(series("job_of_another")) == len(with_job) + 1
+    metrics.forget_job("job_of_another")
 
 
 def test_the_endpoint_of_a_worker_serves_them() -> None:
